@@ -1,0 +1,1 @@
+"""Programs that convert checkpoints between PyTorch and JAX: `python -m convert --help`."""

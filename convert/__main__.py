@@ -1,0 +1,117 @@
+"""Command line of the converters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from jina_jax import checkpoint
+from jina_jax.cli import Program, whole_file
+from jina_jax.config import SERVING_ROPE_THETA
+from jina_jax.model import Encoder
+from jina_jax.sources import find_model, model_kind
+from jina_jax.tokenizer import PreTrainedTokenizerFast, load_tokenizer, max_tokens
+from jina_jax.torch_checkpoint import read_torch_checkpoint
+
+from . import torch_writer
+from .verify import verify as compare
+
+LAYOUTS = ("original", "transformers", "sentence-transformers")
+dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: as in SRC.")
+pickle_option = click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin where there is no safetensors.")
+
+
+@click.group(cls=Program)
+def main() -> None:
+    """Convert checkpoints between PyTorch and JAX."""
+
+
+@main.command("from_torch")
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@dtype_option
+@pickle_option
+@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
+def from_torch(src: str, dst: Path, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
+    """Write SRC (a PyTorch checkpoint in any layout: directory or hub id) as the native checkpoint DST."""
+    checkpoint.check_free(dst)
+    directory = find_model(src, revision)
+    if model_kind(directory) == "native":
+        raise ValueError(f"{src} is a native checkpoint already")
+    encoder = read_torch_checkpoint(directory, param_dtype=dtype, allow_pickle=allow_pickle)
+    checkpoint.save_checkpoint(dst, encoder, load_tokenizer(directory, encoder.config))
+    click.echo(f"{dst}: {_describe(encoder)}")
+
+
+@main.command("to_torch")
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(LAYOUTS), required=True)
+@click.option("--task", help="sentence-transformers only: the adapter to merge. Default: the base model.")
+@dtype_option
+@click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
+def to_torch(src: str, dst: Path, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
+    """Write SRC (a native checkpoint, or any other that this library reads) as a PyTorch checkpoint DST."""
+    checkpoint.check_free(dst)
+    if task and layout != "sentence-transformers":
+        raise ValueError(f"--task goes with --layout sentence-transformers; {layout} holds all tasks")
+    encoder, tokenizer = _load(find_model(src))
+    config = encoder.config
+    if config.position_type == "rope" and config.rope_theta != rope_theta:
+        click.echo(f"the rotary base is {config.rope_theta:g} in {src} and written as {rope_theta:g}", err=True)
+        config = replace(config, rope_theta=rope_theta)
+    encoder.config = config
+    if layout == "original":
+        torch_writer.write_original(dst, encoder, tokenizer, dtype)
+    elif layout == "transformers":
+        torch_writer.write_transformers(dst, encoder, tokenizer, dtype)
+    else:
+        length = max_tokens(tokenizer, config)
+        torch_writer.write_sentence_transformers(dst, encoder, tokenizer, dtype, task=task, max_length=length)
+    click.echo(f"{dst}: {layout} layout, {_describe(encoder)}")
+
+
+@main.command("verify")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst")
+@pickle_option
+@click.option("--json", "out", type=click.Path(path_type=Path), help="File for the report. Default: standard output.")
+@click.pass_context
+def verify(context: click.Context, src: Path, dst: str, allow_pickle: bool, out: Path | None) -> None:
+    """Compare DST with the PyTorch checkpoint SRC, per layer and per task. Exit 1 above the tolerance."""
+    report = compare(find_model(src), dst, allow_pickle=allow_pickle)
+    text = json.dumps(report, indent=2)
+    if out is None:
+        click.echo(text)
+    else:
+        with whole_file(out) as file:
+            file.write_text(text + "\n", "utf-8")
+    context.exit(0 if report["ok"] else 1)
+
+
+@main.command("seal")
+@click.argument("directory", type=click.Path(path_type=Path))
+def seal(directory: Path) -> None:
+    """Accept the files of a native checkpoint as they are now: write its manifest anew."""
+    if not checkpoint.is_checkpoint(directory):
+        raise ValueError(f"{directory} has no {checkpoint.MANIFEST}; it is no native checkpoint")
+    checkpoint.seal(directory)
+    checkpoint.load_checkpoint(directory)
+    click.echo(f"{directory}: sealed")
+
+
+def _load(directory: Path) -> tuple[Encoder, PreTrainedTokenizerFast]:
+    native = model_kind(directory) == "native"
+    encoder = (checkpoint.load_checkpoint if native else read_torch_checkpoint)(directory)
+    return encoder, load_tokenizer(directory, encoder.config)
+
+
+def _describe(encoder: Encoder) -> str:
+    config = encoder.config
+    tasks = f"tasks {', '.join(config.tasks)}" if config.tasks else "no adapters"
+    return f"{config.num_layers} layers of {config.hidden_size}, {tasks}"
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m convert")

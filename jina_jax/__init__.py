@@ -1,0 +1,9 @@
+"""jina-embeddings-v3 in JAX: a packed-row XLM-RoBERTa encoder with native task adapters, and an embedder for every layout of
+its checkpoints."""
+
+from .config import ModelConfig as ModelConfig
+from .embedder import Embedder as Embedder
+from .model import Encoder as Encoder
+from .model import pool as pool
+
+__version__ = "0.1.0"

@@ -1,0 +1,181 @@
+"""Rotary positions and attention by segments.
+
+`attention` takes the fused projection [3, b, t, n*h] of packed rows and is the one place that chooses how it is computed. Every
+form gives the same result as `plain_attention`: a token attends to all tokens of its own segment, in both directions, and to
+nothing else. Padding is a segment of its own (0), so no token is ever without a key and the result is finite everywhere.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from .lora import precision
+
+LONGEST_PLAIN_ROW = 1024
+"""Up to this many tokens the [b, n, t, t] scores of a row are built; longer rows are computed in blocks."""
+
+QUERY_BLOCK, KEY_BLOCK = 256, 512
+"""Blocks of the chunked form. The scores of one pair of blocks stay in the cache of a CPU core."""
+
+MASKED = -1e30
+"""Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines of each token's rotary angles, in float32."""
+
+    cos: Float[Array, "b t h_half"]
+    sin: Float[Array, "b t h_half"]
+
+
+def rotary_tables(positions: Int[Array, "b t"], head_dim: int, theta: float) -> RotaryTables:
+    """Angles position / theta^(2i / h). In float32 throughout: bfloat16 cannot tell position 257 from 256."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    return RotaryTables(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "b t n h"], tables: RotaryTables | None) -> Float[Array, "b t n h"]:
+    """Turns the two halves of each head by the token's angles ("rotate half"); without tables x itself."""
+    if tables is None:
+        return x
+    cos, sin = tables.cos[:, :, None], tables.sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def attention(
+    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+) -> Float[Array, "b t d"]:
+    """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
+
+    Args:
+        qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
+        segments: 0 = padding; tokens of equal segment see each other.
+        tables: rotary angles, or None for a model with absolute positions.
+        num_heads: d = n * h.
+    """
+    # A kernel for a backend goes here: it takes the same arguments and is chosen by backend and row length.
+    form = plain_attention if qkv.shape[2] <= LONGEST_PLAIN_ROW else chunked_attention
+    return form(qkv, segments, tables, num_heads=num_heads)
+
+
+def plain_attention(
+    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+) -> Float[Array, "b t d"]:
+    """The definition: all scores of a row at once."""
+    q, k, v = _heads(qkv, tables, num_heads)
+    scores = _product("btnh,bsnh->bnts", q, k)
+    own = segments[:, None, :, None] == segments[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(own, scores, MASKED), axis=-1).astype(v.dtype)
+    return _product("bnts,bsnh->btnh", weights, v).astype(qkv.dtype).reshape(qkv.shape[1:])
+
+
+def chunked_attention(
+    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+) -> Float[Array, "b t d"]:
+    """The same in blocks of queries and keys with a running softmax; forward and backward in memory linear in t."""
+    b, t = segments.shape
+    padded = -t % KEY_BLOCK
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))) for x in _heads(qkv, tables, num_heads))
+    out = _blockwise(q, k, v, jnp.pad(segments, ((0, 0), (0, padded))))
+    return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
+
+
+def _heads(qkv: Array, tables: RotaryTables | None, n: int) -> tuple[Array, Array, Array]:
+    """q (scaled, rotated), k (rotated) and v, each [b, t, n, h]."""
+    _, b, t, d = qkv.shape
+    q, k, v = qkv.reshape(3, b, t, n, d // n)
+    q, k = rotate(q, tables), rotate(k, tables)
+    return (q * (d // n) ** -0.5).astype(q.dtype), k, v
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _blockwise_forward(q, k, v, segments)[0]
+
+
+def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array):
+    """Online softmax (Milakov & Gimelshein 2018): for each block of queries a scan over the blocks of keys."""
+    keys = _blocks(k, KEY_BLOCK), _blocks(v, KEY_BLOCK), _blocks(segments, KEY_BLOCK)
+
+    def queries(block):
+        q, own = block
+
+        def step(carry, key_block):
+            highest, total, out = carry  # [b, n, t], [b, n, t], [b, n, t, h]
+            k, v, theirs = key_block
+            scores = _scores(q, k, own, theirs)
+            new = jnp.maximum(highest, scores.max(-1))
+            weights = jnp.exp(scores - new[..., None])
+            decay = jnp.exp(highest - new)
+            total = total * decay + weights.sum(-1)
+            out = out * decay[..., None] + _product("bnts,bsnh->bnth", weights.astype(v.dtype), v)
+            return (new, total, out), None
+
+        b, t, n, h = q.shape
+        start = jnp.full((b, n, t), MASKED), jnp.zeros((b, n, t)), jnp.zeros((b, n, t, h))
+        (highest, total, out), _ = jax.lax.scan(step, start, keys)
+        return (out / total[..., None]).swapaxes(1, 2).astype(q.dtype), highest + jnp.log(total)
+
+    out, log_total = jax.lax.map(queries, (_blocks(q, QUERY_BLOCK), _blocks(segments, QUERY_BLOCK)))
+    out = _unblocked(out)
+    return out, (q, k, v, segments, out, log_total)
+
+
+def _blockwise_backward(residuals, d_out: Array):
+    """Recomputes the weights of each pair of blocks from the saved log of the softmax sum (Dao et al. 2022)."""
+    q, k, v, segments, out, log_total = residuals
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
+    delta = jnp.moveaxis(delta.reshape(*delta.shape[:2], -1, QUERY_BLOCK), 2, 0)
+    query_blocks = _blocks(q, QUERY_BLOCK), _blocks(segments, QUERY_BLOCK), log_total, _blocks(d_out, QUERY_BLOCK), delta
+
+    def keys(d_q, block):
+        k, v, theirs = block
+
+        def step(carry, query_block):
+            d_k, d_v = carry
+            q, own, log_total, d_out, delta = query_block
+            weights = jnp.exp(_scores(q, k, own, theirs) - log_total[..., None])
+            d_v += _product("bnts,btnh->bsnh", weights.astype(v.dtype), d_out)
+            d_weights = _product("btnh,bsnh->bnts", d_out, v)
+            d_scores = (weights * (d_weights - delta[..., None])).astype(q.dtype)
+            d_k += _product("bnts,btnh->bsnh", d_scores, q)
+            return (d_k, d_v), _product("bnts,bsnh->btnh", d_scores, k)
+
+        zero = jnp.zeros(k.shape, jnp.float32)
+        (d_k, d_v), d_q_part = jax.lax.scan(step, (zero, zero), query_blocks)
+        return d_q + d_q_part, (d_k, d_v)
+
+    d_q = jnp.zeros(query_blocks[0].shape, jnp.float32)
+    d_q, (d_k, d_v) = jax.lax.scan(keys, d_q, (_blocks(k, KEY_BLOCK), _blocks(v, KEY_BLOCK), _blocks(segments, KEY_BLOCK)))
+    return *(_unblocked(d).astype(q.dtype) for d in (d_q, d_k, d_v)), np.zeros(segments.shape, jax.dtypes.float0)
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _scores(q: Array, k: Array, own: Array, theirs: Array) -> Array:
+    """Scores [b, n, t, s] of one block of queries and one of keys."""
+    scores = _product("btnh,bsnh->bnts", q, k)
+    return jnp.where(own[:, None, :, None] == theirs[:, None, None, :], scores, MASKED)
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """[b, t, ...] -> [t / size, b, size, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _unblocked(x: Array) -> Array:
+    """[t / size, b, size, ...] -> [b, t, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

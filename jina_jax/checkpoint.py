@@ -1,0 +1,150 @@
+"""Native checkpoints: Orbax arrays, `config.json`, the tokenizer's files, and a manifest with the SHA-256 of every file.
+
+Orbax returns damaged arrays without an error, so a restore first compares every file with the manifest. A checkpoint is
+written beside its place and renamed into it when it is complete: a directory with a manifest is a whole checkpoint.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from orbax.checkpoint import v1 as ocp
+from transformers import PreTrainedTokenizerFast
+
+from .config import ConfigError, ModelConfig, dump_json
+from .lora import AdapterScale
+from .model import Encoder, abstract_variables, from_arrays, variables
+from .tensor_files import CheckpointError, read_json
+
+MANIFEST = "manifest.json"
+FORMAT = "jina-jax checkpoint"
+VERSION = 1
+
+_ARRAYS = "arrays"
+
+
+def is_checkpoint(directory: Path) -> bool:
+    return (directory / MANIFEST).exists()
+
+
+def save_checkpoint(directory: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Writes a checkpoint; `directory` must not exist yet, or be empty.
+
+    Raises:
+        FileExistsError: there is something already.
+    """
+    with written_whole(directory) as target:
+        arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+        ocp.save(str(target.absolute() / _ARRAYS), arrays)
+        (target / "config.json").write_text(dump_json(encoder.config.to_dict()), "utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        seal(target)
+
+
+def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None) -> Encoder:
+    """The encoder of a verified checkpoint.
+
+    Args:
+        directory: as written by `save_checkpoint`.
+        dtype: compute dtype; None = that of the stored parameters.
+        param_dtype: dtype of the parameters in memory; None = as stored.
+
+    Raises:
+        CheckpointError: a file is missing, changed or damaged; the message says which.
+    """
+    verify(directory)
+    config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    stored = ocp.metadata(str(directory.absolute() / _ARRAYS)).metadata
+    expected = abstract_variables(config)
+    wrong = sorted(expected.keys() ^ stored.keys())
+    wrong += [path for path in expected.keys() & stored.keys() if tuple(stored[path].shape) != expected[path].shape]
+    if wrong:
+        raise ConfigError(f"{directory}: config.json contradicts the arrays {wrong}")
+    targets = {
+        path: jax.ShapeDtypeStruct(
+            variable.shape,
+            stored[path].dtype if param_dtype is None or isinstance(variable, AdapterScale) else jnp.dtype(param_dtype),
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        )
+        for path, variable in expected.items()
+    }
+    arrays = ocp.load(str(directory.absolute() / _ARRAYS), targets)
+    return from_arrays(config, arrays, dtype=stored["tokens.table"].dtype if dtype is None else dtype)
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A new directory that appears under its name only when everything in it has been written; nothing is left on failure.
+
+    Raises:
+        FileExistsError: `directory` exists and is not empty.
+    """
+    check_free(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(directory: Path) -> None:
+    """FileExistsError where `directory` exists and is not empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; choose another name or remove it")
+
+
+def seal(directory: Path) -> None:
+    """Writes the manifest over the files as they are now: the last step of a save, and the way to accept an edited file."""
+    manifest = {"format": FORMAT, "version": VERSION, "files": _hashes(directory, _files(directory))}
+    partial = directory / f"{MANIFEST}.partial"
+    partial.write_text(dump_json(manifest), "utf-8")
+    partial.replace(directory / MANIFEST)
+
+
+def verify(directory: Path) -> None:
+    """CheckpointError that lists every file which is not as the manifest has it."""
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{directory / MANIFEST} is not a manifest of this library")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{directory} has checkpoint version {manifest.get('version')}; this library reads {VERSION}")
+    files = manifest["files"]
+    missing = sorted(name for name in files if not (directory / name).is_file())
+    hashes = _hashes(directory, sorted(set(files) - set(missing)))
+    changed = sorted(name for name, digest in hashes.items() if digest != files[name])
+    if missing or changed:
+        listed = "; ".join(
+            f"{what}: {names}" for what, names in (("missing", missing), ("damaged or edited", changed)) if names
+        )
+        raise CheckpointError(
+            f"{directory} is not as it was written: {listed}. If you changed it on purpose, accept it with: "
+            f"python -m convert seal {directory}"
+        )
+
+
+def _files(directory: Path) -> list[str]:
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    return sorted(path.relative_to(directory).as_posix() for path in paths)
+
+
+def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

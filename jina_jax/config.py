@@ -1,0 +1,240 @@
+"""The model's configuration, and its translation from and to the `config.json` files of published checkpoints."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+PUBLISHED_INSTRUCTIONS = {
+    "retrieval.query": "Represent the query for retrieving evidence documents: ",
+    "retrieval.passage": "Represent the document for retrieval: ",
+    "separation": "",
+    "classification": "",
+    "text-matching": "",
+}
+"""The five tasks of jina-embeddings-v3, in the order of its adapters, each with the text put before every input."""
+
+SERVING_ROPE_THETA = 20_000.0
+"""Rotary base of the released model. The paper trains at 10,000 and serves at 20,000."""
+
+PositionType = Literal["rope", "absolute"]
+Layout = Literal["original", "transformers"]
+
+_POSITION_TYPES: dict[str, PositionType] = {"rotary": "rope", "rope": "rope", "absolute": "absolute"}
+_MODEL_TYPES = ("xlm-roberta", "jina_embeddings_v3")
+
+
+class ConfigError(ValueError):
+    """A configuration that is contradictory or asks for what this library does not build; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and conventions of one encoder. Hashable, so that it can be a static part of a compiled program.
+
+    The defaults are the published jina-embeddings-v3 without its adapters.
+    """
+
+    vocab_size: int = 250_002
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_size: int = 4096
+    max_position_embeddings: int = 8194
+    type_vocab_size: int = 1
+    position_type: PositionType = "rope"
+    rope_theta: float = 20_000.0
+    """Base of the rotary angles in use now: the paper trains at 10,000 and serves at 20,000."""
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_id: int = 1
+    tasks: tuple[str, ...] = ()
+    """Names of the adapters, in the order of their index."""
+    lora_rank: int = 4
+    lora_alpha: float = 1.0
+    """Scale of a fresh adapter is lora_alpha / lora_rank; a loaded adapter brings its own."""
+    separate_qkv_adapters: bool = False
+    """Whether q, k and v have a down-projection each (PEFT) or share one (the original)."""
+    pooler: bool = False
+    """Whether the checkpoint holds the dense pooler. Embeddings never use it; it is kept so that nothing is lost."""
+    mlm_head: bool = False
+    prompts: tuple[tuple[str, str], ...] = ()
+    """(task or prompt name, text put before the input)."""
+    default_prompt: str | None = None
+    """Name of the prompt for a call that names neither task nor prompt."""
+    matryoshka_dims: tuple[int, ...] = ()
+    truncate_dim: int | None = None
+    unroll: bool = False
+    """Unroll the loop over layers: faster inference on TPU v5e, longer compilation."""
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "mlp_size", "max_position_embeddings"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if self.position_type == "rope" and self.head_dim % 2:
+            raise ConfigError(f"rotary positions need an even head dimension, not {self.head_dim}")
+        if self.tasks and self.lora_rank < 1:
+            raise ConfigError(f"lora_rank must be at least 1, not {self.lora_rank}")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks are not unique: {list(self.tasks)}")
+        if wrong := [d for d in self.matryoshka_dims if not 1 <= d <= self.hidden_size]:
+            raise ConfigError(f"matryoshka_dims {wrong} are outside 1..{self.hidden_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a text, special tokens included. Absolute positions start behind the padding id."""
+        return self.max_position_embeddings - (self.pad_id + 1 if self.position_type == "absolute" else 0)
+
+    def prompt(self, name: str) -> str | None:
+        return dict(self.prompts).get(name)
+
+    def task_index(self, task: str) -> int:
+        """Index of a task's adapter; ValueError listing the valid names."""
+        if task not in self.tasks:
+            raise ValueError(f"unknown task {task!r}; this model has {list(self.tasks) or 'no adapters'}")
+        return self.tasks.index(task)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """Inverse of `to_dict`, also after a trip through JSON."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        values = dict(fields)
+        for name in ("tasks", "matryoshka_dims"):
+            values[name] = tuple(values.get(name, ()))
+        values["prompts"] = tuple((name, text) for name, text in values.get("prompts", ()))
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"a configuration field has the wrong type: {error}") from error
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a published `config.json`: jina-embeddings-v3 (original or transformers-native), XLM-R or E5.
+
+    Pooler, MLM head, rank and the kind of q, k, v adapters are set from the tensors by the reader, not from here.
+    """
+    model_type = hf.get("model_type")
+    if model_type is not None and model_type not in _MODEL_TYPES:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {list(_MODEL_TYPES)}")
+    if hf.get("hidden_act", "gelu") != "gelu":
+        raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; supported is 'gelu' (exact)")
+    if hf.get("emb_pooler") not in (None, "mean"):
+        raise ConfigError(f"emb_pooler {hf['emb_pooler']!r} is not supported; supported are null and 'mean'")
+    native = model_type == "jina_embeddings_v3"
+    position = hf.get("position_embedding_type", "rotary" if native else "absolute")
+    if position not in _POSITION_TYPES:
+        raise ConfigError(f"position_embedding_type {position!r} is not supported; use one of {sorted(_POSITION_TYPES)}")
+    tasks = tuple(hf.get("lora_adaptations") or ())
+    instructions = hf.get("task_instructions") or {}
+    if missing := [task for task in tasks if instructions and task not in instructions]:
+        raise ConfigError(f"task_instructions has no entry for {missing} of lora_adaptations")
+    try:
+        return ModelConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=hf["num_attention_heads"],
+            mlp_size=hf["intermediate_size"],
+            max_position_embeddings=hf["max_position_embeddings"],
+            type_vocab_size=hf.get("type_vocab_size", 1),
+            position_type=_POSITION_TYPES[position],
+            rope_theta=_rope_theta(hf, default=20_000.0 if native else 10_000.0),
+            layer_norm_eps=hf.get("layer_norm_eps", 1e-5),
+            initializer_range=hf.get("initializer_range", 0.02),
+            pad_id=_or(hf.get("pad_token_id"), 1),
+            tasks=tasks,
+            lora_rank=hf.get("lora_rank", 4),
+            lora_alpha=float(hf.get("lora_alpha", 1)),
+            prompts=tuple(instructions.items()),
+            matryoshka_dims=tuple(hf.get("matryoshka_dimensions") or ()),
+            truncate_dim=hf.get("truncate_dim"),
+        )
+    except KeyError as error:
+        raise ConfigError(f"config.json has no field {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"a field of config.json has the wrong type: {error}") from error
+
+
+def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a checkpoint in a PyTorch layout; `dtype` as torch names it ("float32", "bfloat16")."""
+    rope = config.position_type == "rope"
+    if layout == "original" and not rope:
+        raise ConfigError("the original layout has rotary positions; write a model with absolute ones as 'transformers'")
+    hf: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "initializer_range": config.initializer_range,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "bos_token_id": 0,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": 2,
+        "torch_dtype": dtype,
+        "matryoshka_dimensions": list(config.matryoshka_dims),
+        "truncate_dim": config.truncate_dim,
+    }
+    if config.prompts:
+        hf["task_instructions"] = {name: text for name, text in config.prompts if name in config.tasks or not config.tasks}
+    if not rope:
+        return hf | {"model_type": "xlm-roberta", "architectures": [_architecture("XLMRoberta", config)]}
+    hf["position_embedding_type"] = "rotary"
+    if layout == "transformers":
+        return hf | {
+            "model_type": "jina_embeddings_v3",
+            "architectures": [_architecture("JinaEmbeddingsV3", config)],
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "tie_word_embeddings": True,
+        }
+    hf |= {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "rotary_emb_base": config.rope_theta}
+    if config.tasks:
+        hf |= {
+            "architectures": ["XLMRobertaLoRA"],
+            "lora_adaptations": list(config.tasks),
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout_p": 0.0,
+            "lora_main_params_trainable": False,
+            "load_trained_adapters": True,
+            "task_instructions": {task: config.prompt(task) or "" for task in config.tasks},
+        }
+    return hf
+
+
+def dump_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def _rope_theta(hf: Mapping[str, Any], default: float) -> float:
+    parameters = hf.get("rope_parameters") or {}
+    if parameters.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_parameters.rope_type {parameters['rope_type']!r} is not supported; use 'default'")
+    for value in (parameters.get("rope_theta"), hf.get("rope_theta"), hf.get("rotary_emb_base")):
+        if value is not None:
+            return float(value)
+    return default
+
+
+def _architecture(family: str, config: ModelConfig) -> str:
+    return family + ("ForMaskedLM" if config.mlm_head else "Model")
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -1,0 +1,345 @@
+"""The Embedder: texts to vectors, with the names and meanings of sentence-transformers."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+from transformers import PreTrainedTokenizerFast
+
+from . import packing
+from .adapters import fold_adapter
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import ModelConfig
+from .model import Encoder, pool
+from .quantize import PRECISIONS, Precision, quantize
+from .sources import find_model, model_kind
+from .tokenizer import load_tokenizer, max_tokens, tokenize
+from .torch_checkpoint import read_torch_checkpoint
+
+logger = logging.getLogger(__name__)
+
+SLOTS_PER_TEXT = 256
+"""Token slots that one text of `batch_size` stands for."""
+
+WORTH_FOLDING = 4096
+"""Tokens of one task, in a call of several tasks, from which on its adapter is folded into the kernels."""
+
+OutputValue = Literal["sentence_embedding", "token_embeddings"]
+
+
+class Inputs(NamedTuple):
+    """What a call to `encode` comes down to."""
+
+    token_ids: list[list[int]]
+    tasks: np.ndarray
+    """Adapter of each text [n], -1 = none."""
+
+
+class Embedder:
+    """A model and its tokenizer.
+
+    Attributes:
+        config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
+        max_length: most tokens of a text, special tokens included.
+    """
+
+    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+        if encoder.config.tasks != config.tasks or encoder.config.hidden_size != config.hidden_size:
+            raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
+        self.encoder = encoder
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_length = max_tokens(tokenizer, config)
+        self._folded: tuple[str, Encoder] | None = None
+
+    @classmethod
+    def load(cls, source: str | Path, *, dtype: DTypeLike | None = None, revision: str | None = None) -> "Embedder":
+        """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any supported layout.
+
+        Args:
+            source: a native checkpoint, or jina-embeddings-v3 (original, transformers with PEFT adapters), XLM-RoBERTa or
+                multilingual-E5.
+            dtype: of parameters and computation; None = float32 on CPU, and on accelerators that of the file.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            FileNotFoundError: the source or one of its files does not exist.
+            ValueError: the checkpoint is damaged, ambiguous or not supported; the message says what and where.
+        """
+        directory = find_model(source, revision)
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = jnp.float32
+        read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
+        encoder = read(directory, dtype=dtype, param_dtype=dtype)
+        return cls(encoder, encoder.config, load_tokenizer(directory, encoder.config))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a native checkpoint into a new directory."""
+        save_checkpoint(Path(directory), self.encoder, self.tokenizer)
+
+    def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the task retrieval.query, else with the prompt named query, else plain."""
+        return self.encode(sentences, **self._retrieval_options("retrieval.query", ("query",), options))
+
+    def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the task retrieval.passage, else with the prompt named document or passage, else plain."""
+        prompts = ("document", "passage", "corpus")
+        return self.encode(sentences, **self._retrieval_options("retrieval.passage", prompts, options))
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        task: str | Sequence[str | None] | None = None,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_size: int = 32,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = True,
+        precision: Precision = "float32",
+        max_length: int | None = None,
+        output_value: OutputValue = "sentence_embedding",
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+    ) -> Any:
+        """Embeds texts.
+
+        Args:
+            sentences: a text, or several.
+            task: the adapter, one for all texts or one for each; None = the base model. A task puts its instruction before
+                the text.
+            prompt: text put before every input, in place of the task's instruction.
+            prompt_name: the same by its name in `config.prompts`.
+            batch_size: bounds memory: the token slots computed at once are at most 256 times this, or one row.
+            truncate_dim: leading dimensions to keep; where the model lists its Matryoshka dimensions, one of them.
+            normalize_embeddings: scale to length 1, after truncation.
+            precision: float32, int8, uint8, binary or ubinary, as in sentence-transformers.
+            max_length: most tokens of a text, special tokens included; longer texts are cut, with a warning.
+            output_value: "sentence_embedding", or "token_embeddings" for the token states of each text.
+            show_progress_bar: None = where the logger of this module shows INFO.
+            convert_to_numpy: False gives a list of vectors in place of a matrix.
+            convert_to_tensor, device: not supported, see the error.
+
+        Returns:
+            For one text a vector [dim], for several a matrix [n, dim] in the order given; for token embeddings [tokens, d],
+            one array or a list.
+
+        Raises:
+            ValueError: an argument is not valid; the message lists what is.
+        """
+        if convert_to_tensor:
+            raise ValueError("convert_to_tensor gives PyTorch tensors; use torch.from_numpy(model.encode(...))")
+        if device is not None:
+            raise ValueError("device is JAX's to choose: set JAX_PLATFORMS, or use jax.default_device(...) around the call")
+        texts = _texts(sentences)
+        dim = self._dim(truncate_dim)
+        _one_of("precision", precision, PRECISIONS)
+        _one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
+        if output_value == "token_embeddings" and precision != "float32":
+            raise ValueError("token_embeddings come in float32 only")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        inputs = self._inputs(texts, task, prompt, prompt_name, self._limit(max_length))
+        progress = _progress_bar(len(texts), show_progress_bar)
+
+        if output_value == "token_embeddings":
+            states = self._token_states(inputs, batch_size, progress)
+            return states[0] if isinstance(sentences, str) else states
+        embeddings = self._sentence_embeddings(inputs, batch_size, progress)[:, :dim]
+        if normalize_embeddings:
+            embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+        embeddings = quantize(embeddings, precision)
+        if isinstance(sentences, str):
+            return embeddings[0]
+        return embeddings if convert_to_numpy else list(embeddings)
+
+    def similarity(
+        self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
+    ) -> Float[np.ndarray, "n m"]:
+        """Cosine similarities between every row of one and every row of the other; a vector counts as one row."""
+        return _unit(embeddings1) @ _unit(embeddings2).T
+
+    def _retrieval_options(self, task: str, prompt_names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+        if "task" in options or task in self.config.tasks:
+            return {"task": task} | options
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            for name in prompt_names:
+                if self.config.prompt(name) is not None:
+                    return options | {"prompt_name": name}
+        return options
+
+    def _dim(self, truncate_dim: int | None) -> int:
+        d, dims = self.config.hidden_size, self.config.matryoshka_dims
+        dim = self.config.truncate_dim if truncate_dim is None else truncate_dim
+        if dim is None:
+            return d
+        if dims and dim not in dims:
+            raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
+        if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= d:
+            raise ValueError(f"truncate_dim must be a whole number in 1..{d}, not {dim!r}")
+        return int(dim)
+
+    def _limit(self, max_length: int | None) -> int:
+        if max_length is None:
+            return self.max_length
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or not 2 <= max_length <= self.max_length:
+            raise ValueError(f"max_length must be a whole number in 2..{self.max_length}, not {max_length!r}")
+        return max_length
+
+    def _inputs(
+        self, texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any, limit: int
+    ) -> Inputs:
+        tasks = [task] * len(texts) if task is None or isinstance(task, str) else list(task)
+        if len(tasks) != len(texts):
+            raise ValueError(f"there are {len(tasks)} tasks for {len(texts)} texts")
+        indices = {name: -1 if name is None else self.config.task_index(name) for name in set(tasks)}
+        prefixes = {name: self._prefix(name, prompt, prompt_name) for name in indices}
+        token_ids = tokenize(self.tokenizer, [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)], limit)
+        return Inputs(token_ids, np.array([indices[name] for name in tasks], np.int32))
+
+    def _prefix(self, task: str | None, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt must be a string, not {type(prompt).__name__}")
+            return prompt
+        name = prompt_name or task or self.config.default_prompt
+        if name is None:
+            return ""
+        text = self.config.prompt(name)
+        if text is None and name == prompt_name:
+            known = [known for known, _ in self.config.prompts]
+            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {known or 'no prompts'}")
+        return text or ""
+
+    def _sentence_embeddings(self, inputs: Inputs, batch_size: int, progress: Any) -> Float[np.ndarray, "n d"]:
+        out = np.zeros((len(inputs.token_ids), self.config.hidden_size), np.float32)
+        with progress:
+            for rows, pooled in _one_ahead(self._computed(embed_rows, inputs, batch_size)):
+                packing.scatter(np.asarray(pooled), rows, out)
+                progress.update(int((rows.texts >= 0).sum()))
+        return out
+
+    def _token_states(self, inputs: Inputs, batch_size: int, progress: Any) -> list[Float[np.ndarray, "t d"]]:
+        out: list[np.ndarray] = [np.zeros((0, 0))] * len(inputs.token_ids)
+        with progress:
+            for rows, states in _one_ahead(self._computed(encode_rows, inputs, batch_size)):
+                for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
+                    own = rows.segments[row] == slot + 1
+                    out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
+                progress.update(int((rows.texts >= 0).sum()))
+        return out
+
+    def _computed(self, compute: Any, inputs: Inputs, batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
+        """Every batch of the call with its result, which may still be under way."""
+        budget = batch_size * SLOTS_PER_TEXT
+        for encoder, members, mixed in self._groups(inputs):
+            token_ids = [inputs.token_ids[i] for i in members]
+            for batch in packing.plan([len(ids) for ids in token_ids], budget):
+                rows = packing.lay_out(token_ids, batch, self.config.pad_id)
+                rows = rows._replace(texts=np.where(rows.texts < 0, -1, members[rows.texts]))
+                if mixed:
+                    tasks = np.where(rows.texts < 0, -1, inputs.tasks[rows.texts])
+                else:
+                    tasks = None if encoder is self.encoder else np.int32(0)
+                yield rows, compute(encoder, rows.tokens, rows.segments, rows.positions, tasks)
+
+    def _groups(self, inputs: Inputs) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
+        """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
+        lengths = np.array([len(ids) for ids in inputs.token_ids])
+        names = np.unique(inputs.tasks)
+        mixed = []
+        for index in names:
+            members = np.flatnonzero(inputs.tasks == index)
+            if len(names) > 1 and lengths[members].sum() < WORTH_FOLDING:
+                mixed.append(members)
+            else:
+                yield self._encoder_of(index), members, False
+        if mixed:
+            members = np.sort(np.concatenate(mixed))
+            base_alone = (inputs.tasks[members] < 0).all()
+            yield self.encoder, members, not base_alone
+
+    def _encoder_of(self, index: int) -> Encoder:
+        """The base, or the encoder with one task folded in; the last one is kept."""
+        if index < 0:
+            return self.encoder
+        task = self.config.tasks[index]
+        if self._folded is None or self._folded[0] != task:
+            self._folded = None  # freed before the next is made
+            self._folded = task, fold_adapter(self.encoder, task)
+        return self._folded[1]
+
+
+@jax.jit
+def encode_rows(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+) -> Float[Array, "b t d"]:
+    """Token states of packed rows, compiled once for each shape."""
+    return encoder(tokens, segments, positions, tasks)
+
+
+@jax.jit
+def embed_rows(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+) -> Float[Array, "b g d"]:
+    """Mean of each text of packed rows, before normalisation, compiled once for each shape."""
+    states = encoder(tokens, segments, positions, tasks)
+    return pool(states, segments, packing.max_texts(tokens.shape[1]))
+
+
+def _texts(sentences: Any) -> list[str]:
+    if isinstance(sentences, str):
+        return [sentences]
+    if isinstance(sentences, bytes | dict) or not isinstance(sentences, Iterable):
+        raise ValueError(f"sentences must be a string or a sequence of strings, not {type(sentences).__name__}")
+    texts = list(sentences)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {index} is no string but {type(text).__name__}")
+    return [str(text) for text in texts]  # numpy strings are strings, but not to the tokenizer
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; use one of {list(valid)}")
+
+
+def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[packing.Rows, Array]]:
+    """Starts each batch before the one before it is read, so that the device never waits for the host."""
+    waiting = None
+    for result in results:
+        if waiting is not None:
+            yield waiting
+        waiting = result
+    if waiting is not None:
+        yield waiting
+
+
+def _unit(embeddings: Any) -> np.ndarray:
+    rows = np.atleast_2d(np.asarray(embeddings, np.float32))
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def _progress_bar(total: int, show: bool | None) -> Any:
+    from tqdm.auto import tqdm
+
+    if show is None:
+        show = logger.isEnabledFor(logging.INFO)
+    return tqdm(total=total, unit="text", desc="Embedding", disable=not show)

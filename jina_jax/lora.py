@@ -1,0 +1,190 @@
+"""Dense and embedding layers that carry low-rank adapters for several tasks.
+
+Adapters are parameters of the layer, stacked over tasks. The letters of the shapes are those of `model.py`; here `i` and `o`
+are a layer's inputs and outputs, and `c` the parts of the fused projection that have a down-projection of their own: 1 where
+q, k and v share it (the original model), 3 where each has one (PEFT). Section 2.2 of the jina-embeddings-v3 paper.
+
+A layer takes its `task` in one of three forms:
+  * None: the base model;
+  * one index for the whole batch, [], -1 = none: the adapter is folded into the kernel, in float32, and the product is the
+    base model's;
+  * an index for each token, [b, t], -1 = none: one product over `[x, z]`, where z = x @ a holds the down-projections of all
+    adapters with the foreign ones masked. Which tasks meet in a batch changes no shape, so nothing is recompiled.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from .config import ModelConfig
+
+Task = Int[Array, ""] | Int[Array, "b t"] | None
+
+
+class AdapterParam(nnx.Variable[Array]):
+    """A trained adapter array. Not an `nnx.Param`: base and adapters are told apart by type. `task_axis` is in its metadata."""
+
+
+class AdapterScale(nnx.Variable[Array]):
+    """Scale of each task's update, alpha / rank. Not trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """Number of tasks, rank and scale of fresh adapters, and whether q, k and v have separate down-projections."""
+
+    tasks: int
+    rank: int
+    alpha: float
+    separate_qkv: bool = False
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "AdapterSpec | None":
+        if not config.tasks:
+            return None
+        return cls(len(config.tasks), config.lora_rank, config.lora_alpha, config.separate_qkv_adapters)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """float32 means float32: the default is a bfloat16 pass on TPU and TF32 on recent GPUs."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def contract(x: Array, kernel: Array) -> Array:
+    """x [..., i] times kernel [i, ...], with float32 accumulation and a float32 result."""
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, dims, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+class AdaptedDense(nnx.Module):
+    """A dense layer with adapters: y = x @ (kernel + scale_k a_k b_k) + bias.
+
+    kernel [i, o], bias [o], a [i, k, r], b [k, r, o], scale [k]. With `features` (3, o) it is the fused projection of q, k
+    and v: kernel [i, 3, o], bias [3, o], a [i, c, k, r], b [k, r, 3, o], scale [c, k]. Without adapters the last three
+    are None.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        features: tuple[int, ...],
+        adapters: AdapterSpec | None,
+        *,
+        stddev: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, *features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.a: AdapterParam | None = nnx.data(None)
+        self.b: AdapterParam | None = nnx.data(None)
+        self.scale: AdapterScale | None = nnx.data(None)
+        if adapters is None:
+            return
+        k, r = adapters.tasks, adapters.rank
+        c = () if len(features) == 1 else (3,) if adapters.separate_qkv else (1,)
+        bound = 1 / math.sqrt(inputs)  # Kaiming uniform with a = sqrt 5, as the original
+        a = jax.random.uniform(rngs.params(), (inputs, *c, k, r), param_dtype, -bound, bound)
+        self.a = AdapterParam(a, task_axis=-2)
+        self.b = AdapterParam(jnp.zeros((k, r, *features), param_dtype), task_axis=-2 - len(features))
+        self.scale = AdapterScale(jnp.full((*c, k), adapters.alpha / r, jnp.float32), task_axis=-1)
+
+    def __call__(self, x: Float[Array, "b t i"], task: Task = None) -> Float[Array, "b t *o"]:
+        kernel = self.kernel[...]
+        if self.a is not None and task is not None:
+            if task.ndim == 0:
+                kernel = self.folded_kernel(task)
+            else:
+                x, kernel = self._extended(x, task)
+        bias = self.bias[...].astype(jnp.float32)
+        return (contract(x, kernel.astype(self.dtype)) + bias[None, None]).astype(self.dtype)
+
+    def folded_kernel(self, task: Int[Array, ""]) -> Array:
+        """kernel + scale a b of one task, computed in float32, in the kernel's own dtype. Without adapters: the kernel."""
+        kernel = self.kernel[...]
+        if self.a is None:
+            return kernel
+        a, b, scale = self._by_part()
+        scale = jnp.where(task < 0, 0, jnp.take(scale, jnp.maximum(task, 0), axis=1))
+        a, b = (jnp.take(array, jnp.maximum(task, 0), axis).astype(jnp.float32) for array, axis in ((a, 2), (b, 0)))
+        a = jnp.broadcast_to(a * scale[None, :, None], (a.shape[0], b.shape[1], a.shape[2]))
+        update = jnp.einsum("icr,rco->ico", a, b, precision=jax.lax.Precision.HIGHEST)
+        return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
+
+    def _extended(self, x: Array, task: Int[Array, "b t"]) -> tuple[Array, Array]:
+        """[x, z] and [kernel; b]: the adapters of all tasks as further rows of one contraction."""
+        a, b, scale = self._by_part()
+        i, c, k, r = a.shape
+        n, o = b.shape[2:]
+        z = contract(x, a.astype(self.dtype))  # [b, t, c, k, r]
+        gate = jnp.where(task[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)  # [b, t, c, k]
+        z = (z * gate[..., None]).astype(self.dtype).reshape(*x.shape[:2], c * k * r)
+        if c == 1:
+            rows = b.reshape(k * r, n, o)
+        else:  # each part's z reaches that part's output alone: a block-diagonal b
+            own = jnp.eye(n, dtype=b.dtype)[:, None, None, :, None]
+            rows = (own * b[None]).reshape(c * k * r, n, o)
+        kernel = self.kernel[...].astype(self.dtype)
+        rows = rows.astype(self.dtype).reshape(-1, *kernel.shape[1:])
+        return jnp.concatenate([x, z], -1), jnp.concatenate([kernel, rows])
+
+    def _by_part(self) -> tuple[Array, Array, Array]:
+        """a [i, c, k, r], b [k, r, n, o], scale [c, k] for both kinds of layer; a plain one has one part, c = n = 1."""
+        assert self.a is not None and self.b is not None and self.scale is not None
+        a, b, scale = self.a[...], self.b[...], self.scale[...]
+        k, r = a.shape[-2:]
+        return a.reshape(a.shape[0], -1, k, r), b.reshape(k, r, -1, b.shape[-1]), scale.reshape(-1, k)
+
+
+class AdaptedEmbed(nnx.Module):
+    """An embedding table with adapters: table[token] + scale_k a[token, k] b_k.
+
+    table [v, d], a [v, k, r], b [k, r, d], scale [k]. The update is a gather of a few numbers for each token; the [v, d] update
+    of the table is never built. A fresh adapter has a = 0, the other way round than in a dense layer.
+    """
+
+    def __init__(
+        self,
+        entries: int,
+        features: int,
+        adapters: AdapterSpec | None,
+        *,
+        stddev: float,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.table = nnx.Param(stddev * jax.random.normal(rngs.params(), (entries, features), param_dtype))
+        self.a: AdapterParam | None = nnx.data(None)
+        self.b: AdapterParam | None = nnx.data(None)
+        self.scale: AdapterScale | None = nnx.data(None)
+        if adapters is None:
+            return
+        k, r = adapters.tasks, adapters.rank
+        self.a = AdapterParam(jnp.zeros((entries, k, r), param_dtype), task_axis=-2)
+        self.b = AdapterParam(jax.random.normal(rngs.params(), (k, r, features), param_dtype), task_axis=-3)
+        self.scale = AdapterScale(jnp.full(k, adapters.alpha / r, jnp.float32), task_axis=-1)
+
+    def __call__(self, token: Int[Array, "b t"], task: Task = None) -> Float[Array, "b t d"]:
+        """Embeddings in float32."""
+        rows = jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
+        if task is None or self.a is None or self.b is None or self.scale is None:
+            return rows
+        a, b, scale = self.a[...], self.b[...].astype(jnp.float32), self.scale[...]
+        if task.ndim == 0:
+            scale = jnp.where(task < 0, 0, jnp.take(scale, jnp.maximum(task, 0)))
+            a, b = jnp.take(a, jnp.maximum(task, 0), axis=1), jnp.take(b, jnp.maximum(task, 0), axis=0)
+            z = jnp.take(a, token, axis=0).astype(jnp.float32) * scale
+        else:
+            k, r, d = b.shape
+            gate = jnp.where(task[..., None] == jnp.arange(k)[None, None], scale[None, None], 0)
+            z = (jnp.take(a, token, axis=0).astype(jnp.float32) * gate[..., None]).reshape(*token.shape, k * r)
+            b = b.reshape(k * r, d)
+        return rows + contract(z, b)

@@ -1,0 +1,223 @@
+"""The encoder: XLM-RoBERTa with rotary (or absolute) positions and task adapters, read from top to bottom.
+
+Letters of all shapes, in docstrings and einsum strings:
+
+    b rows   t tokens of a row   d model   n heads   h head dim   f mlp   k tasks (adapters)   r LoRA rank
+    g texts of a row   v vocabulary   l layers
+
+A row holds several texts (`packing.py`). The code is local: it knows no mesh. How it is spread over devices is decided outside.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from .attention import RotaryTables, attention, rotary_tables
+from .config import ModelConfig
+from .lora import AdaptedDense, AdaptedEmbed, AdapterSpec, Task, contract
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU in float32. Written with erf: `jax.nn.gelu(approximate=False)` goes through erfc, far slower on TPU."""
+    x = x.astype(jnp.float32)
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis, with float32 statistics from one pass over x: E[x^2] - E[x]^2, clamped at 0."""
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Result in float32."""
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
+        broadcast = (1,) * (x.ndim - 1) + (-1,)
+        scale = self.scale[...].astype(jnp.float32).reshape(broadcast)
+        bias = self.bias[...].astype(jnp.float32).reshape(broadcast)
+        return (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+
+
+class Layer(nnx.Module):
+    """One post-norm transformer layer. In the encoder every parameter has a leading layer axis [l]."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.mlp_size
+        self.num_heads = config.num_heads
+
+        def dense(inputs: int, *features: int) -> AdaptedDense:
+            adapters, stddev = AdapterSpec.of(config), config.initializer_range
+            return AdaptedDense(inputs, features, adapters, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.qkv = dense(d, 3, d)
+        self.out = dense(d, d)
+        self.attention_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+        self.up = dense(d, f)
+        self.down = dense(f, d)
+        self.mlp_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, task: Task
+    ) -> Float[Array, "b t d"]:
+        qkv = jnp.moveaxis(self.qkv(x, task), 2, 0)
+        attended = attention(qkv, segments, tables, num_heads=self.num_heads)
+        x = self.attention_norm(x + self.out(attended, task)).astype(x.dtype)
+        # The barrier keeps TPU v6e from fusing both products and the GELU into one slow loop.
+        hidden = jax.lax.optimization_barrier(gelu(self.up(x, task)).astype(x.dtype))
+        return self.mlp_norm(x + self.down(hidden, task)).astype(x.dtype)
+
+
+class MLMHead(nnx.Module):
+    """Masked-language head: dense, GELU, LayerNorm, then the transposed embedding table and a bias."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.dense = AdaptedDense(
+            d, (d,), None, stddev=config.initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
+
+    def __call__(self, states: Float[Array, "b t d"], table: Float[Array, "v d"]) -> Float[Array, "b t v"]:
+        """Logits of every position in float32. `losses.masked_lm` computes those of masked positions alone."""
+        logits = contract(self.transform(states), table.astype(states.dtype).T)
+        return logits + self.bias[...].astype(jnp.float32)[None, None]
+
+    def transform(self, states: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.norm(gelu(self.dense(states))).astype(states.dtype)
+
+
+class Encoder(nnx.Module):
+    """Packed rows of tokens to token states.
+
+    Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary angles and pooling are in
+    float32 whatever the dtype. A model without tasks has no adapter parameters at all.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        d, stddev, adapters = config.hidden_size, config.initializer_range, AdapterSpec.of(config)
+
+        def embed(entries: int, adapters: AdapterSpec | None) -> AdaptedEmbed:
+            return AdaptedEmbed(entries, d, adapters, stddev=stddev, param_dtype=param_dtype, rngs=rngs)
+
+        self.tokens = embed(config.vocab_size, adapters)
+        self.token_types = embed(config.type_vocab_size, adapters)
+        absolute = config.position_type == "absolute"
+        self.positions = nnx.data(embed(config.max_position_embeddings, None) if absolute else None)
+        self.embed_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+
+        def layer(key: Array) -> Layer:
+            return Layer(config, dtype=self.dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key))
+
+        self.layers = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_layers))
+        pooler = config.pooler and AdaptedDense(
+            d, (d,), adapters, stddev=stddev, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.pooler = nnx.data(pooler or None)
+        head = config.mlm_head and MLMHead(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlm_head = nnx.data(head or None)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
+        *,
+        gather: Callable[[Layer], Layer] = lambda layer: layer,
+    ) -> Float[Array, "b t d"]:
+        """Token states in the compute dtype; those of padding mean nothing.
+
+        Args:
+            tokens, segments, positions: packed rows, see `packing.Rows`.
+            tasks: adapter of each text of a row [b, g], -1 = the base model; or one index [] for the whole batch, which costs
+                next to nothing where [b, g] costs a quarter; or None for the base model.
+            gather: makes a layer's parameters whole before they are used, inside the loop over layers. For parameters that
+                are spread over devices.
+        """
+        task = tasks if tasks is None or tasks.ndim == 0 else task_of_tokens(tasks, segments)
+        x, tables = self.embed(tokens, positions, task), self.rotary_tables(positions)
+
+        def step(x: Array, layer: Layer) -> tuple[Array, None]:
+            return gather(layer)(x, segments, tables, task), None
+
+        return jax.lax.scan(step, x, self.layers, unroll=self.config.unroll or 1)[0]
+
+    def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:
+        """Input of the first layer."""
+        x = self.tokens(tokens, task) + self.token_types(jnp.zeros_like(tokens), task)
+        if self.positions is not None:
+            # XLM-RoBERTa counts positions from behind the padding id.
+            x += self.positions(positions + self.config.pad_id + 1)
+        return self.embed_norm(x).astype(self.dtype)
+
+    def rotary_tables(self, positions: Int[Array, "b t"]) -> RotaryTables | None:
+        if self.config.position_type == "absolute":
+            return None
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+
+def task_of_tokens(tasks: Int[Array, "b g"], segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Adapter of each token; padding has none."""
+    padded = jnp.pad(tasks, ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.take_along_axis(padded, segments, axis=1)
+
+
+def pool(states: Float[Array, "b t d"], segments: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
+    """Mean of each text's token states in float32, [b, g, d] with g = `texts`; zeros where a row has no such text."""
+    member = segments[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
+    total = jnp.einsum(
+        "bgt,btd->bgd",
+        member.astype(jnp.float32),
+        states.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return total / jnp.maximum(member.sum(-1, keepdims=True), 1).astype(jnp.float32)
+
+
+def abstract_variables(config: ModelConfig) -> dict[str, nnx.Variable]:
+    """Every variable of a model by its path ("layers.qkv.kernel"), with shapes and without arrays."""
+    return _by_path(nnx.state(_abstract(config, jnp.float32)))
+
+
+def variables(encoder: Encoder) -> dict[str, nnx.Variable]:
+    """Every variable of an encoder by its path."""
+    return _by_path(nnx.state(encoder))
+
+
+def from_arrays(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTypeLike) -> Encoder:
+    """An encoder made of given arrays by path; `dtype` is that of the computation."""
+    graphdef, state = nnx.split(_abstract(config, dtype))
+    for path, variable in _by_path(state).items():
+        if variable.shape != arrays[path].shape:
+            raise ValueError(f"{path} is {arrays[path].shape}, should be {variable.shape}")
+        variable.set_value(arrays[path])
+    return nnx.merge(graphdef, state)
+
+
+def _abstract(config: ModelConfig, dtype: DTypeLike) -> Encoder:
+    return nnx.eval_shape(lambda: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _by_path(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}

@@ -1,0 +1,151 @@
+"""Texts to packed rows and back.
+
+A row of `t` token slots holds several texts; `segments` says which text of its row a token belongs to. Rows come in a few
+fixed shapes, so that whatever the lengths of the texts, only a few programs are ever compiled.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+ROW_LENGTHS = (512, 1024, 2048, 4096, 8320)
+"""Lengths of full-size rows. The last one holds the longest text of the model, 8,194 tokens, in whole lanes of 128."""
+
+SMALL_ROW_LENGTHS = (32, 128)
+"""Lengths of a lone row for a call so small that it fits into one."""
+
+TOKENS_PER_TEXT = 16
+"""A row of t slots holds at most t / 16 texts, which bounds the arrays per text."""
+
+
+class Rows(NamedTuple):
+    """One batch of packed rows: the inputs of the encoder, and where each text went."""
+
+    tokens: Int[np.ndarray, "b t"]
+    segments: Int[np.ndarray, "b t"]
+    """0 = padding, 1..g = which text of the row a token belongs to."""
+    positions: Int[np.ndarray, "b t"]
+    """Counted from 0 inside each text."""
+    texts: Int[np.ndarray, "b g"]
+    """Index of the text in the list that was packed, -1 = none."""
+
+
+class Batch(NamedTuple):
+    """A plan for one batch: the texts of each row, and the shape (rows, slots) they will be laid out in."""
+
+    rows: list[list[int]]
+    shape: tuple[int, int]
+
+
+def max_texts(row_length: int) -> int:
+    return row_length // TOKENS_PER_TEXT
+
+
+def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
+    """Packs texts, longest first, each into the fullest row that still takes it.
+
+    Args:
+        lengths: tokens of each text, 1..capacity.
+        capacity: token slots of a row.
+        most: texts a row may hold.
+
+    Returns:
+        The indices of the texts of each row; every text is in exactly one row.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free slots
+    occupied = 0  # bit f is set while a row with f free slots is open: the best fit is one shift away
+    for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[text]
+        if not 1 <= length <= capacity:
+            raise ValueError(f"text {text} has {length} tokens; a row takes 1 to {capacity}")
+        fitting = occupied >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                occupied &= ~(1 << free)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(text)
+        free -= length
+        if free and len(rows[row]) < most:
+            open_rows[free].append(row)
+            occupied |= 1 << free
+    return rows
+
+
+def plan(lengths: Sequence[int], budget: int) -> list[Batch]:
+    """Splits texts into batches of packed rows whose shapes come from a short fixed list.
+
+    Args:
+        lengths: tokens of each text, at most the last of ROW_LENGTHS.
+        budget: most token slots of a batch; a text longer than that gets a row of its own all the same.
+
+    Returns:
+        Batches that hold every text once. A call that fits into one small row gets just that.
+    """
+    if not lengths:
+        return []
+    for length in SMALL_ROW_LENGTHS:
+        if sum(lengths) <= length and len(lengths) <= max_texts(length):
+            return [Batch([list(range(len(lengths)))], (1, length))]
+    batches = []
+    shortest = 0
+    for length in ROW_LENGTHS:
+        members = [i for i, n in enumerate(lengths) if shortest < n <= length]
+        shortest = length
+        packed = best_fit([lengths[i] for i in members], length, max_texts(length))
+        rows = [[members[i] for i in row] for row in packed]
+        batches += [Batch(rows[i : i + b], (b, length)) for i, b in _cut(len(rows), max(1, budget // length))]
+    if longest := [n for n in lengths if n > shortest]:
+        raise ValueError(f"a text has {max(longest)} tokens; the longest row holds {shortest}")
+    return batches
+
+
+def lay_out(token_ids: Sequence[Sequence[int]], batch: Batch, pad_id: int) -> Rows:
+    """Writes the tokens of a planned batch into arrays; slots without a text stay padding."""
+    b, t = batch.shape
+    rows = Rows(
+        tokens=np.full((b, t), pad_id, np.int32),
+        segments=np.zeros((b, t), np.int32),
+        positions=np.zeros((b, t), np.int32),
+        texts=np.full((b, max_texts(t)), -1, np.int32),
+    )
+    for row, texts in enumerate(batch.rows):
+        start = 0
+        for slot, text in enumerate(texts):
+            end = start + len(token_ids[text])
+            rows.tokens[row, start:end] = token_ids[text]
+            rows.segments[row, start:end] = slot + 1
+            rows.positions[row, start:end] = np.arange(end - start)
+            rows.texts[row, slot] = text
+            start = end
+    return rows
+
+
+def scatter(pooled: np.ndarray, rows: Rows, out: np.ndarray) -> None:
+    """Puts the pooled vectors [b, g, d] of a batch at their texts' places in `out` [texts, d]."""
+    held = rows.texts >= 0
+    out[rows.texts[held]] = pooled[held]
+
+
+def _cut(count: int, largest: int) -> list[tuple[int, int]]:
+    """Cuts `count` rows into (start, size) batches of 1, 4, 16, ... up to `largest` rows, the last at most a quarter empty."""
+    sizes = [1]
+    while sizes[-1] * 4 <= largest:
+        sizes.append(sizes[-1] * 4)
+    if sizes[-1] < largest:
+        sizes.append(largest)
+    cuts, start = [], 0
+    while start < count:
+        left = count - start
+        padded = min((size for size in sizes if size >= left), default=sizes[-1])
+        full = max(size for size in sizes if size <= left)
+        size = padded if left >= 0.75 * padded else full
+        cuts.append((start, size))
+        start += size
+    return cuts

@@ -1,0 +1,155 @@
+"""Named tensors in the files of a PyTorch checkpoint, opened without reading them."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+INDEX_SUFFIX = ".index.json"
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+FLOATS = (_DTYPES["F32"], _DTYPES["BF16"], _DTYPES["F16"])
+"""Dtypes that parameters may have."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete, ambiguous or of an unknown kind; the message says which and where."""
+
+
+class LazyTensor(NamedTuple):
+    """A tensor in a file: what is known without reading it, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = False) -> dict[str, LazyTensor]:
+    """Tensors of STEM.safetensors, of its shards, or, where allowed, of pytorch_model.bin.
+
+    Raises:
+        FileNotFoundError: no weights at all, or a shard is missing.
+        CheckpointError: a file is damaged or not safetensors; or there is only a pickle and it is not allowed.
+    """
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors{INDEX_SUFFIX}"
+    if single.exists():
+        return _open_safetensors(single)
+    if index.exists():
+        return _open_shards(index)
+    pickles = sorted(directory.glob("*.bin"))
+    if not pickles:
+        raise FileNotFoundError(f"{directory} has no {single.name} and no {index.name}")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{directory} has its weights only as a pickle ({pickles[0].name}), which can run code when it is loaded. "
+            "If you trust it, convert it once: python -m convert from_torch SRC DST --allow-pickle"
+        )
+    return {name: tensor for path in pickles for name, tensor in _open_pickle(path).items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError where the file is none."""
+    return _read_json(path, dict)
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON array; CheckpointError where the file is none."""
+    return _read_json(path, list)
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: _lazy(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _lazy(path: Path, name: str, header) -> LazyTensor:
+    dtype = header.get_dtype()
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not supported; use {sorted(_DTYPES)}")
+
+    def read() -> np.ndarray:
+        # Opened anew for each tensor: a file that stays mapped counts all pages read so far as memory of this process.
+        with safetensors.safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
+
+    return LazyTensor(tuple(header.get_shape()), _DTYPES[dtype], read)
+
+
+def _open_shards(index: Path) -> dict[str, LazyTensor]:
+    try:
+        places: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckpointError(f"{index} names files outside its directory: {outside}")
+    if missing := [file for file in files if not (index.parent / file).exists()]:
+        raise FileNotFoundError(f"{index.parent} lacks the shards {missing}, which {index.name} names")
+    shards = {file: _open_safetensors(index.parent / file) for file in files}
+    if lost := sorted(name for name, file in places.items() if name not in shards[file]):
+        raise CheckpointError(f"{index} names tensors that its shards do not hold: {lost}")
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    if len(tensors) != sum(len(shard) for shard in shards.values()):
+        raise CheckpointError(f"the shards of {index} hold a tensor twice")
+    return tensors
+
+
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(f"reading {path.name} needs PyTorch: pip install 'jina-jax[convert]'") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen kinds here, among them bare RuntimeError and UnpicklingError
+        raise CheckpointError(f"{path} is damaged or holds more than tensors: {error}") from error
+    names = {str(dtype): dtype for dtype in _DTYPES.values()}
+
+    def lazy(tensor) -> LazyTensor:
+        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+
+        def read() -> np.ndarray:
+            tensor_bits = tensor.contiguous().view(torch.uint16) if dtype == ml_dtypes.bfloat16 else tensor
+            return tensor_bits.numpy().view(dtype)
+
+        return LazyTensor(tuple(tensor.shape), dtype, read)
+
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a mapping of names to tensors")
+    try:
+        return {name: lazy(tensor) for name, tensor in state.items()}
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path} holds something that is not a tensor of a known dtype: {error}") from error

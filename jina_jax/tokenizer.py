@@ -1,0 +1,81 @@
+"""The tokenizer: always from `tokenizer.json`, never from remote code."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from .config import ModelConfig
+from .tensor_files import CheckpointError, read_json
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_XLM_R_SPECIAL = dict(zip(_SPECIAL, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        CheckpointError: it is damaged, or it is not the model's (more pieces than the vocabulary, another padding id).
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no tokenizer.json; the tokenizer is needed to embed text")
+    settings_path = directory / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    special = {name: _content(settings.get(name)) or default for name, default in _XLM_R_SPECIAL.items()}
+    try:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(path), model_max_length=settings.get("model_max_length"), **special
+        )
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CheckpointError(f"{path} is damaged or not a tokenizer: {error}") from error
+    pieces = max(tokenizer.get_vocab().values()) + 1
+    if pieces > config.vocab_size:
+        raise CheckpointError(f"{path} has {pieces} pieces, the model {config.vocab_size}: it is another model's tokenizer")
+    if tokenizer.pad_token_id != config.pad_id:
+        raise CheckpointError(f"{path} pads with id {tokenizer.pad_token_id}, the model with {config.pad_id}")
+    return tokenizer
+
+
+def max_tokens(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
+    """Most tokens of a text, special tokens included: what both the tokenizer and the positions allow."""
+    return min(int(tokenizer.model_max_length), config.max_tokens)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], limit: int) -> list[list[int]]:
+    """Token ids of each text with its special tokens; what is over the limit is cut, with one warning that says how many.
+
+    Raises:
+        ValueError: a text holds lone surrogates, which are no Unicode text; the message has its index.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        encodings = backend.encode_batch_fast(texts)
+    except (UnicodeEncodeError, TypeError) as error:
+        raise ValueError(_not_unicode(texts)) from error
+    ids = [encoding.ids for encoding in encodings]
+    cut = sum(len(text) > limit for text in ids)
+    if cut:
+        warnings.warn(f"{cut} of {len(ids)} texts are longer than {limit} tokens and were cut", stacklevel=2)
+    return [text if len(text) <= limit else text[: limit - 1] + text[-1:] for text in ids]
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string or as an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _not_unicode(texts: Sequence[str]) -> str:
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"text {index} is not valid Unicode: a lone surrogate at position {error.start}; replace or remove it"
+    return f"the tokenizer does not take one of {json.dumps(texts[:3])} ..."

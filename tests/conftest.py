@@ -1,0 +1,86 @@
+"""What the tests share: JAX's settings, the bundled tokenizer and corpus, and small models of which every parameter is random."""
+
+import json
+import lzma
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jina_jax import Embedder, Encoder, ModelConfig
+from jina_jax.config import PUBLISHED_INSTRUCTIONS
+from jina_jax.model import from_arrays, variables
+from jina_jax.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("retrieval.query", "retrieval.passage", "classification")
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "mlp_size": 128}
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Encoder]:
+    """A small model in which every parameter is random: zeros and ones hide mistakes. `fields` are those of ModelConfig."""
+
+    def make(seed: int = 0, **fields) -> Encoder:
+        fresh = Encoder(ModelConfig(**(SIZES | fields)), rngs=nnx.Rngs(seed))
+        rng = np.random.default_rng(seed)
+        arrays = {path: random_array(path, variable.shape, rng) for path, variable in variables(fresh).items()}
+        return from_arrays(fresh.config, arrays, dtype=jnp.float32)
+
+    return make
+
+
+def random_array(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:
+    """A parameter by its path; activations stay near 1, and an adapter's update near a fifth of its weight."""
+    leaf, noise = path.rpartition(".")[2], rng.standard_normal(shape)
+    inputs = shape[1] if path.startswith("layers.") else shape[0]
+    match leaf:
+        case "kernel":
+            values = noise / inputs**0.5
+        case "table":
+            values = 0.5 * noise
+        case "a":
+            values = 0.5 * noise if "token" in path else noise / inputs**0.5
+        case "b":
+            values = 0.2 * noise
+        case "scale" if "norm" in path:
+            values = 1 + 0.2 * noise
+        case "scale":
+            values = rng.uniform(0.3, 0.7, shape)  # another for each task and part
+        case _:
+            values = 0.2 * noise
+    return jnp.asarray(values, jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def encoder(make_encoder) -> Encoder:
+    """Three tasks, rotary positions, a pooler, and the vocabulary of the bundled tokenizer."""
+    prompts = tuple((task, PUBLISHED_INSTRUCTIONS[task]) for task in TASKS) + (("note", "Note: "),)
+    return make_encoder(vocab_size=16_000, tasks=TASKS, prompts=prompts, matryoshka_dims=(8, 16, 32, 64), pooler=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return load_tokenizer(ROOT / "data" / "tokenizer", ModelConfig(vocab_size=16_000))
+
+
+@pytest.fixture(scope="session")
+def embedder(encoder, tokenizer) -> Embedder:
+    return Embedder(encoder, encoder.config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Titles and bodies of the corpus' test split, in all its languages, in the order of the file."""
+    with lzma.open(ROOT / "data" / "debian_packages.jsonl.xz", "rt", encoding="utf-8") as lines:
+        packages = [package for package in map(json.loads, lines) if package["split"] == "test"]
+    return [text for package in packages for pair in package["text"].values() for text in (pair["title"], pair["body"])]

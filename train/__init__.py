@@ -1,0 +1,1 @@
+"""Programs that train; today only the quickstart's model: `python -m train.quickstart --help`."""
