@@ -83,7 +83,8 @@ def chunked_attention(
     b, t = segments.shape
     padded = -t % KEY_BLOCK
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))) for x in _heads(qkv, tables, num_heads))
-    out = _blockwise(q, k, v, jnp.pad(segments, ((0, 0), (0, padded))))
+    # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
+    out = _blockwise(q, k, v, jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1))
     return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
 
 

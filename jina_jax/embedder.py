@@ -255,7 +255,7 @@ class Embedder:
     def _groups(self, inputs: Inputs) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
         lengths = np.array([len(ids) for ids in inputs.token_ids])
-        names = np.unique(inputs.tasks)
+        names = np.unique(inputs.tasks).tolist()
         mixed = []
         for index in names:
             members = np.flatnonzero(inputs.tasks == index)

@@ -50,7 +50,7 @@ class PeftAdapter(NamedTuple):
         if not names:
             return 0.0
         rank = self.tensors[names[0]].shape[_rank_axis(names[0])]
-        alpha = _of_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
+        alpha = _of_pattern(self.settings.get("alpha_pattern"), module, float(self.settings.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
@@ -103,7 +103,7 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
         array = scales.setdefault(path, np.zeros(shape, np.float32))
         layer, part = entry.index[:1], entry.index[2:3]  # qkv: (layer, every, part, task)
         place = () if not shape else layer + part if path == "layers.qkv" else layer
-        array[place] = max(array[place], adapter.scale(name.rpartition(".lora_")[0]))
+        array[place] = adapter.scale(name.rpartition(".lora_")[0])
     return scales
 
 
@@ -142,11 +142,11 @@ def _open(folder: Path) -> PeftAdapter:
     return PeftAdapter(_PUBLISHED_FOLDERS.get(folder.name, folder.name), folder, settings, tensors)
 
 
-def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default: float) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"roberta.{module}")):
-            return value
+            return float(value)
     return default
 
 

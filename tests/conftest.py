@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import settings
 
 from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
@@ -20,6 +21,8 @@ from jina_jax.model import from_arrays, variables
 from jina_jax.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("jina-jax", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.load_profile("jina-jax")
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("retrieval.query", "retrieval.passage", "classification")

@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jina_jax import packing
 from jina_jax.packing import ROW_LENGTHS, SMALL_ROW_LENGTHS, Batch, best_fit, lay_out, max_texts, plan, scatter
-
-settings.register_profile("here", deadline=None, max_examples=60)
-settings.load_profile("here")
 
 LONGEST = ROW_LENGTHS[-1]
 short_texts = st.lists(st.integers(1, 60), max_size=120)

@@ -1,0 +1,1 @@
+"""What the numbers in README come from; each module is a program."""

@@ -1,0 +1,178 @@
+"""Embedding on CPU with a full-size model, beside sentence-transformers with the same random weights.
+
+    python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
+
+Every system runs in a process of its own, one after the other: load, first embedding, then the texts. The model has the size
+of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16 weights, written once in a layout that both
+libraries read; the texts are descriptions from the corpus' test split in all languages.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+
+LIBRARIES = {
+    "jina-jax": ("jax", "jaxlib", "flax", "numpy"),
+    "sentence-transformers": ("sentence-transformers", "transformers", "torch"),
+}
+QUERY = "how do I edit a photo?"
+SYSTEMS = [
+    # (name, library, dtype, whether a former run has filled the compilation cache)
+    ("jina-jax, cold", "jina-jax", "float32", False),
+    ("jina-jax", "jina-jax", "float32", True),
+    ("sentence-transformers", "sentence-transformers", "float32", False),
+    ("jina-jax, cold", "jina-jax", "bfloat16", False),
+    ("jina-jax", "jina-jax", "bfloat16", True),
+    ("sentence-transformers", "sentence-transformers", "bfloat16", False),
+]
+
+
+@click.group(invoke_without_command=True)
+@click.option("--texts", type=int, default=512, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), help="Made there if it does not exist. Default: temporary.")
+@click.pass_context
+def main(context: click.Context, texts: int, out: Path | None, model: Path | None) -> None:
+    """Measure all systems, print a table, and write the numbers as JSON."""
+    if context.invoked_subcommand:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = model or Path(scratch) / "model"
+        if not directory.exists():
+            subprocess.run([sys.executable, "-m", "benchmarks.cpu_inference", "make", str(directory)], check=True)
+        results = []
+        for name, library, dtype, warm in SYSTEMS:
+            # A cold run only looks at the first embedding: the texts would cost as much as in the warm one.
+            count = texts if warm or library != "jina-jax" else 0
+            cache = Path(scratch) / "compiled" / dtype
+            results.append({"system": name, "dtype": dtype} | _measured(library, directory, dtype, count, cache))
+            click.echo(results[-1], err=True)
+    report = {"machine": _machine(), "date": str(date.today()), "texts": texts, "versions": _versions(), "results": results}
+    click.echo(_table(results))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def make(directory: Path) -> None:
+    """Write the model."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from convert.torch_writer import write_sentence_transformers
+    from jina_jax import Encoder, ModelConfig
+    from jina_jax.tokenizer import load_tokenizer
+
+    config = ModelConfig()
+    encoder = jax.jit(lambda: Encoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
+    tokenizer = load_tokenizer(Path("data/tokenizer"), config)
+    write_sentence_transformers(directory, encoder, tokenizer, max_length=config.max_tokens)
+
+
+@main.command()
+@click.argument("library", type=click.Choice(list(LIBRARIES)))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("dtype")
+@click.argument("count", type=int)
+@click.argument("started", type=float)
+def worker(library: str, directory: Path, dtype: str, count: int, started: float) -> None:
+    """Measure one system in this process and print its numbers as JSON."""
+    encode, tokenizer = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
+    loaded = time.time()
+    encode([QUERY])
+    first = time.time()
+    numbers = {"load_s": loaded - started, "first_embedding_s": first - started, "query_s": _median_seconds(encode, [QUERY])}
+    if count:
+        texts = corpus_sample(count)
+        tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+        encode(texts[:64])
+        begin = time.perf_counter()
+        encode(texts)
+        numbers |= {"tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - begin)}
+    numbers["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    click.echo(json.dumps(numbers))
+
+
+def corpus_sample(count: int) -> list[str]:
+    """Descriptions of the test split, drawn over all languages."""
+    from train.quickstart import bodies
+
+    return random.Random(0).sample(bodies("test"), count)
+
+
+def _load_ours(directory: Path, dtype: str) -> Any:
+    from jina_jax import Embedder
+    from jina_jax.cli import use_compilation_cache
+
+    use_compilation_cache()
+    model = Embedder.load(directory, dtype=dtype)
+    return model.encode, model.tokenizer
+
+
+def _load_peer(directory: Path, dtype: str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"dtype": dtype})
+    return model.encode, model.tokenizer
+
+
+def _measured(library: str, directory: Path, dtype: str, count: int, cache: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cpu_inference", "worker", library, str(directory), dtype, str(count)]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(time.time())], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _median_seconds(encode: Any, texts: list[str], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        encode(texts)
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[runs // 2]
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    peers = {r["dtype"]: r for r in results if r["system"] == "sentence-transformers"}
+    lines = [
+        "| system | dtype | load s | first embedding s | one query ms | tokens/s | against peer | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        speed = r.get("tokens_per_s")
+        ratio = f"{speed / peers[r['dtype']]['tokens_per_s']:.2f}" if speed else ""
+        lines.append(
+            f"| {r['system']} | {r['dtype']} | {r['load_s']:.1f} | {r['first_embedding_s']:.1f} | {1000 * r['query_s']:.0f} "
+            f"| {f'{speed:.0f}' if speed else ''} | {ratio} | {r['peak_gb']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for names in LIBRARIES.values() for name in names}
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.cpu_inference")
