@@ -134,11 +134,15 @@ def _fresh_adapter(encoder: Encoder, rank: int, alpha: float, rngs: nnx.Rngs) ->
 def _widened(path: str, array: Array, expected: nnx.Variable) -> Array:
     """An adapter array at the model's rank and parts: zeros for further ranks, a shared down-projection for each of q, k, v."""
     task_axis = expected.get_metadata("task_axis") % len(expected.shape)
-    shape = list(expected.shape)
-    shape[task_axis] = array.shape[task_axis]
-    if path in ("layers.qkv.a", "layers.qkv.scale") and array.shape[task_axis - 1] < shape[task_axis - 1]:
-        array = jnp.repeat(array, shape[task_axis - 1], axis=task_axis - 1)
-    return jnp.pad(array, [(0, wanted - size) for wanted, size in zip(shape, array.shape, strict=True)])
+    if path in ("layers.qkv.a", "layers.qkv.scale") and array.shape[task_axis - 1] < expected.shape[task_axis - 1]:
+        array = jnp.repeat(array, expected.shape[task_axis - 1], axis=task_axis - 1)
+    padding = [0] * array.ndim
+    if not path.endswith(".scale"):
+        padding[task_axis + 1] = expected.shape[task_axis + 1] - array.shape[task_axis + 1]
+    shape = tuple(size + more for size, more in zip(array.shape, padding, strict=True))
+    if shape[:task_axis] + shape[task_axis + 1 :] != expected.shape[:task_axis] + expected.shape[task_axis + 1 :]:
+        raise ValueError(f"not an adapter of this model: {path} is {array.shape}, should be like {expected.shape}")
+    return jnp.pad(array, [(0, more) for more in padding])
 
 
 def _with_adapters(encoder: Encoder, config: ModelConfig, arrays: Mapping[str, Array]) -> Encoder:

@@ -92,7 +92,8 @@ def test_one_pass_layer_norm_equals_two_passes_on_wide_rows(mean, tolerance):
     norm.bias.set_value(jnp.asarray(rng.standard_normal(1024), jnp.float32))
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * norm.scale[...] + norm.bias[...]
+    scale, bias = np.asarray(norm.scale[...]), np.asarray(norm.bias[...])
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=tolerance)
 
 
