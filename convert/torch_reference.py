@@ -81,7 +81,9 @@ class TorchReference:
         else:
             folder = task.replace(".", "_").replace("-", "_")
             if folder not in getattr(self._model, "peft_config", {}):
-                self._model.load_adapter(str(self._directory), adapter_name=folder, adapter_kwargs={"subfolder": folder})
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that there are several adapters is meant
+                    self._model.load_adapter(str(self._directory), adapter_name=folder, adapter_kwargs={"subfolder": folder})
             self._model.set_adapter(folder)
             self._model.enable_adapters()
             yield self._model

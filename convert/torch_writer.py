@@ -54,7 +54,7 @@ def write_original(directory: Path, encoder: Encoder, tokenizer: PreTrainedToken
             logger.warning("q, k and v have down-projections of their own: written as shared ones of rank %d", config.lora_rank)
             adapters = share_down_projections(adapters)
         adapters, scale = with_one_scale(adapters)
-        config = replace(config, lora_alpha=scale * config.lora_rank)
+        config = replace(config, lora_alpha=_alpha(scale, config.lora_rank))
         table |= weights.stacked_adapter_entries(config)
         arrays |= adapters
     hf = to_hf(config, "original", _torch_dtype(arrays))
@@ -116,7 +116,7 @@ def share_down_projections(adapters: Arrays) -> Arrays:
     shared = a.transpose(0, 1, 3, 2, 4).reshape(layers, inputs, 1, k, c * r)
     own = np.eye(c, dtype=b.dtype)[None, None, :, None, :, None]  # [l, k, c, r, c, o]
     wide = (own * b[:, :, None]).reshape(layers, k, c * r, c, -1)
-    largest = scale.max(axis=1, keepdims=True)  # scales of [l, c, k]; where they differ the ratio goes into b
+    largest = np.abs(scale).max(axis=1, keepdims=True)  # scales of [l, c, k]; where they differ the ratio goes into b
     ratio = np.divide(scale, largest, out=np.zeros_like(scale), where=largest > 0).transpose(0, 2, 1)
     wide = wide if (ratio == 1).all() else (wide.astype(np.float32) * ratio[:, :, None, :, None]).astype(b.dtype)
     out = {"layers.qkv.a": shared, "layers.qkv.b": wide, "layers.qkv.scale": largest}
@@ -137,7 +137,7 @@ def with_one_scale(adapters: Arrays) -> tuple[Arrays, float]:
     Where a module's scale is another, the ratio is multiplied into its `b`, which rounds.
     """
     scales = {path: array for path, array in adapters.items() if path.endswith(".scale")}
-    target = max(float(scale.max()) for scale in scales.values()) or 1.0
+    target = max(float(np.abs(scale).max()) for scale in scales.values()) or 1.0
     out = dict(adapters)
     for path, scale in scales.items():
         if (scale == target).all():
@@ -181,7 +181,7 @@ def _adapter_config(config: ModelConfig, scale: float) -> dict[str, Any]:
         "base_model_name_or_path": None,
         "task_type": None,
         "r": config.lora_rank,
-        "lora_alpha": scale * config.lora_rank,
+        "lora_alpha": _alpha(scale, config.lora_rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -225,3 +225,9 @@ def _without_adapters(encoder: Encoder) -> Encoder:
 
 def _torch_dtype(arrays: Arrays) -> str:
     return str(arrays["tokens.table"].dtype)
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """alpha of a float32 scale alpha / rank: the short number it came from, where that gives the same scale."""
+    short = float(f"{scale * rank:.6g}")
+    return short if np.float32(short / rank) == np.float32(scale) else scale * rank
