@@ -63,6 +63,7 @@ def test_peft_loads_every_adapter(source, exported):
     for task in source.config.tasks:
         base = JinaEmbeddingsV3Model.from_pretrained(exported).eval()
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             model = PeftModel.from_pretrained(base, str(exported / folder(task))).eval()
         assert not [w for w in caught if "missing" in str(w.message)], "PEFT only warns of keys that it does not find"
         ids, mask, ours = inputs(source, task)
