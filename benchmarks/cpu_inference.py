@@ -134,9 +134,7 @@ def _load_peer(directory: Path, dtype: str) -> Any:
 def _measured(library: str, directory: Path, dtype: str, count: int, cache: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.cpu_inference", "worker", library, str(directory), dtype, str(count)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(time.time())], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    done = subprocess.run([*command, str(time.time())], check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -191,9 +191,7 @@ def test_scores_depend_on_distance_alone():
     q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, HEAD_DIM)).astype(np.float32)
 
     def score(at: int, other: int) -> float:
-        turned = [
-            rotate(jnp.asarray(x), tables_of(jnp.full((1, 1), where, jnp.int32))) for x, where in ((q, at), (k, other))
-        ]
+        turned = [rotate(jnp.asarray(x), tables_of(jnp.full((1, 1), where, jnp.int32))) for x, where in ((q, at), (k, other))]
         return float((turned[0] * turned[1]).sum())
 
     assert score(3, 10) == pytest.approx(score(503, 510), abs=1e-3)

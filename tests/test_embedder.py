@@ -81,7 +81,11 @@ def test_queries_and_documents_take_their_tasks(embedder):
 
 @pytest.mark.parametrize(
     ("prompts", "query", "document"),
-    [((("query", "query: "), ("passage", "passage: ")), "query: ", "passage: "), ((("document", "d: "),), "", "d: "), ((), "", "")],
+    [
+        ((("query", "query: "), ("passage", "passage: ")), "query: ", "passage: "),
+        ((("document", "d: "),), "", "d: "),
+        ((), "", ""),
+    ],
 )
 def test_without_adapters_queries_and_documents_take_prompts(make_encoder, tokenizer, prompts, query, document):
     encoder = make_encoder(vocab_size=16_000, prompts=prompts)

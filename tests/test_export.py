@@ -81,7 +81,9 @@ def test_what_is_exported_is_read_back_the_same(source, exported):
         np.testing.assert_array_equal(variables(again.encoder)[path].get_value(), variable.get_value(), err_msg=path)
 
 
-@pytest.mark.parametrize("task", [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"])
+@pytest.mark.parametrize(
+    "task", [None, "retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
+)
 def test_sentence_transformers_runs_the_base_or_one_merged_task(source, tmp_path, task):
     target = tmp_path / "st"
     write_sentence_transformers(target, source.encoder, source.tokenizer, task=task, max_length=source.max_length)

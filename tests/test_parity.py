@@ -48,7 +48,9 @@ PARTIAL: dict[str, dict] = {
     "inputs": dict(r=4, lora_alpha=1, target_modules=["word_embeddings"]),
 }
 XLMR_ADAPTERS: dict[str, dict] = {
-    "all": dict(r=3, lora_alpha=2, target_modules=["word_embeddings", "token_type_embeddings", "query", "key", "value", "dense"]),
+    "all": dict(
+        r=3, lora_alpha=2, target_modules=["word_embeddings", "token_type_embeddings", "query", "key", "value", "dense"]
+    ),
     "query": dict(r=4, lora_alpha=1, target_modules=["query"]),
 }
 

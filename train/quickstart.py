@@ -1,6 +1,6 @@
 """Makes what `make quickstart` starts from: a small model with random weights, and the corpus' test split as lines of text.
 
-    python -m train.quickstart --workdir runs/quickstart
+python -m train.quickstart --workdir runs/quickstart
 """
 
 import json

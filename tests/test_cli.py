@@ -1,0 +1,107 @@
+"""`jina-jax embed`: the vectors of the library, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("click")
+from click.testing import CliRunner
+
+from jina_jax.cli import main
+
+LINES = ["an image editor", "", "画像エディタ", "a game"]
+
+
+@pytest.fixture(scope="module")
+def model(embedder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "model"
+    embedder.save(directory)
+    return directory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(LINES) + "\n", "utf-8")
+    return path
+
+
+def embed(*arguments: object, input: bytes | None = None):
+    return CliRunner().invoke(main, ["embed", *map(str, arguments)], input=input)
+
+
+def test_npy_and_parquet_hold_the_librarys_vectors_in_order(embedder, model, texts, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    expected = embedder.encode(LINES, "classification", truncate_dim=16)
+    for name in ("out.npy", "out.parquet"):
+        result = embed(texts, "--model", model, "--task", "classification", "--dim", 16, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["text"] == LINES
+    np.testing.assert_allclose(table["embedding"], expected, atol=1e-6)
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_standard_input_to_json_lines(embedder, model):
+    result = embed("-", "--model", model, "--output", "-", input="\n".join(LINES).encode())
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    np.testing.assert_allclose(rows, embedder.encode(LINES), atol=1e-6)
+
+
+def test_precision(embedder, model, texts, tmp_path):
+    embed(texts, "--model", model, "--precision", "ubinary", "--output", tmp_path / "out.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), embedder.encode(LINES, precision="ubinary"))
+
+
+def test_no_lines(model, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    result = embed(tmp_path / "empty.txt", "--model", model, "--output", tmp_path / "out.npy")
+    assert result.exit_code == 0 and np.load(tmp_path / "out.npy").shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file": "nowhere.txt"}, "nowhere.txt"),
+        ({"--model": "nowhere/at/all"}, "no directory"),
+        ({"--task": "translation"}, "unknown task 'translation'"),
+        ({"--dim": 24}, "truncate_dim 24"),
+        ({"--batch-size": 0}, "batch_size must be at least 1"),
+        ({"--output": "out.txt"}, "must end in .npy or .parquet"),
+        ({"--output": "nowhere/out.npy"}, "no directory"),
+        ({"--precision": "int4"}, "int4"),
+        ({"--dim": "wide"}, "not a valid integer"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_message_without_traceback_or_output(model, texts, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    options = {"file": texts, "--model": model, "--output": "out.npy"} | changes
+    file = options.pop("file")
+    result = embed(file, *(part for option in options.items() for part in option))
+    assert result.exit_code != 0 and message in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_text_that_is_not_utf8_is_named_by_line(model, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"fine\nfine\n\xe9t\xe9\n")
+    result = embed(tmp_path / "latin.txt", "--model", model, "--output", tmp_path / "out.npy")
+    assert result.exit_code == 1 and "latin.txt, line 3: not UTF-8" in result.output
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_the_command_as_a_process(embedder, model, texts, tmp_path):
+    """With a compilation cache on disk, and no PyTorch imported."""
+    cache = tmp_path / "cache"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jina_jax.cli", "embed", texts, "--model", model, "--output", tmp_path / "out.npy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 embeddings of 64 dimensions" in done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), embedder.encode(LINES), atol=1e-6)

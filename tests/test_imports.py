@@ -1,0 +1,83 @@
+"""Who may import whom: arrows point one way, and heavy packages stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LEVELS = [
+    {"config", "packing", "quantize", "tensor_files"},
+    {"lora"},
+    {"attention"},
+    {"weights", "model"},
+    {"adapters", "peft_adapter", "checkpoint", "tokenizer"},
+    {"torch_checkpoint", "sources"},
+    {"embedder"},
+    {"cli", "__init__"},
+]
+"""A module of jina_jax imports only from levels above its own line."""
+
+ALLOWED = {  # heavy packages, and the files that may import them
+    "torch": {"tensor_files.py", "torch_reference.py", "verify.py"},
+    "click": {"cli.py", "__main__.py", "quickstart.py"},
+    "pyarrow": {"cli.py"},
+    "optax": set(),
+    "grain": set(),
+    "tensorflow": set(),
+    "tensorflow_datasets": set(),
+    "peft": set(),
+    "sentence_transformers": set(),
+}
+
+
+def imports(path: Path) -> set[tuple[str, int]]:
+    """(module, relative level) of every import of a file, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, 0) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {(name or "", node.level) for name in names}
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_every_module_of_the_library_has_a_level():
+    assert {path.stem for path in files("jina_jax")} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", files("jina_jax"), ids=lambda path: path.stem)
+def test_the_library_imports_only_what_lies_below(path):
+    level = next(i for i, names in enumerate(LEVELS) if path.stem in names)
+    below = set().union(*LEVELS[:level])
+    assert {name for name, relative in imports(path) if relative} <= below
+    assert not {name for name, _ in imports(path) if name.split(".")[0] in ("train", "convert", "configs", "benchmarks")}
+
+
+def test_train_and_convert_do_not_import_each_other():
+    for package, other in (("train", "convert"), ("convert", "train")):
+        for path in files(package):
+            assert not {name for name, _ in imports(path) if name.split(".")[0] == other}, path
+
+
+@pytest.mark.parametrize("package", ["jina_jax", "convert", "train"])
+def test_heavy_packages_stay_where_they_belong(package):
+    for path in files(package):
+        for name, relative in imports(path):
+            if not relative and (top := name.split(".")[0]) in ALLOWED:
+                assert path.name in ALLOWED[top], f"{path} imports {top}"
+
+
+def test_importing_the_library_imports_no_torch():
+    code = "import sys, jina_jax; print(sorted({'torch', 'tensorflow', 'click', 'pyarrow', 'optax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert found <= {"optax"}  # flax brings it
