@@ -1,4 +1,4 @@
-"""What the tests share: JAX's settings, the bundled tokenizer and corpus, and small models of which every parameter is random."""
+"""What the tests share: JAX settings, the bundled tokenizer and corpus, and small models of which every parameter is random."""
 
 import json
 import lzma

@@ -14,13 +14,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 import torch
-from oracles import checkpoints
 from safetensors.torch import load_file, save_file
 
 from jina_jax import Embedder
 from jina_jax.config import ConfigError
 from jina_jax.tensor_files import CheckpointError
 from jina_jax.torch_checkpoint import read_torch_checkpoint
+from oracles import checkpoints
 
 Edit = Callable[[Path], None]
 

@@ -11,7 +11,6 @@ pytest.importorskip("peft")
 pytest.importorskip("sentence_transformers")
 import torch
 from click.testing import CliRunner
-from oracles import checkpoints
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from transformers import JinaEmbeddingsV3Model
@@ -21,6 +20,7 @@ from convert.torch_writer import write_sentence_transformers, write_transformers
 from jina_jax import Embedder, checkpoint
 from jina_jax.config import ConfigError
 from jina_jax.model import from_arrays, variables
+from oracles import checkpoints
 
 TEXTS = ["an image editor", "", "Bildbearbeitung für Fotos", "画像エディタ 🎨"]
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import torch
 from flax import nnx
-from oracles import checkpoints
 
 from convert.torch_writer import write_transformers
 from jina_jax import Embedder, Encoder, ModelConfig
@@ -20,6 +19,7 @@ from jina_jax.adapters import base_arrays, extract_adapters
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.model import from_arrays
 from jina_jax.tokenizer import load_tokenizer
+from oracles import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("retrieval.query", "text-matching")

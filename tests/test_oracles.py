@@ -9,9 +9,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 import torch
-from oracles import checkpoints, original
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from oracles import checkpoints, original
 
 SMALL: dict[str, Any] = dict(tokenizer=None, vocab_size=300)
 LENGTHS = (40, 7, 1, 23, 2, 31)

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 import torch
-from oracles import checkpoints, original
 from peft import LoraConfig
 from transformers import JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, PreTrainedTokenizerFast, XLMRobertaModel
 
@@ -19,6 +18,7 @@ from jina_jax import Embedder, packing
 from jina_jax.embedder import encode_rows
 from jina_jax.tokenizer import load_tokenizer
 from jina_jax.torch_checkpoint import read_torch_checkpoint
+from oracles import checkpoints, original
 
 EMBEDDINGS, STATES = 1e-5, 1e-4
 """Largest differences in float32, of normalised embeddings and of token states."""

@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("torch")
 import torch
 from click.testing import CliRunner
-from oracles import checkpoints
 from safetensors.torch import load_file
 
 from convert.__main__ import main as convert
@@ -18,6 +17,7 @@ from jina_jax.checkpoint import load_checkpoint, save_checkpoint
 from jina_jax.model import abstract_variables, variables
 from jina_jax.tokenizer import load_tokenizer
 from jina_jax.torch_checkpoint import read_torch_checkpoint
+from oracles import checkpoints
 
 
 def run(*arguments: object) -> str:
