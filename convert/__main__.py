@@ -29,11 +29,11 @@ def main() -> None:
 
 @main.command("from_torch")
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst")
 @dtype_option
 @pickle_option
 @click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
-def from_torch(src: str, dst: Path, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
+def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
     """Write SRC (a PyTorch checkpoint in any layout: directory or hub id) as the native checkpoint DST."""
     checkpoint.check_free(dst)
     directory = find_model(src, revision)
@@ -46,12 +46,12 @@ def from_torch(src: str, dst: Path, dtype: str | None, allow_pickle: bool, revis
 
 @main.command("to_torch")
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst")
 @click.option("--layout", type=click.Choice(LAYOUTS), required=True)
 @click.option("--task", help="sentence-transformers only: the adapter to merge. Default: the base model.")
 @dtype_option
 @click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
-def to_torch(src: str, dst: Path, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
+def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
     """Write SRC (a native checkpoint, or any other that this library reads) as a PyTorch checkpoint DST."""
     checkpoint.check_free(dst)
     if task and layout != "sentence-transformers":
@@ -73,12 +73,12 @@ def to_torch(src: str, dst: Path, layout: str, task: str | None, dtype: str | No
 
 
 @main.command("verify")
-@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("src")
 @click.argument("dst")
 @pickle_option
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the report. Default: standard output.")
 @click.pass_context
-def verify(context: click.Context, src: Path, dst: str, allow_pickle: bool, out: Path | None) -> None:
+def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: Path | None) -> None:
     """Compare DST with the PyTorch checkpoint SRC, per layer and per task. Exit 1 above the tolerance."""
     report = compare(find_model(src), dst, allow_pickle=allow_pickle)
     text = json.dumps(report, indent=2)

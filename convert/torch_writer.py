@@ -40,7 +40,7 @@ PEFT_TARGETS = {
 }
 
 
-def write_original(directory: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None):
+def write_original(directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None):
     """The layout of the released jina-embeddings-v3: adapters stacked over tasks, names with the prefix `roberta.`.
 
     Adapters with a down-projection for each of q, k and v are written exactly, as shared ones of three times the rank.
@@ -62,14 +62,16 @@ def write_original(directory: Path, encoder: Encoder, tokenizer: PreTrainedToken
         _write(target, _prefixed(_tensors(table, arrays)), hf, tokenizer)
 
 
-def write_transformers(directory: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None):
+def write_transformers(
+    directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None
+):
     """The layout of transformers' own classes, and for each task a folder with a PEFT adapter."""
     with written_whole(directory) as target:
         _write_transformers(target, encoder, tokenizer, dtype)
 
 
 def write_sentence_transformers(
-    directory: Path,
+    directory: str | Path,
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,
     dtype: DTypeLike | None = None,

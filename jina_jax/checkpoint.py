@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from .config import ConfigError, ModelConfig, dump_json
 from .lora import AdapterScale
 from .model import Encoder, abstract_variables, from_arrays, variables
+from .remote import is_remote, publish
 from .tensor_files import CheckpointError, read_json
 
 MANIFEST = "manifest.json"
@@ -34,8 +37,8 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
-def save_checkpoint(directory: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Writes a checkpoint; `directory` must not exist yet, or be empty.
+def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Writes a checkpoint; `directory`, local or remote (`gs://...`), must not exist yet, or be empty.
 
     Raises:
         FileExistsError: there is something already.
@@ -81,13 +84,21 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
 
 @contextlib.contextmanager
-def written_whole(directory: Path) -> Iterator[Path]:
+def written_whole(directory: str | Path) -> Iterator[Path]:
     """A new directory that appears under its name only when everything in it has been written; nothing is left on failure.
+
+    A remote one, which cannot be renamed in one step, is copied with its manifest last.
 
     Raises:
         FileExistsError: `directory` exists and is not empty.
     """
     check_free(directory)
+    if is_remote(directory):
+        with tempfile.TemporaryDirectory(prefix="jina-jax-") as scratch:
+            yield Path(scratch)
+            publish(Path(scratch), directory, last=MANIFEST)
+        return
+    directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     partial.mkdir()
@@ -101,9 +112,10 @@ def written_whole(directory: Path) -> Iterator[Path]:
         raise
 
 
-def check_free(directory: Path) -> None:
+def check_free(directory: str | Path) -> None:
     """FileExistsError where `directory` exists and is not empty."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    place = epath.Path(directory)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another name or remove it")
 
 

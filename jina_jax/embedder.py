@@ -82,8 +82,8 @@ class Embedder:
         return cls(encoder, encoder.config, load_tokenizer(directory, encoder.config))
 
     def save(self, directory: str | Path) -> None:
-        """Writes a native checkpoint into a new directory."""
-        save_checkpoint(Path(directory), self.encoder, self.tokenizer)
+        """Writes a native checkpoint into a new directory, local or remote (`gs://...`)."""
+        save_checkpoint(directory, self.encoder, self.tokenizer)
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the task retrieval.query, else with the prompt named query, else plain."""

@@ -1,14 +1,12 @@
 """Where a model comes from: a directory, a remote directory, or the Hugging Face hub. And which kind of model is there."""
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Literal
 
-from etils import epath
-
 from .checkpoint import is_checkpoint
 from .config import ConfigError
+from .remote import fetch, is_remote
 from .tensor_files import INDEX_SUFFIX, CheckpointError, read_json, read_json_list
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -26,8 +24,8 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
         FileNotFoundError: there is no such directory and no such model.
     """
     text = str(source)
-    if "://" in text:
-        return fetch(epath.Path(text))
+    if is_remote(source):
+        return fetch(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -41,26 +39,6 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
         return Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise FileNotFoundError(f"{text} is no directory here, and not to be had from the hub: {error}") from error
-
-
-def fetch(remote: epath.Path) -> Path:
-    """Copies a remote directory to a temporary one."""
-    if not remote.is_dir():
-        raise FileNotFoundError(f"there is no directory {remote}")
-    local = Path(tempfile.mkdtemp(prefix="jina-jax-"))
-    copy_tree(remote, epath.Path(local))
-    return local
-
-
-def copy_tree(source: epath.Path, target: epath.Path) -> None:
-    """Copies a directory between places that `epath` knows; files directly in `source` come last, the manifest among them."""
-    target.mkdir(parents=True, exist_ok=True)
-    entries = sorted(source.iterdir(), key=lambda path: (not path.is_dir(), path.name))
-    for entry in entries:
-        if entry.is_dir():
-            copy_tree(entry, target / entry.name)
-        else:
-            entry.copy(target / entry.name, overwrite=True)
 
 
 def model_kind(directory: Path) -> Literal["native", "torch"]:

@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from jina_jax import Embedder, checkpoint
 from jina_jax.checkpoint import check_free, load_checkpoint, save_checkpoint, seal, verify, written_whole
 from jina_jax.config import ConfigError
-from jina_jax.sources import fetch
+from jina_jax.remote import fetch
 from jina_jax.tensor_files import CheckpointError
 
 
@@ -112,11 +113,24 @@ def test_a_conversion_killed_at_any_moment_leaves_no_loadable_half(saved, tmp_pa
     np.testing.assert_allclose(Embedder.load(target).encode(["a", "b"], "classification"), expected, atol=1e-6)
 
 
-def test_a_remote_directory_is_fetched_whole(saved, embedder):
-    from etils import epath
+def test_a_remote_checkpoint_has_its_manifest_last(embedder, tmp_path, monkeypatch):
+    """A directory here stands for the remote one."""
+    monkeypatch.setattr(checkpoint, "is_remote", lambda directory: True)
+    written = []
+    copy = type(epath.Path(tmp_path)).copy
+    monkeypatch.setattr(
+        type(epath.Path(tmp_path)), "copy", lambda self, to, **options: written.append(self.name) or copy(self, to, **options)
+    )
+    embedder.save(tmp_path / "bucket")
+    assert written[-1] == "manifest.json" and "config.json" in written
+    verify(tmp_path / "bucket")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        embedder.save(tmp_path / "bucket")
 
-    local = fetch(epath.Path(saved))
+
+def test_a_remote_directory_is_fetched_whole(saved, embedder):
+    local = fetch(saved)
     assert local != saved
     np.testing.assert_array_equal(Embedder.load(local).encode("a"), embedder.encode("a"))
     with pytest.raises(FileNotFoundError, match="no directory"):
-        fetch(epath.Path(saved / "nowhere"))
+        fetch(saved / "nowhere")

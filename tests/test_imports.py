@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
-    {"config", "packing", "quantize", "tensor_files"},
+    {"config", "packing", "quantize", "tensor_files", "remote"},
     {"lora"},
     {"attention"},
     {"weights", "model"},
