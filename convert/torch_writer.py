@@ -60,6 +60,7 @@ def write_original(directory: str | Path, encoder: Encoder, tokenizer: PreTraine
     hf = to_hf(config, "original", _torch_dtype(arrays))
     with written_whole(directory) as target:
         _write(target, _prefixed(_tensors(table, arrays)), hf, tokenizer)
+        _write_prompts(target, config)
 
 
 def write_transformers(
@@ -68,6 +69,7 @@ def write_transformers(
     """The layout of transformers' own classes, and for each task a folder with a PEFT adapter."""
     with written_whole(directory) as target:
         _write_transformers(target, encoder, tokenizer, dtype)
+        _write_prompts(target, encoder.config)
 
 
 def write_sentence_transformers(
@@ -213,6 +215,14 @@ def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: PreT
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     _write_json(target / "config.json", hf)
     tokenizer.save_pretrained(target)
+
+
+def _write_prompts(target: Path, config: ModelConfig) -> None:
+    """Prompts that are no task's instruction, which `config.json` has no place for."""
+    prompts = {name: text for name, text in config.prompts if name not in config.tasks}
+    if prompts or config.default_prompt:
+        library = {"prompts": prompts, "default_prompt_name": config.default_prompt}
+        _write_json(target / "config_sentence_transformers.json", library)
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

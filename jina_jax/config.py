@@ -191,8 +191,8 @@ def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
         "matryoshka_dimensions": list(config.matryoshka_dims),
         "truncate_dim": config.truncate_dim,
     }
-    if config.prompts:
-        hf["task_instructions"] = {name: text for name, text in config.prompts if name in config.tasks or not config.tasks}
+    if config.tasks:
+        hf["task_instructions"] = {task: config.prompt(task) or "" for task in config.tasks}
     if not rope:
         return hf | {"model_type": "xlm-roberta", "architectures": [_architecture("XLMRoberta", config)]}
     hf["position_embedding_type"] = "rotary"
@@ -213,7 +213,6 @@ def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
             "lora_dropout_p": 0.0,
             "lora_main_params_trainable": False,
             "load_trained_adapters": True,
-            "task_instructions": {task: config.prompt(task) or "" for task in config.tasks},
         }
     return hf
 

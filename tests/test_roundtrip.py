@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from convert.__main__ import main as convert
-from convert.torch_writer import write_original
+from convert.torch_writer import write_original, write_transformers
 from jina_jax import Embedder, ModelConfig, weights
 from jina_jax.checkpoint import load_checkpoint, save_checkpoint
 from jina_jax.model import abstract_variables, variables
@@ -146,6 +146,14 @@ def test_conversion_needs_a_free_target_and_a_torch_source(tmp_path):
         result = CliRunner().invoke(convert, ["from_torch", str(tmp_path / source), str(tmp_path / target)])
         assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("write", [write_original, write_transformers])
+def test_all_prompts_come_along(embedder, tmp_path, write):
+    assert "note" in dict(embedder.config.prompts) and "note" not in embedder.config.tasks
+    write(tmp_path / "out", embedder.encoder, embedder.tokenizer)
+    again = Embedder.load(tmp_path / "out")
+    assert dict(again.config.prompts) == dict(embedder.config.prompts)
 
 
 def test_the_tokenizer_comes_along(tmp_path):
