@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jina_jax import packing
-from jina_jax.embedder import Embedder, encode_rows
+from jina_jax.embedder import Embedder
+from jina_jax.inference import encode_rows
 from jina_jax.model import Encoder, pool, task_of_tokens
 from jina_jax.sources import find_model, model_kind
 from jina_jax.torch_checkpoint import read_torch_checkpoint

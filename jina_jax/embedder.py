@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
 
 from . import packing
 from .adapters import fold_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
-from .model import Encoder, pool
+from .inference import embed_rows, encode_rows
+from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sources import find_model, model_kind
 from .tokenizer import load_tokenizer, max_tokens, tokenize
@@ -278,44 +278,6 @@ class Embedder:
             self._folded = None  # freed before the next is made
             self._folded = task, fold_adapter(self.encoder, task)
         return self._folded[1]
-
-
-@jax.jit
-def encode_rows(
-    encoder: Encoder,
-    tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
-) -> Float[Array, "b t d"]:
-    """Token states of packed rows, compiled once for each shape."""
-    return _run(encoder, tokens, segments, positions, tasks)
-
-
-@jax.jit
-def embed_rows(
-    encoder: Encoder,
-    tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
-) -> Float[Array, "b g d"]:
-    """Mean of each text of packed rows, before normalisation, compiled once for each shape."""
-    states = _run(encoder, tokens, segments, positions, tasks)
-    return pool(states, segments, packing.max_texts(tokens.shape[1]))
-
-
-def _run(encoder: Encoder, *inputs: Any) -> Array:
-    if encoder.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
-        return encoder(*inputs)
-    # XLA's CPU backend turns a bfloat16 array that is sliced in a loop into float32 first: a copy of all layers, at each call.
-    # Their bits as integers it leaves alone. For inference only: there is no gradient through this.
-    encoder.layers = jax.tree.map(lambda x: _cast_bits(x, jnp.bfloat16, jnp.uint16), encoder.layers)
-    return encoder(*inputs, gather=partial(jax.tree.map, lambda x: _cast_bits(x, jnp.uint16, jnp.bfloat16)))
-
-
-def _cast_bits(x: Array, old: DTypeLike, new: DTypeLike) -> Array:
-    return jax.lax.bitcast_convert_type(x, new) if x.dtype == old else x
 
 
 def _texts(sentences: Any) -> list[str]:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jina_jax import Encoder
 from jina_jax.adapters import add_adapter, base_arrays, drop_adapter, extract_adapter, fold_adapter, merge_adapter
-from jina_jax.embedder import encode_rows
+from jina_jax.inference import encode_rows
 from jina_jax.model import variables
 
 

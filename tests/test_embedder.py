@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jina_jax import Embedder
-from jina_jax.embedder import embed_rows
+from jina_jax.inference import embed_rows
 from jina_jax.quantize import quantize
 
 TEXTS = ["a text editor", "", "   \t\n ", "ein Spiel", "日本語", "🎲 dice " * 30, "Редактор", "x"]

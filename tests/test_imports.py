@@ -14,7 +14,7 @@ LEVELS = [
     {"lora"},
     {"attention"},
     {"weights", "model"},
-    {"adapters", "peft_adapter", "checkpoint", "tokenizer"},
+    {"adapters", "inference", "peft_adapter", "checkpoint", "tokenizer"},
     {"torch_checkpoint", "sources"},
     {"embedder"},
     {"cli", "__init__"},

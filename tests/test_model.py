@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jina_jax import Encoder, ModelConfig, packing, pool
-from jina_jax.embedder import embed_rows, encode_rows
+from jina_jax.inference import embed_rows, encode_rows
 from jina_jax.lora import AdapterParam, AdapterScale
 from jina_jax.model import LayerNorm, abstract_variables, from_arrays, gelu, task_of_tokens, variables
 

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, PreTrainedTokenizerFast, XLMRobertaModel
 
 from jina_jax import Embedder, packing
-from jina_jax.embedder import encode_rows
+from jina_jax.inference import encode_rows
 from jina_jax.tokenizer import load_tokenizer
 from jina_jax.torch_checkpoint import read_torch_checkpoint
 from oracles import checkpoints, original
