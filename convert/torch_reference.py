@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jina_jax.config import ModelConfig
+from jina_jax.peft_adapter import adapter_folder, find_peft_adapters
 from jina_jax.tensor_files import open_tensors
 
 _NATIVE_NAMES = {
@@ -27,6 +28,8 @@ class TorchReference:
     def __init__(self, directory: Path, config: ModelConfig, *, allow_pickle: bool = False):
         self._config = config
         self._directory = directory
+        adapters = find_peft_adapters(directory, (), allow_pickle=allow_pickle)
+        self._folders = {adapter.task: adapter.folder.name for adapter in adapters}
         tensors = open_tensors(directory, allow_pickle=allow_pickle)
         self._stacked = any(".lora_A" in name for name in tensors)
         fused = any("mixer.Wqkv" in name for name in tensors)
@@ -79,12 +82,13 @@ class TorchReference:
             yield self._model
             self._load(self._model, None)
         else:
-            folder = task.replace(".", "_").replace("-", "_")
-            if folder not in getattr(self._model, "peft_config", {}):
+            name = adapter_folder(task)  # PyTorch wants names of modules without dots
+            if name not in getattr(self._model, "peft_config", {}):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that there are several adapters is meant
-                    self._model.load_adapter(str(self._directory), adapter_name=folder, adapter_kwargs={"subfolder": folder})
-            self._model.set_adapter(folder)
+                    folder = {"subfolder": self._folders[task]}
+                    self._model.load_adapter(str(self._directory), adapter_name=name, adapter_kwargs=folder)
+            self._model.set_adapter(name)
             self._model.enable_adapters()
             yield self._model
             self._model.disable_adapters()

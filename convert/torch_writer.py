@@ -19,6 +19,7 @@ from jina_jax.adapters import base_arrays, drop_adapter, extract_adapter, extrac
 from jina_jax.checkpoint import written_whole
 from jina_jax.config import ModelConfig, dump_json, to_hf
 from jina_jax.model import Encoder
+from jina_jax.peft_adapter import adapter_folder
 from jina_jax.weights import Entry
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,8 @@ def with_one_scale(adapters: Arrays) -> tuple[Arrays, float]:
 
 def _write_transformers(target: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None) -> None:
     config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
+    if len({adapter_folder(task) for task in config.tasks}) < len(config.tasks):
+        raise ValueError(f"two of the tasks {list(config.tasks)} would share a folder: only letters and digits tell them apart")
     spelling = "fused" if config.position_type == "rope" else "xlmr"
     tensors = _tensors(weights.base_entries(config, spelling), arrays)
     _write(
@@ -168,7 +171,7 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: PreTrainedTok
     )
     for task in config.tasks:
         adapter, scale = with_one_scale(_on_host(extract_adapter(encoder, task), dtype))
-        folder = target / task.replace(".", "_").replace("-", "_")
+        folder = target / adapter_folder(task)
         folder.mkdir()
         table = weights.peft_adapter_entries(config, 0, "split" if spelling == "fused" else "xlmr")
         save_file(

@@ -108,9 +108,10 @@ def merge_adapter(encoder: Encoder, task: str) -> Encoder:
 
 def fold_adapter(encoder: Encoder, task: str) -> Encoder:
     """The model of one task, for inference: its adapter folded into the kernels, and kept beside the embedding table, which
-    stays as it is and is shared with `encoder`. Its only task has index 0."""
+    stays as it is and is shared with `encoder`. Its only task has index 0 and no name of its own, so that all tasks share
+    their compiled programs."""
     index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
-    folded = nnx.eval_shape(lambda: Encoder(_of_one(encoder.config, task), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
+    folded = nnx.eval_shape(lambda: Encoder(_of_one(encoder.config, "folded"), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
     for module in _dense_modules(folded).values():
         module.a = module.b = module.scale = nnx.data(None)
     arrays = base_arrays(encoder) | _of_tasks(encoder, index[None]) | _folded_kernels(encoder, index)

@@ -6,7 +6,7 @@ written beside its place and renamed into it when it is complete: a directory wi
 
 import contextlib
 import hashlib
-import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +65,8 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
     """
     verify(directory)
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    if not (directory / _ARRAYS).is_dir():
+        raise CheckpointError(f"{directory} has no {_ARRAYS}")
     stored = ocp.metadata(str(directory.absolute() / _ARRAYS)).metadata
     expected = abstract_variables(config)
     wrong = sorted(expected.keys() ^ stored.keys())
@@ -100,7 +102,8 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
         return
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    # Random, not the process id: in containers that one repeats, and a killed run leaves its directory behind.
+    partial = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
         yield partial

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 PUBLISHED_INSTRUCTIONS = {
     "retrieval.query": "Represent the query for retrieving evidence documents: ",
@@ -22,6 +23,15 @@ Layout = Literal["original", "transformers"]
 
 _POSITION_TYPES: dict[str, PositionType] = {"rotary": "rope", "rope": "rope", "absolute": "absolute"}
 _MODEL_TYPES = ("xlm-roberta", "jina_embeddings_v3")
+
+
+_CONTAINERS = {
+    "lora_adaptations": list,
+    "task_instructions": dict,
+    "matryoshka_dimensions": list,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
 
 
 class ConfigError(ValueError):
@@ -68,17 +78,31 @@ class ModelConfig:
     """Unroll the loop over layers: faster inference on TPU v5e, longer compilation."""
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "mlp_size", "max_position_embeddings"):
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "mlp_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        )
+        for field in (*sizes, "lora_rank"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, not {getattr(self, field)}")
+        for field in ("rope_theta", "layer_norm_eps"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(f"{field} must be above 0, not {getattr(self, field)}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.position_type == "rope" and self.head_dim % 2:
             raise ConfigError(f"rotary positions need an even head dimension, not {self.head_dim}")
-        if self.tasks and self.lora_rank < 1:
-            raise ConfigError(f"lora_rank must be at least 1, not {self.lora_rank}")
+        if "" in self.tasks:
+            raise ConfigError(f"a task needs a name: {list(self.tasks)}")
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"tasks are not unique: {list(self.tasks)}")
+        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= self.hidden_size:
+            raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1..{self.hidden_size}")
         if wrong := [d for d in self.matryoshka_dims if not 1 <= d <= self.hidden_size]:
             raise ConfigError(f"matryoshka_dims {wrong} are outside 1..{self.hidden_size}")
 
@@ -109,14 +133,7 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
-        values = dict(fields)
-        for name in ("tasks", "matryoshka_dims"):
-            values[name] = tuple(values.get(name, ()))
-        values["prompts"] = tuple((name, text) for name, text in values.get("prompts", ()))
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"a configuration field has the wrong type: {error}") from error
+        return _from_file(fields)
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -124,6 +141,9 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
     Pooler, MLM head, rank and the kind of q, k, v adapters are set from the tensors by the reader, not from here.
     """
+    for field, kind in _CONTAINERS.items():
+        if not isinstance(hf.get(field), kind | None):
+            raise ConfigError(f"{field} must be a {kind.__name__}, not {hf[field]!r}")
     model_type = hf.get("model_type")
     if model_type is not None and model_type not in _MODEL_TYPES:
         raise ConfigError(f"model_type {model_type!r} is not supported; supported are {list(_MODEL_TYPES)}")
@@ -133,14 +153,14 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"emb_pooler {hf['emb_pooler']!r} is not supported; supported are null and 'mean'")
     native = model_type == "jina_embeddings_v3"
     position = hf.get("position_embedding_type", "rotary" if native else "absolute")
-    if position not in _POSITION_TYPES:
+    if position not in list(_POSITION_TYPES):
         raise ConfigError(f"position_embedding_type {position!r} is not supported; use one of {sorted(_POSITION_TYPES)}")
     tasks = tuple(hf.get("lora_adaptations") or ())
     instructions = hf.get("task_instructions") or {}
     if missing := [task for task in tasks if instructions and task not in instructions]:
         raise ConfigError(f"task_instructions has no entry for {missing} of lora_adaptations")
     try:
-        return ModelConfig(
+        values = dict(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             num_layers=hf["num_hidden_layers"],
@@ -155,15 +175,14 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             pad_id=_or(hf.get("pad_token_id"), 1),
             tasks=tasks,
             lora_rank=hf.get("lora_rank", 4),
-            lora_alpha=float(hf.get("lora_alpha", 1)),
+            lora_alpha=hf.get("lora_alpha", 1),
             prompts=tuple(instructions.items()),
             matryoshka_dims=tuple(hf.get("matryoshka_dimensions") or ()),
             truncate_dim=hf.get("truncate_dim"),
         )
     except KeyError as error:
         raise ConfigError(f"config.json has no field {error}") from error
-    except TypeError as error:
-        raise ConfigError(f"a field of config.json has the wrong type: {error}") from error
+    return _from_file(values)
 
 
 def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
@@ -221,13 +240,45 @@ def dump_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
-def _rope_theta(hf: Mapping[str, Any], default: float) -> float:
-    parameters = hf.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_parameters.rope_type {parameters['rope_type']!r} is not supported; use 'default'")
-    for value in (parameters.get("rope_theta"), hf.get("rope_theta"), hf.get("rotary_emb_base")):
-        if value is not None:
-            return float(value)
+def _from_file(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of values that may be of any type; JSON has neither tuples nor a difference between 1 and 1.0."""
+    values = {name: _tuples(value) for name, value in fields.items()}
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    if wrong := {name: value for name, value in values.items() if not _fits(value, types[name])}:
+        listed = "; ".join(f"{name} is {value!r}, should be {_type_name(types[name])}" for name, value in wrong.items())
+        raise ConfigError(f"the configuration has fields of the wrong type: {listed}")
+    return ModelConfig(**{name: float(value) if types[name] is float else value for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number passes for a float, a truth value for no number."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in arguments
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, each) for each in arguments)
+    if get_origin(kind) is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... and isinstance(value, tuple) else arguments
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if kind in (bool, int, float, str) else str(kind).removeprefix("typing.")
+
+
+def _rope_theta(hf: Mapping[str, Any], default: float) -> Any:
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the second is the older name
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"rope_parameters.rope_type {kind!r} is not supported; use 'default'")
+    for place, field in ((parameters, "rope_theta"), (hf, "rope_theta"), (hf, "rotary_emb_base")):
+        if place.get(field) is not None:
+            return place[field]
     return default
 
 

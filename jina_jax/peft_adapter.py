@@ -15,7 +15,13 @@ from .weights import Entry, Spelling
 
 PREFIX = "base_model.model."
 
-_PUBLISHED_FOLDERS = {re.sub(r"[.-]", "_", task): task for task in PUBLISHED_INSTRUCTIONS}
+
+def adapter_folder(task: str) -> str:
+    """Folder of a task's adapter, which is its name in PyTorch too: letters, digits and underscores."""
+    return re.sub(r"\W", "_", task)
+
+
+_PUBLISHED_FOLDERS = {adapter_folder(task): task for task in PUBLISHED_INSTRUCTIONS}
 
 _INERT = {
     "use_dora": (None, False),
@@ -27,6 +33,13 @@ _INERT = {
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # The others (pissa, olora, corda, loftq, lora_ga) change the base weights too.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 """Settings of adapter_config.json that this library does not build, with the values under which they do nothing."""
 
@@ -50,18 +63,18 @@ class PeftAdapter(NamedTuple):
         if not names:
             return 0.0
         rank = self.tensors[names[0]].shape[_rank_axis(names[0])]
-        alpha = _of_pattern(self.settings.get("alpha_pattern"), module, float(self.settings.get("lora_alpha", 8)))
+        alpha = _of_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
-def find_peft_adapters(directory: Path, published_order: tuple[str, ...]) -> list[PeftAdapter]:
+def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, allow_pickle: bool = False) -> list[PeftAdapter]:
     """The adapters in the sub-folders of `directory`: in the order of the names given, the others by name behind them.
 
     A folder named like a published task with underscores is that task; any other is the task of its own name.
     """
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(f"{directory} holds an adapter beside its weights; put each adapter in a folder of its own")
-    adapters = [_open(path.parent) for path in sorted(directory.glob("*/adapter_config.json"))]
+    adapters = [_open(path.parent, allow_pickle) for path in sorted(directory.glob("*/adapter_config.json"))]
     order = {task: place for place, task in enumerate(published_order or PUBLISHED_INSTRUCTIONS)}
     return sorted(adapters, key=lambda adapter: (order.get(adapter.task, len(order)), adapter.task))
 
@@ -82,6 +95,10 @@ def matched_tensors(
             continue
         expected = list(table[name].tensor_shape(array_shapes[table[name].path]))
         expected[_rank_axis(name)] = tensor.shape[_rank_axis(name)]
+        rank = tensor.shape[_rank_axis(name)]
+        said = _of_pattern(adapter.settings.get("rank_pattern"), name.rpartition(".lora_")[0], adapter.settings.get("r", 8))
+        if rank != said:
+            problems.append(f"wrong rank: {name} has {rank}, adapter_config.json says {said}")
         if list(tensor.shape) != expected:
             problems.append(f"wrong shape: {name} is {tensor.shape}, should be {tuple(expected)}")
         if tensor.dtype not in FLOATS:
@@ -125,28 +142,44 @@ def share_down_projections(adapters: list[PeftAdapter], config: ModelConfig) -> 
     return True
 
 
-def _open(folder: Path) -> PeftAdapter:
+def _open(folder: Path, allow_pickle: bool) -> PeftAdapter:
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{folder}: peft_type {settings['peft_type']!r} is not supported; supported is 'LORA'")
     if refused := [key for key, inert in _INERT.items() if settings.get(key) not in inert]:
         raise CheckpointError(f"{folder}: adapter_config.json sets {refused}, which this library does not build")
+    _check_numbers(folder, settings)
     tensors = {}
-    for name, tensor in open_tensors(folder, "adapter_model").items():
+    for name, tensor in open_tensors(folder, "adapter_model", allow_pickle=allow_pickle).items():
         plain = name.removeprefix(PREFIX).removeprefix("roberta.")
         if not re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", plain) or len(tensor.shape) != 2:
             raise CheckpointError(f"{folder}: {name} {tensor.shape} is not part of a plain LoRA adapter")
-        tensors[weights.standard_module_name(plain)] = tensor
+        standard = weights.standard_module_name(plain)
+        if standard in tensors:
+            raise CheckpointError(f"{folder} is ambiguous: it holds {standard} under two names")
+        tensors[standard] = tensor
     if not tensors:
         raise CheckpointError(f"{folder} holds an adapter without tensors")
     return PeftAdapter(_PUBLISHED_FOLDERS.get(folder.name, folder.name), folder, settings, tensors)
 
 
-def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default: float) -> float:
+def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:
+    numbers = {"r": settings.get("r", 8), "lora_alpha": settings.get("lora_alpha", 8)}
+    try:
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            numbers |= settings.get(pattern) or {}
+        for pattern, value in numbers.items():
+            re.compile(pattern)
+            float(value)
+    except (TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{folder}: adapter_config.json has ranks or alphas that are no numbers: {error}") from error
+
+
+def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
     """PEFT's rule: the first pattern that matches the end of the module's name."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"roberta.{module}")):
-            return float(value)
+            return value
     return default
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from .checkpoint import is_checkpoint
 from .config import ConfigError
 from .remote import fetch, is_remote
-from .tensor_files import INDEX_SUFFIX, CheckpointError, read_json, read_json_list
+from .tensor_files import INDEX_SUFFIX, PICKLES, CheckpointError, read_json, read_json_list
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors", "arrays/*"]
@@ -53,7 +53,7 @@ def model_kind(directory: Path) -> Literal["native", "torch"]:
         if weights:
             raise CheckpointError(f"{directory} is ambiguous: it holds a native checkpoint and PyTorch weights {weights}")
         return "native"
-    if not weights and not any(directory.glob("*.bin")):
+    if not weights and not any(directory.glob(PICKLES)):
         held = sorted(path.name for path in directory.iterdir())
         raise CheckpointError(f"{directory} is of an unknown kind: it holds no checkpoint of a known layout, but {held}")
     _check_modules(directory)
@@ -65,11 +65,16 @@ def _check_modules(directory: Path) -> None:
     modules = directory / "modules.json"
     if not modules.exists():
         return
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in read_json_list(modules)]
+    listed = read_json_list(modules)
+    if not all(isinstance(module, dict) for module in listed):
+        raise CheckpointError(f"{modules} is not a list of modules")
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in listed]
     if unknown := [kind for kind in kinds if kind not in ("Transformer", "XLMRobertaLoRA", "Pooling", "Normalize")]:
         raise ConfigError(f"{modules} has the modules {unknown}, which this library does not build")
-    pooling = directory / "1_Pooling" / "config.json"
-    if pooling.exists():
+    for module, kind in zip(listed, kinds, strict=True):
+        pooling = directory / str(module.get("path", "")) / "config.json"
+        if kind != "Pooling" or not pooling.exists():
+            continue
         settings = read_json(pooling)
         mode = settings.get("pooling_mode", "mean" if settings.get("pooling_mode_mean_tokens", True) else "another")
         modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]

@@ -11,6 +11,8 @@ import numpy as np
 import safetensors
 
 INDEX_SUFFIX = ".index.json"
+PICKLES = "pytorch_model*.bin"
+"""Not every `.bin`: trainers leave others beside the weights."""
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -52,7 +54,7 @@ def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = F
         return _open_safetensors(single)
     if index.exists():
         return _open_shards(index)
-    pickles = sorted(directory.glob("*.bin"))
+    pickles = sorted(directory.glob(PICKLES if stem == "model" else f"{stem}.bin"))
     if not pickles:
         raise FileNotFoundError(f"{directory} has no {single.name} and no {index.name}")
     if not allow_pickle:
@@ -89,7 +91,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: _lazy(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
@@ -109,7 +111,7 @@ def _lazy(path: Path, name: str, header) -> LazyTensor:
 def _open_shards(index: Path) -> dict[str, LazyTensor]:
     try:
         places: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        files = sorted({str(file) for file in places.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
     if outside := [file for file in files if Path(file).name != file]:

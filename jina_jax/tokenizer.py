@@ -29,11 +29,12 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerF
         raise FileNotFoundError(f"{directory} has no tokenizer.json; the tokenizer is needed to embed text")
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.exists() else {}
+    limit = settings.get("model_max_length")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 2):
+        raise CheckpointError(f"{settings_path}: model_max_length must be a number of at least 2, not {limit!r}")
     special = {name: _content(settings.get(name)) or default for name, default in _XLM_R_SPECIAL.items()}
     try:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(path), model_max_length=settings.get("model_max_length"), **special
-        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=limit, **special)
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(f"{path} is damaged or not a tokenizer: {error}") from error
     pieces = max(tokenizer.get_vocab().values()) + 1

@@ -69,7 +69,7 @@ def read_torch_checkpoint(
         pooler=any(name.startswith("pooler.dense.") for name in tensors),
         mlm_head="lm_head.dense.weight" in tensors,
     )
-    adapters = find_peft_adapters(directory, tuple(hf.get("lora_adaptations") or ()))
+    adapters = find_peft_adapters(directory, tuple(hf.get("lora_adaptations") or ()), allow_pickle=allow_pickle)
     if stacked and adapters:
         raise CheckpointError(
             f"{directory} is ambiguous: its weights hold stacked adapters, {[a.folder.name for a in adapters]} hold PEFT ones"
@@ -166,7 +166,10 @@ def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
     published = {task: PUBLISHED_INSTRUCTIONS[task] for task in config.tasks if task in PUBLISHED_INSTRUCTIONS}
     path = directory / "config_sentence_transformers.json"
     library = read_json(path) if path.exists() else {}
-    prompts = published | (library.get("prompts") or {}) | dict(config.prompts)
+    named = library.get("prompts") or {}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+        raise ConfigError(f"{path}: prompts must be texts by name, not {named!r}")
+    prompts = published | named | dict(config.prompts)
     return replace(config, prompts=tuple(prompts.items()), default_prompt=library.get("default_prompt_name"))
 
 

@@ -127,7 +127,22 @@ def test_all_tensors_that_do_not_fit_are_in_one_error(copy):
         ("original", {"hidden_size": None}, ["no field 'hidden_size'"]),
         ("original", {"num_attention_heads": 5}, ["hidden_size 64 is not divisible by num_heads 5"]),
         ("original", {"task_instructions": {"separation": ""}}, ["task_instructions has no entry for"]),
-        ("original", {"hidden_size": "64"}, ["wrong type"]),
+        ("original", {"hidden_size": "64"}, ["hidden_size is '64', should be int"]),
+        ("original", {"hidden_size": 64.0, "num_attention_heads": True}, ["hidden_size is 64.0", "num_heads is True"]),
+        (
+            "original",
+            {"layer_norm_eps": "1e-5", "lora_alpha": "x"},
+            ["layer_norm_eps is '1e-5', should be float", "lora_alpha"],
+        ),
+        ("original", {"rotary_emb_base": 0}, ["rope_theta must be above 0"]),
+        ("original", {"rotary_emb_base": "high"}, ["rope_theta is 'high', should be float"]),
+        ("original", {"matryoshka_dimensions": ["8"]}, ["matryoshka_dims is ('8',), should be tuple[int, ...]"]),
+        ("original", {"rope_parameters": 5}, ["rope_parameters must be a dict"]),
+        ("original", {"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope_type 'linear' is not supported"]),
+        ("original", {"lora_adaptations": "abcde", "task_instructions": None}, ["lora_adaptations must be a list"]),
+        ("original", {"lora_adaptations": ["a", "b", "c", "d", ""], "task_instructions": None}, ["a task needs a name"]),
+        ("e5", {"task_instructions": {"query": 5}}, ["prompts is (('query', 5),)"]),
+        ("original", {"truncate_dim": 65}, ["truncate_dim 65 is outside 1..64"]),
     ],
     ids=str,
 )
@@ -208,6 +223,39 @@ def test_another_models_tokenizer(copy, written, tmp_path):
         Embedder.load(directory)
 
 
+@pytest.mark.parametrize("limit", ["long", 0, True])
+def test_a_limit_that_is_no_number_of_tokens(copy, limit):
+    directory = copy("original")
+    edit_json(directory / "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(CheckpointError, match="model_max_length must be a number of at least 2"):
+        Embedder.load(directory)
+
+
+def test_prompts_that_are_no_texts_by_name(copy):
+    directory = copy("e5")
+    for prompts in (["query: "], {"query": 5}):
+        (directory / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+        with pytest.raises(ConfigError, match="prompts must be texts by name"):
+            Embedder.load(directory)
+
+
+def test_other_formats_beside_safetensors_are_ignored(copy, written):
+    directory = copy("original")
+    (directory / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "onnx/model.onnx"):
+        (directory / name).write_bytes(b"not read")
+    want = Embedder.load(written["original"]).encode("a text")
+    np.testing.assert_array_equal(Embedder.load(directory).encode("a text"), want)
+
+
+def test_a_directory_in_place_of_the_weights(copy):
+    directory = copy("original")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not a safetensors file"):
+        Embedder.load(directory)
+
+
 def test_shards_that_are_missing_or_lie(copy):
     directory = copy("shards")
     index = directory / "model.safetensors.index.json"
@@ -262,6 +310,7 @@ def test_pickles_are_read_only_when_allowed_and_never_run(tmp_path):
     checkpoints.write_original(directory, pickle=True)
     with pytest.raises(CheckpointError, match="--allow-pickle"):
         Embedder.load(directory)
+    torch.save({"arguments": Payload(tmp_path / "ran")}, directory / "training_args.bin")  # trainers leave this behind
     assert read_torch_checkpoint(directory, allow_pickle=True).config.tasks
     (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Payload(tmp_path / "ran")}))
     with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
@@ -274,7 +323,16 @@ def test_pickles_are_read_only_when_allowed_and_never_run(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"use_dora": True}, {"modules_to_save": ["pooler"]}, {"bias": "all"}, {"lora_bias": True}, {"fan_in_fan_out": True}],
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["pooler"]},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"alora_invocation_tokens": [5, 6]},
+        {"use_bdlora": {"target_modules_bd_a": ["fc1"]}},
+        {"init_lora_weights": "pissa"},
+    ],
     ids=str,
 )
 def test_kinds_of_adapters_that_are_not_built_are_refused_by_name(copy, fields):
@@ -285,6 +343,44 @@ def test_kinds_of_adapters_that_are_not_built_are_refused_by_name(copy, fields):
     edit_json(directory / "separation" / "adapter_config.json", **dict.fromkeys(fields), peft_type="LOHA")
     with pytest.raises(CheckpointError, match="peft_type 'LOHA'"):
         Embedder.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 8}, r"wrong rank: layers\.0\.mlp\.fc1\.lora_A\.weight has 4, adapter_config\.json says 8"),
+        ({"rank_pattern": {"o_proj": 2}}, "wrong rank: .*o_proj.* has 4, adapter_config.json says 2"),
+        ({"lora_alpha": "high"}, "ranks or alphas that are no numbers"),
+        ({"alpha_pattern": {"(": 1}}, "ranks or alphas that are no numbers"),
+        ({"alpha_pattern": ["fc1"]}, "ranks or alphas that are no numbers"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_adapter_that_cannot_be(copy, fields, message):
+    directory = copy("peft")
+    edit_json(directory / "separation" / "adapter_config.json", **fields)
+    with pytest.raises(CheckpointError, match=f"separation[^$]*{message}"):
+        Embedder.load(directory)
+
+
+def test_an_adapter_with_one_tensor_under_two_names(copy):
+    directory = copy("peft")
+    name = "layers.0.self_attn.o_proj.lora_A.weight"
+    again = "roberta.encoder.layers.0.mixer.out_proj.lora_A.weight"
+    file = directory / "separation" / "adapter_model.safetensors"
+    edit_tensors(file, lambda t: t.update({again: t[f"base_model.model.{name}"].clone()}))
+    with pytest.raises(CheckpointError, match=f"separation is ambiguous: it holds {name} under two names"):
+        Embedder.load(directory)
+
+
+def test_adapters_in_pickles_are_read_where_allowed(copy):
+    directory = copy("peft")
+    file = directory / "separation" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(CheckpointError, match="separation has its weights only as a pickle"):
+        Embedder.load(directory)
+    assert "separation" in read_torch_checkpoint(directory, allow_pickle=True).config.tasks
 
 
 def test_adapters_whose_tensors_do_not_fit(copy):
@@ -328,6 +424,14 @@ def test_pipelines_that_would_silently_run_as_something_else(copy):
     with pytest.raises(ConfigError, match=r"1_Pooling.*supported is the mean"):
         Embedder.load(directory)
     modules = json.loads((directory / "modules.json").read_text())
+    (directory / "1_Pooling").rename(directory / "elsewhere")
+    modules[1]["path"] = "elsewhere"
+    (directory / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ConfigError, match=r"elsewhere.*supported is the mean"):
+        Embedder.load(directory)
+    (directory / "modules.json").write_text('["Transformer"]')
+    with pytest.raises(CheckpointError, match=r"modules\.json is not a list of modules"):
+        Embedder.load(directory)
     (directory / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}]))
     with pytest.raises(ConfigError, match=r"modules \['Dense'\]"):
         Embedder.load(directory)

@@ -66,6 +66,9 @@ def test_to_dict_is_read_back_the_same():
         ({"num_layers": 0}, "num_layers must be at least 1"),
         ({"tasks": ("a", "a")}, "not unique"),
         ({"tasks": ("a",), "lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"rope_theta": -1.0}, "rope_theta must be above 0"),
+        ({"truncate_dim": 33}, "truncate_dim 33 is outside 1..32"),
+        ({"tasks": ("a", "")}, "a task needs a name"),
         ({"matryoshka_dims": (8, 64)}, r"matryoshka_dims \[64\] are outside 1..32"),
     ],
     ids=str,
@@ -75,6 +78,27 @@ def test_impossible_configurations_name_the_field(fields, message):
         ModelConfig(**(SIZES | fields))
     with pytest.raises(ConfigError, match="unknown configuration fields"):
         ModelConfig.from_dict(SIZES | {"layers": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tasks": None}, "tasks is None, should be tuple"),
+        ({"tasks": "abc"}, "tasks is 'abc'"),
+        ({"prompts": [["a"]]}, "prompts is"),
+        ({"prompts": [["a", 5]]}, "prompts is"),
+        ({"position_type": "alibi"}, r"position_type is 'alibi', should be Literal\['rope', 'absolute'\]"),
+        ({"num_heads": 4.0}, "num_heads is 4.0, should be int"),
+        ({"num_heads": True}, "num_heads is True"),
+        ({"rope_theta": "x", "unroll": 1}, "rope_theta is 'x', should be float; unroll is 1, should be bool"),
+        ({"truncate_dim": "8"}, "truncate_dim is '8', should be int | None"),
+    ],
+    ids=str,
+)
+def test_fields_of_the_wrong_type_in_a_file_are_listed(fields, message):
+    with pytest.raises(ConfigError, match=f"wrong type: {message}"):
+        ModelConfig.from_dict(SIZES | fields)
+    assert ModelConfig.from_dict(SIZES | {"rope_theta": 10_000}).rope_theta == 10_000.0
 
 
 def test_an_unknown_task_lists_the_valid_ones():

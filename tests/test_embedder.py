@@ -216,6 +216,16 @@ def test_the_whole_test_split_compiles_at_most_four_programs(make_encoder, token
     assert 1 <= first <= 4 and embed_rows._cache_size() == before + first
 
 
+def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):
+    model = Embedder(encoder, encoder.config, tokenizer)
+    first, *others = encoder.config.tasks
+    model.encode("a text", task=first)
+    before = embed_rows._cache_size()
+    for task in others:
+        model.encode("a text", task=task)
+    assert embed_rows._cache_size() == before
+
+
 def test_another_models_configuration_is_refused(encoder, make_encoder, tokenizer):
     with pytest.raises(ValueError, match="not that of the encoder"):
         Embedder(encoder, make_encoder().config, tokenizer)

@@ -18,6 +18,7 @@ from transformers import JinaEmbeddingsV3Model
 from convert.__main__ import main as convert
 from convert.torch_writer import write_sentence_transformers, write_transformers
 from jina_jax import Embedder, checkpoint
+from jina_jax.adapters import add_adapter, extract_adapter
 from jina_jax.config import ConfigError
 from jina_jax.model import from_arrays, variables
 from oracles import checkpoints
@@ -143,8 +144,17 @@ def test_verify_reports_agreement_and_a_changed_weight(tmp_path):
     assert layers[2] > 1e-5 and max(layers[:2] + layers[3:]) < 1e-5, "the report names the layer"
 
 
+def test_tasks_that_would_share_a_folder_are_refused(source, tmp_path):
+    adapter = extract_adapter(source.encoder, "separation")
+    encoder = add_adapter(add_adapter(source.encoder, "legal-de", adapter), "legal.de", adapter)
+    with pytest.raises(ValueError, match="would share a folder"):
+        write_transformers(tmp_path / "out", encoder, source.tokenizer)
+    assert not any(tmp_path.iterdir())
+
+
 def test_verify_reads_peft_and_xlm_roberta_sources(tmp_path):
     checkpoints.write_transformers(tmp_path / "peft", spelling="published")
+    (tmp_path / "peft" / "separation").rename(tmp_path / "peft" / "legal-de")
     checkpoints.write_xlmr(tmp_path / "xlmr", mlm_head=True, prefix="roberta.")
     for name in ("peft", "xlmr"):
         Embedder.load(tmp_path / name).save(tmp_path / f"{name}-native")

@@ -71,7 +71,10 @@ def test_separate_down_projections_become_shared_ones_of_three_times_the_rank(tm
 
 
 def test_adapters_of_different_scales_are_written_with_one(tmp_path):
-    adapters = {"first": {"r": 2, "lora_alpha": 8}, "second": {"r": 4, "lora_alpha": 1, "use_rslora": True}}
+    adapters = {
+        "first": {"r": 2, "lora_alpha": 8},
+        "second": {"r": 4, "lora_alpha": 1, "use_rslora": True, "alpha_pattern": {"q_proj": 3, "v_proj": -2}},
+    }
     checkpoints.write_transformers(tmp_path / "peft", spelling="peft", adapters=adapters)
     source = Embedder.load(tmp_path / "peft")
     write_original(tmp_path / "original", source.encoder, source.tokenizer)
