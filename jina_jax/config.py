@@ -247,7 +247,8 @@ def _from_file(fields: Mapping[str, Any]) -> ModelConfig:
     if wrong := {name: value for name, value in values.items() if not _fits(value, types[name])}:
         listed = "; ".join(f"{name} is {value!r}, should be {_type_name(types[name])}" for name, value in wrong.items())
         raise ConfigError(f"the configuration has fields of the wrong type: {listed}")
-    return ModelConfig(**{name: float(value) if types[name] is float else value for name, value in values.items()})
+    typed: dict[str, Any] = {name: float(value) if types[name] is float else value for name, value in values.items()}
+    return ModelConfig(**typed)
 
 
 def _tuples(value: Any) -> Any:
