@@ -1,13 +1,11 @@
 """The tokenizer: always from `tokenizer.json`, never from remote code."""
 
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
 from transformers import PreTrainedTokenizerFast
 
 from .config import ModelConfig
