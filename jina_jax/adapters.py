@@ -5,6 +5,7 @@ An adapter on its own is a mapping of paths to arrays with one task: what `extra
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +49,15 @@ def add_adapter(
     if adapter is None:
         if rngs is None:
             raise ValueError("a fresh adapter needs rngs")
-        adapter = _fresh_adapter(encoder, rank or config.lora_rank, alpha or config.lora_alpha, rngs)
+        adapter = _fresh_adapter(encoder, {"lora_rank": rank, "lora_alpha": alpha}, rngs)
     old = extract_adapters(encoder)
-    rank = max(path_array.shape[-1] for path, path_array in (*old.items(), *adapter.items()) if path.endswith(".a"))
-    parts = max(arrays["layers.qkv.a"].shape[-3] for arrays in (old, adapter) if "layers.qkv.a" in arrays)
+    ranks = (array.shape[-1] for path, array in (*old.items(), *adapter.items()) if path.endswith(".a"))
+    parts = (arrays["layers.qkv.a"].shape[-3] for arrays in (old, adapter) if "layers.qkv.a" in arrays)
     new_config = replace(
         config,
         tasks=(*config.tasks, task),
-        lora_rank=rank,
-        separate_qkv_adapters=parts == 3,
+        lora_rank=max(ranks, default=config.lora_rank),
+        separate_qkv_adapters=max(parts, default=1) == 3,
         prompts=(*(item for item in config.prompts if item[0] != task), (task, instruction)),
     )
     expected = abstract_variables(_of_one(new_config, task))
@@ -121,8 +122,9 @@ def fold_adapter(encoder: Encoder, task: str) -> Encoder:
     return nnx.merge(graphdef, state)
 
 
-def _fresh_adapter(encoder: Encoder, rank: int, alpha: float, rngs: nnx.Rngs) -> Adapter:
-    config = replace(encoder.config, tasks=("fresh",), lora_rank=rank, lora_alpha=alpha)
+def _fresh_adapter(encoder: Encoder, sizes: Mapping[str, Any], rngs: nnx.Rngs) -> Adapter:
+    given = {name: size for name, size in sizes.items() if size is not None}
+    config = replace(encoder.config, tasks=("fresh",), **given)
     param_dtype = encoder.tokens.table.get_value().dtype
 
     @jax.jit  # so that the base parameters made beside the adapter are never computed

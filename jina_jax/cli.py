@@ -73,6 +73,8 @@ def embed(file: Path, model: str, task: str | None, dim: int | None, precision: 
         raise ValueError(f"--output must end in .npy or .parquet, or be -, not {output!r}")
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {Path(output).parent}")
+    if output != "-" and Path(output).is_dir():
+        raise IsADirectoryError(f"{output} is a directory")
     texts = _lines(file)
     embedder = Embedder.load(model)
     embeddings = embedder.encode(

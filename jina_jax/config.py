@@ -105,6 +105,10 @@ class ModelConfig:
             raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1..{self.hidden_size}")
         if wrong := [d for d in self.matryoshka_dims if not 1 <= d <= self.hidden_size]:
             raise ConfigError(f"matryoshka_dims {wrong} are outside 1..{self.hidden_size}")
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ConfigError(f"pad_id {self.pad_id} is not in the vocabulary of {self.vocab_size}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_position_embeddings {self.max_position_embeddings} leaves no position for a token")
 
     @property
     def head_dim(self) -> int:

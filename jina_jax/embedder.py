@@ -147,8 +147,8 @@ class Embedder:
         _one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
         if output_value == "token_embeddings" and precision != "float32":
             raise ValueError("token_embeddings come in float32 only")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not _is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
         inputs = self._inputs(texts, task, prompt, prompt_name, self._limit(max_length))
         progress = _progress_bar(len(texts), show_progress_bar)
 
@@ -185,24 +185,23 @@ class Embedder:
             return d
         if dims and dim not in dims:
             raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
-        if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= d:
+        if not _is_whole(dim) or not 1 <= dim <= d:
             raise ValueError(f"truncate_dim must be a whole number in 1..{d}, not {dim!r}")
         return int(dim)
 
     def _limit(self, max_length: int | None) -> int:
         if max_length is None:
             return self.max_length
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or not 2 <= max_length <= self.max_length:
+        if not _is_whole(max_length) or not 2 <= max_length <= self.max_length:
             raise ValueError(f"max_length must be a whole number in 2..{self.max_length}, not {max_length!r}")
-        return max_length
+        return int(max_length)
 
     def _inputs(
         self, texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any, limit: int
     ) -> Inputs:
-        tasks = [task] * len(texts) if task is None or isinstance(task, str) else list(task)
-        if len(tasks) != len(texts):
-            raise ValueError(f"there are {len(tasks)} tasks for {len(texts)} texts")
-        indices = {name: -1 if name is None else self.config.task_index(name) for name in set(tasks)}
+        tasks = _tasks(task, len(texts))
+        names = {*tasks, task if isinstance(task, str) else None}  # a wrong one is an error for no texts, too
+        indices = {name: -1 if name is None else self.config.task_index(name) for name in names}
         prefixes = {name: self._prefix(name, prompt, prompt_name) for name in indices}
         token_ids = tokenize(self.tokenizer, [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)], limit)
         return Inputs(token_ids, np.array([indices[name] for name in tasks], np.int32))
@@ -290,6 +289,24 @@ def _texts(sentences: Any) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"text {index} is no string but {type(text).__name__}")
     return [str(text) for text in texts]  # numpy strings are strings, but not to the tokenizer
+
+
+def _tasks(task: Any, texts: int) -> list[str | None]:
+    """A task for each text."""
+    if task is None or isinstance(task, str):
+        return [task] * texts
+    if not isinstance(task, Iterable):
+        raise ValueError(f"task must be a name, or one for each text, not {type(task).__name__}")
+    tasks = list(task)
+    if len(tasks) != texts:
+        raise ValueError(f"there are {len(tasks)} tasks for {texts} texts")
+    if wrong := [name for name in tasks if name is not None and not isinstance(name, str)]:
+        raise ValueError(f"a task is a name or None, not {wrong[0]!r}")
+    return tasks
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:

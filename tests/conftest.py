@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -27,6 +28,14 @@ settings.load_profile("jina-jax")
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("retrieval.query", "retrieval.passage", "classification")
 SIZES = {"vocab_size": 300, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "mlp_size": 128}
+
+
+@pytest.fixture
+def unchecked():
+    """Without the types that tests check, as a user calls it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,23 @@ def test_a_fresh_adapter_changes_nothing(model):
     assert np.abs(fresh["layers.up.a"]).max() > 0 and np.abs(fresh["layers.up.b"]).max() == 0
 
 
+def test_an_adapter_has_the_scale_it_was_given(model):
+    for alpha, scale in ((0.0, 0.0), (3.0, 0.75)):
+        grown = add_adapter(model, "new", alpha=alpha, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(extract_adapter(grown, "new")["layers.up.scale"], scale)
+
+
+def test_no_operation_touches_the_model_it_is_given(model):
+    before = {path: np.asarray(variable.get_value()) for path, variable in variables(model).items()}
+    add_adapter(model, "new", rngs=nnx.Rngs(0))
+    for operation in (drop_adapter, extract_adapter, merge_adapter, fold_adapter):
+        operation(model, "a")
+    after = variables(model)
+    assert model.config.tasks == ("a", "b") and after.keys() == before.keys()
+    for path, variable in after.items():
+        np.testing.assert_array_equal(variable.get_value(), before[path])
+
+
 def test_a_fresh_adapter_on_a_model_without_any(make_encoder):
     plain = make_encoder()
     grown = add_adapter(plain, "new", rngs=nnx.Rngs(0))
@@ -110,5 +127,11 @@ def test_errors_say_what_is_valid(model, make_encoder):
             operation(model, "c")
     with pytest.raises(ValueError, match="not an adapter of this model.*pooler"):
         add_adapter(make_encoder(), "a", extract_adapter(model, "a"))
+    for size in ({"rank": 0}, {"rank": -1}):
+        with pytest.raises(ValueError, match="lora_rank must be at least 1"):
+            add_adapter(model, "c", rngs=nnx.Rngs(0), **size)
+    for bare in (model, make_encoder()):
+        with pytest.raises(ValueError, match="not an adapter of this model.*layers.qkv.a"):
+            add_adapter(bare, "c", {})
     with pytest.raises(ValueError, match="layers.(up|down)"):
         add_adapter(model, "c", extract_adapter(make_encoder(tasks=("c",), pooler=True, mlp_size=96), "c"))

@@ -75,6 +75,7 @@ def test_no_lines(model, tmp_path):
         ({"--batch-size": 0}, "batch_size must be at least 1"),
         ({"--output": "out.txt"}, "must end in .npy or .parquet"),
         ({"--output": "nowhere/out.npy"}, "no directory"),
+        ({"--output": "texts.txt/out.npy"}, "no directory"),
         ({"--precision": "int4"}, "int4"),
         ({"--dim": "wide"}, "not a valid integer"),
     ],
@@ -86,6 +87,7 @@ def test_a_mistake_is_one_message_without_traceback_or_output(model, texts, tmp_
     file = options.pop("file")
     result = embed(file, *(part for option in options.items() for part in option))
     assert result.exit_code != 0 and message in result.output
+    assert result.output.startswith("Usage:") or len(result.output.splitlines()) == 1
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
@@ -97,11 +99,43 @@ def test_text_that_is_not_utf8_is_named_by_line(model, tmp_path):
     assert not (tmp_path / "out.npy").exists()
 
 
+def test_a_directory_is_not_written_over(model, texts, tmp_path):
+    (tmp_path / "out.npy").mkdir()
+    result = embed(texts, "--model", model, "--output", tmp_path / "out.npy")
+    assert result.exit_code == 1 and result.output == f"Error: {tmp_path / 'out.npy'} is a directory\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(model, texts, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    (tmp_path / "out.npy").write_text("older")
+    monkeypatch.setattr(np, "save", fail)
+    result = embed(texts, "--model", model, "--output", tmp_path / "out.npy")
+    assert result.exit_code == 1 and result.output == "Error: No space left on device\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+    assert (tmp_path / "out.npy").read_text() == "older"
+
+
+def test_a_terminal_shows_progress(model, texts, tmp_path):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))  # a fresh one is 0 columns wide, too narrow for a bar
+    command = [sys.executable, "-m", "jina_jax.cli", "embed", texts, "--model", model, "--output", tmp_path / "out.npy"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, env=environment, stderr=stderr, check=True)
+    os.close(stderr)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert "Embedding: 100%" in shown and "4/4" in shown
+
+
 def test_the_command_as_a_process(embedder, model, texts, tmp_path):
     """With a compilation cache on disk, and no PyTorch imported."""
     cache = tmp_path / "cache"
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jina_jax.cli", "embed", texts, "--model", model, "--output", tmp_path / "out.npy"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "4 embeddings of 64 dimensions" in done.stderr
+    assert done.returncode == 0 and "4 embeddings of 64 dimensions" in done.stderr and "100%" not in done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), embedder.encode(LINES), atol=1e-6)

@@ -69,6 +69,8 @@ def test_to_dict_is_read_back_the_same():
         ({"rope_theta": -1.0}, "rope_theta must be above 0"),
         ({"truncate_dim": 33}, "truncate_dim 33 is outside 1..32"),
         ({"tasks": ("a", "")}, "a task needs a name"),
+        ({"pad_id": 99}, "pad_id 99 is not in the vocabulary of 99"),
+        ({"position_type": "absolute", "max_position_embeddings": 2}, "max_position_embeddings 2 leaves no position"),
         ({"matryoshka_dims": (8, 64)}, r"matryoshka_dims \[64\] are outside 1..32"),
     ],
     ids=str,
@@ -99,6 +101,36 @@ def test_fields_of_the_wrong_type_in_a_file_are_listed(fields, message):
     with pytest.raises(ConfigError, match=f"wrong type: {message}"):
         ModelConfig.from_dict(SIZES | fields)
     assert ModelConfig.from_dict(SIZES | {"rope_theta": 10_000}).rope_theta == 10_000.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert' is not supported.*xlm-roberta"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported.*gelu"),
+        ({"emb_pooler": "cls"}, "emb_pooler 'cls' is not supported.*mean"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'.*absolute"),
+        ({"position_embedding_type": ["rotary"]}, r"position_embedding_type \['rotary'\] is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": [1]}, "rope_parameters must be a dict"),
+        ({"lora_adaptations": "separation"}, "lora_adaptations must be a list"),
+        ({"lora_adaptations": ["separation", "new"]}, r"task_instructions has no entry for \['new'\]"),
+        ({"task_instructions": ["Q: "]}, "task_instructions must be a dict"),
+        ({"lora_alpha": "1"}, "lora_alpha is '1', should be float"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"hidden_size": None}, "hidden_size is None, should be int"),
+    ],
+    ids=str,
+)
+def test_a_config_json_that_asks_for_something_else_names_the_field(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        from_hf(PUBLISHED | fields)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"])
+def test_a_config_json_without_a_size_names_it(field):
+    with pytest.raises(ConfigError, match=f"config.json has no field '{field}'"):
+        from_hf({name: value for name, value in PUBLISHED.items() if name != field})
 
 
 def test_an_unknown_task_lists_the_valid_ones():

@@ -2,7 +2,6 @@
 
 import warnings
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -11,14 +10,6 @@ from jina_jax.inference import embed_rows
 from jina_jax.quantize import quantize
 
 TEXTS = ["a text editor", "", "   \t\n ", "ein Spiel", "日本語", "🎲 dice " * 30, "Редактор", "x"]
-
-
-@pytest.fixture
-def unchecked():
-    """Without the types that tests check, as a user calls it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def cosines(a, b):
@@ -157,6 +148,9 @@ def test_sequences_other_than_lists(embedder, unchecked):
     [
         ({"task": "translation"}, r"unknown task 'translation'.*retrieval.query.*classification"),
         ({"task": ["classification"]}, "1 tasks for 2 texts"),
+        ({"task": 3}, "task must be a name, or one for each text, not int"),
+        ({"task": ["classification", 3]}, "a task is a name or None, not 3"),
+        ({"task": "translation", "sentences": []}, "unknown task 'translation'"),
         ({"truncate_dim": 24}, r"truncate_dim 24.*\[8, 16, 32, 64\]"),
         ({"precision": "int4"}, "unknown precision 'int4'.*ubinary"),
         ({"output_value": "logits"}, "unknown output_value 'logits'.*token_embeddings"),
@@ -164,6 +158,8 @@ def test_sequences_other_than_lists(embedder, unchecked):
         ({"prompt_name": "no"}, r"unknown prompt_name 'no'.*note"),
         ({"prompt": 3}, "prompt must be a string, not int"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size must be at least 1"),
+        ({"batch_size": "8"}, "batch_size must be at least 1"),
         ({"max_length": 9000}, r"max_length must be a whole number in 2..8194"),
         ({"max_length": 1}, r"2..8194"),
         ({"device": "cuda"}, "JAX_PLATFORMS"),

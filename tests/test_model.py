@@ -192,13 +192,18 @@ def test_a_model_without_tasks_has_no_adapter_parameters():
 
 
 TREE_MODE = """
-import jax.numpy as jnp, numpy as np
+import jax.numpy as jnp
 from flax import nnx
 from jina_jax import Encoder, ModelConfig
+from jina_jax.adapters import fold_adapter, merge_adapter
+from jina_jax.inference import embed_rows
 config = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, tasks=("a", "b"), pooler=True)
 encoder = Encoder(config, rngs=nnx.Rngs(0))
-row = jnp.arange(8, dtype=jnp.int32)[None]
-print(np.asarray(encoder(row, jnp.ones_like(row), row, jnp.zeros((1, 1), jnp.int32))).sum(dtype=np.float64).item())
+row = jnp.arange(32, dtype=jnp.int32)[None]
+segments = row // 16 + 1
+print(embed_rows(encoder, row, segments, row % 16, jnp.array([[1, -1]]))[0, :, :4].tolist())
+for model in (fold_adapter(encoder, "a"), merge_adapter(encoder, "a")):
+    print(embed_rows(model, row, segments, row % 16, jnp.int32(0))[0, :, :4].tolist())
 """
 
 
@@ -209,4 +214,4 @@ def test_nnx_tree_mode_gives_the_same():
         done = subprocess.run([sys.executable, "-c", TREE_MODE], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 3
