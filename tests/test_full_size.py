@@ -1,4 +1,4 @@
-"""At the published size, with random weights, against transformers with PEFT. Minutes and 12 GB: marked slow."""
+"""At the published size, with random weights, against transformers with PEFT. Takes minutes: marked slow."""
 
 import json
 from pathlib import Path

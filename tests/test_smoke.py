@@ -1,7 +1,5 @@
 """From random weights to the same vectors after a trip to disk, without PyTorch."""
 
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,9 +25,3 @@ def test_bfloat16_is_close(embedder, tmp_path):
     assert low.encoder.layers.up.kernel.get_value().dtype == jnp.bfloat16
     cosine = (low.encode(TEXTS, "classification") * embedder.encode(TEXTS, "classification")).sum(-1)
     assert cosine.min() > 0.995
-
-
-def test_the_library_needs_no_torch():
-    assert "jina_jax" in sys.modules
-    owned = [name for name in sys.modules if name.startswith("jina_jax")]
-    assert not any(getattr(sys.modules[name], "torch", None) for name in owned)
