@@ -100,7 +100,8 @@ def _lines(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason})") from error
-    return lines[:-1] if lines[-1] == "" else lines
+    lines = lines[:-1] if lines[-1] == "" else lines
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -91,8 +92,11 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, not {getattr(self, field)}")
         for field in ("rope_theta", "layer_norm_eps"):
-            if getattr(self, field) <= 0:
-                raise ConfigError(f"{field} must be above 0, not {getattr(self, field)}")
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} must be above 0 and finite, not {getattr(self, field)}")
+        for field in ("lora_alpha", "initializer_range"):
+            if not math.isfinite(getattr(self, field)):
+                raise ConfigError(f"{field} must be finite, not {getattr(self, field)}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.position_type == "rope" and self.head_dim % 2:

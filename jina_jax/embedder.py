@@ -282,6 +282,10 @@ class Embedder:
 def _texts(sentences: Any) -> list[str]:
     if isinstance(sentences, str):
         return [sentences]
+    if isinstance(sentences, np.ndarray):
+        sentences = sentences.tolist()  # of no dimension: one string
+        if isinstance(sentences, str):
+            raise ValueError("sentences is an array without dimensions; pass the string itself")
     if isinstance(sentences, bytes | dict) or not isinstance(sentences, Iterable):
         raise ValueError(f"sentences must be a string or a sequence of strings, not {type(sentences).__name__}")
     texts = list(sentences)

@@ -92,6 +92,13 @@ def test_a_mistake_is_one_message_without_traceback_or_output(model, texts, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
+def test_windows_line_endings_are_not_part_of_the_text(model, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "windows.txt").write_bytes("\r\n".join([*LINES, ""]).encode())
+    assert embed(tmp_path / "windows.txt", "--model", model, "--output", tmp_path / "out.parquet").exit_code == 0
+    assert pq.read_table(tmp_path / "out.parquet").to_pydict()["text"] == LINES
+
+
 def test_text_that_is_not_utf8_is_named_by_line(model, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"fine\nfine\n\xe9t\xe9\n")
     result = embed(tmp_path / "latin.txt", "--model", model, "--output", tmp_path / "out.npy")

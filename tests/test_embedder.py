@@ -168,6 +168,7 @@ def test_sequences_other_than_lists(embedder, unchecked):
         ({"sentences": ["a", None]}, "text 1 is no string but NoneType"),
         ({"sentences": b"bytes"}, "not bytes"),
         ({"sentences": 5}, "not int"),
+        ({"sentences": np.array("abc")}, "array without dimensions"),
         ({"sentences": ["fine", "bad \ud800"]}, "text 1 is not valid Unicode"),
     ],
     ids=lambda value: str(value)[:40].encode("ascii", "backslashreplace").decode(),
