@@ -1,0 +1,151 @@
+"""The five kinds of training records, and their reading from JSON lines and Parquet.
+
+The fields have sentence-transformers' names. Every kind may also have `language`, which batches of one language go by, and
+`group`: records of equal group are never negatives of one another.
+"""
+
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class RecordError(ValueError):
+    """A record that is not what it should be; the message names the file and the line."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    language: str = ""
+    group: str = ""
+
+
+class PlainText(Record):
+    """A text on its own, for masked-language training."""
+
+    text: Text
+
+
+class Pair(Record):
+    """Two texts that belong together."""
+
+    anchor: Text
+    positive: Text
+
+
+class Triplet(Pair):
+    """A pair with texts that look alike but do not belong to the anchor."""
+
+    negatives: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)]
+
+
+class ScoredPair(Record):
+    """Two texts and how similar they are; only the order of scores matters."""
+
+    sentence1: Text
+    sentence2: Text
+    score: Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class LabelledText(Record):
+    """A text of a class."""
+
+    text: Text
+    label: Text
+
+
+KINDS: dict[str, type[Record]] = {
+    "text": PlainText,
+    "pair": Pair,
+    "triplet": Triplet,
+    "scored_pair": ScoredPair,
+    "labelled_text": LabelledText,
+}
+"""Record kinds by the name that configurations and the command line use."""
+
+
+def kind_named(name: str) -> type[Record]:
+    """ValueError that lists the kinds for another name."""
+    if name not in KINDS:
+        raise ValueError(f"unknown record kind {name!r}; valid are {list(KINDS)}")
+    return KINDS[name]
+
+
+def read_records(file: str | Path, kind: str) -> Iterator[Record]:
+    """Records of a .jsonl, .jsonl.xz or .parquet file, one by one.
+
+    Raises:
+        RecordError: a line that is not JSON, lacks a field or has one of another type; the message names file and line.
+        ValueError: unknown kind or file type.
+        FileNotFoundError: no such file.
+    """
+    file, record = Path(file), kind_named(kind)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    for place, fields in _rows(file):
+        yield _checked(record, kind, fields, place)
+
+
+def write_records(file: str | Path, records: Iterator[Record]) -> int:
+    """Writes JSON lines; returns how many."""
+    count = 0
+    with Path(file).open("w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    match file.suffixes[-2:]:
+        case [*_, ".parquet"]:
+            yield from _parquet_rows(file)
+        case [*_, ".jsonl"] | [".jsonl", ".xz"] | [_, ".jsonl", ".xz"]:
+            yield from _json_rows(file)
+        case _:
+            raise ValueError(f"{file} is of no known type; valid are .jsonl, .jsonl.xz and .parquet")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    opened = lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
+    with opened as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield f"{file}:{number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RecordError(f"{file}:{number}: not JSON: {error}") from error
+        except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+            raise RecordError(f"{file} cannot be read: {error}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", fields
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise RecordError(f"{file} cannot be read: {error}") from error
+
+
+def _checked(record: type[Record], kind: str, fields: Any, place: str) -> Record:
+    if not isinstance(fields, dict):
+        raise RecordError(f"{place}: a record is an object, not {type(fields).__name__}")
+    present = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return record.model_validate(present)
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        needed = [name for name, field in record.model_fields.items() if field.is_required()]
+        raise RecordError(f"{place}: not a {kind} record ({details}); it needs {needed}") from error
