@@ -1,0 +1,254 @@
+"""What a run is: the model it starts from, its stages, and how it runs. Presets are in `configs/`."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from jina_jax.config import ModelConfig
+
+from .records import kind_named
+
+Objective = Literal["mlm", "pairs", "retrieval", "text_matching", "classification", "separation"]
+
+ACCEPTED: dict[Objective, tuple[str, ...]] = {
+    "mlm": ("text",),
+    "pairs": ("pair",),
+    "retrieval": ("triplet", "pair"),
+    "text_matching": ("scored_pair", "triplet", "pair"),
+    "classification": ("labelled_text",),
+    "separation": ("labelled_text", "scored_pair", "pair"),
+}
+"""Record kinds that each objective can learn from."""
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+
+class TrainConfigError(ValueError):
+    """A configuration with an unknown field, a wrong type, or parts that contradict each other."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Dataset:
+    """Records of one kind. A batch comes from one dataset."""
+
+    path: str
+    """A TFDS directory (`python -m train.prepare`), or a .jsonl, .jsonl.xz or .parquet file."""
+    kind: str
+    split: str = "train"
+    weight: AboveZero = 1.0
+    """Share of the stage's batches, relative to the other datasets."""
+    by_language: bool = False
+    """Whether a batch holds one language; languages come in proportion to their records."""
+
+    def __post_init__(self) -> None:
+        kind_named(self.kind)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Stage:
+    """One objective on some datasets. It trains the whole base model, or the adapters it names and nothing else."""
+
+    name: str
+    objective: Objective
+    datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
+    steps: Positive
+    batch_size: Positive
+    """Records of a step, over all devices: texts, pairs, tuples."""
+    length: Annotated[int, Field(ge=8)]
+    """Most tokens of a text, special tokens included; a longer one is cut."""
+    learning_rate: AboveZero
+    """The highest, reached after `warmup_steps` and falling linearly to zero at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    adapters: tuple[str, ...] = ()
+    """Tasks whose adapters are trained; for retrieval that of the query, then that of the passage. () = the base model."""
+    temperature: AboveZero = 0.05
+    dims: tuple[Positive, ...] = ()
+    """Matryoshka dimensions of the loss; () = the full one alone."""
+    negatives: Annotated[int, Field(ge=0)] = 0
+    """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    weight_decay: NotNegative = 0.01
+    betas: tuple[AboveZero, AboveZero] = (0.9, 0.98)
+    epsilon: AboveZero = 1e-6
+    clip_norm: AboveZero = 1.0
+    row_length: Positive = 512
+    """Token slots of a packed row."""
+    row_shapes: Positive = 1
+    """How many row counts a batch may have, evenly spaced up to the most it can need. Each is compiled once: more of them
+    waste less on padding."""
+    chunk_rows: Positive | None = None
+    """Rows of each device encoded at once (gradient caching); None = all."""
+    loss_chunk: Positive | None = None
+    """Rows of logits (MLM: masked positions) computed at once; None = all."""
+    remat: bool = False
+    """Compute each layer's activations again in the backward pass, in place of keeping them."""
+
+    def __post_init__(self) -> None:
+        for dataset in self.datasets:
+            if dataset.kind not in ACCEPTED[self.objective]:
+                raise ValueError(
+                    f"stage {self.name}: {self.objective} does not learn from {dataset.kind} records ({dataset.path}); "
+                    f"it takes {list(ACCEPTED[self.objective])}"
+                )
+        if self.length > self.row_length:
+            raise ValueError(f"stage {self.name}: length {self.length} is above row_length {self.row_length}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"stage {self.name}: warmup_steps {self.warmup_steps} is above steps {self.steps}")
+        wanted = {"mlm": (0,), "pairs": (0,), "retrieval": (1, 2)}.get(self.objective, (1,))
+        if len(self.adapters) not in wanted:
+            raise ValueError(f"stage {self.name}: {self.objective} trains {wanted} adapters, not {list(self.adapters)}")
+        if self.objective == "classification" and not self.negatives:
+            raise ValueError(f"stage {self.name}: classification needs negatives of at least 1")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Start:
+    """The model that a run begins with."""
+
+    source: str | None = None
+    """Directory, `gs://` directory or hub id in any layout that Embedder.load reads; None = random weights."""
+    model: ModelConfig | None = None
+    """Sizes of a model with random weights."""
+    tokenizer: str | None = None
+    """Directory with tokenizer.json; None = that of the source."""
+    rope_theta: AboveZero | None = None
+    """Rotary base in training; None = as the source has it. A model with absolute positions becomes a rotary one."""
+    max_position_embeddings: Positive | None = None
+    matryoshka_dims: tuple[Positive, ...] | None = None
+    instructions: tuple[tuple[str, str], ...] = ()
+    """(task, text put before every input) for adapters that the source lacks."""
+    lora_rank: Positive | None = None
+    lora_alpha: AboveZero | None = None
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.model is None):
+            raise ValueError("start: give either source, a checkpoint, or model, the sizes of one with random weights")
+        if self.model is not None and self.tokenizer is None:
+            raise ValueError("start: a model with random weights needs a tokenizer directory")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Mesh:
+    """Devices of the run: `data` times `fsdp` of them. The batch is split over both."""
+
+    data: Positive = 1
+    fsdp: Literal[1] = 1  # parameters are replicated
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """One run. Several stages are trained side by side, each on its own adapters."""
+
+    start: Start
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the computation; master weights and optimizer are float32."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint_every: Positive = 1000
+    keep: Positive = 2
+    """Checkpoints kept."""
+    log_every: Positive = 10
+    read_threads: Annotated[int, Field(ge=0)] = 4
+    """Threads that read, tokenise and pack ahead of the step."""
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need names of their own: {names}")
+        if len(names) > 1 and not all(stage.adapters for stage in self.stages):
+            raise ValueError("a stage that trains the base model needs a run of its own")
+        adapters = [adapter for stage in self.stages for adapter in stage.adapters]
+        if len(set(adapters)) != len(adapters):
+            raise ValueError(f"two stages train the same adapter: {adapters}")
+        devices = self.mesh.data * self.mesh.fsdp
+        for stage in self.stages:
+            if stage.batch_size % devices:
+                raise ValueError(f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {devices} devices")
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration that a Python file's `get_config()` returns, with `path=value` overrides.
+
+    Args:
+        file: such as configs/pairs.py.
+        overrides: such as "stages.0.steps=100" or "start.source=runs/mlm/model"; values are Python literals, and what is
+            none is text.
+
+    Raises:
+        TrainConfigError: unknown field, wrong type or contradiction; the message names the field.
+        FileNotFoundError: no such file.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such configuration: {file}")
+    fields = to_dict(_module(file).get_config())
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals:
+            raise TrainConfigError(f"--set takes path=value, not {override!r}")
+        fields = _replaced(fields, path.split("."), _literal(value), path)
+    return from_dict(fields)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(fields: Any) -> TrainConfig:
+    """Inverse of `to_dict`; TrainConfigError that names every wrong field."""
+    try:
+        return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))  # strict, and JSON has no tuples
+    except ValidationError as error:
+        listed = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise TrainConfigError(f"the configuration is not valid: {listed}") from error
+
+
+def _module(file: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ValidationError as error:
+        raise TrainConfigError(f"{file}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise TrainConfigError(f"{file} has no get_config()")
+    return module
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
+    """`node`, of dictionaries and tuples, with another value at one place that exists."""
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(node, dict) and key in node:
+        return node | {key: _replaced(node[key], rest, value, path)}
+    if isinstance(node, tuple) and key.isdecimal() and int(key) < len(node):
+        i = int(key)
+        return (*node[:i], _replaced(node[i], rest, value, path), *node[i + 1 :])
+    valid = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, tuple) else "none"
+    raise TrainConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}")
