@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from jina_jax import checkpoint
-from jina_jax.cli import Program, whole_file
+from jina_jax.cli import Programs, whole_file
 from jina_jax.config import SERVING_ROPE_THETA
 from jina_jax.model import Encoder
 from jina_jax.sources import find_model, model_kind
@@ -22,7 +22,7 @@ dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16",
 pickle_option = click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin where there is no safetensors.")
 
 
-@click.group(cls=Program)
+@click.group(cls=Programs)
 def main() -> None:
     """Convert checkpoints between PyTorch and JAX."""
 

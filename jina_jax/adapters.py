@@ -3,7 +3,7 @@
 An adapter on its own is a mapping of paths to arrays with one task: what `extract_adapter` gives and `add_adapter` takes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,9 +87,23 @@ def extract_adapter(encoder: Encoder, task: str) -> dict[str, Array]:
     return _of_tasks(encoder, jnp.array([encoder.config.task_index(task)], jnp.int32))
 
 
-def extract_adapters(encoder: Encoder) -> dict[str, Array]:
-    """All adapter arrays of a model, by path."""
+def extract_adapters(encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, Array]:
+    """Adapter arrays by path: those of some tasks, in the order given, or all."""
+    if tasks is not None:
+        return _of_tasks(encoder, jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32))
     return {path: variable.get_value() for path, variable in variables(encoder).items() if _is_adapter(variable)}
+
+
+def replace_adapters(encoder: Encoder, tasks: Sequence[str], adapters: Adapter) -> Encoder:
+    """The model with other arrays for some of its tasks; the inverse of `extract_adapters(encoder, tasks)`."""
+    indices = jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32)
+    arrays = extract_adapters(encoder)
+    for path, variable in abstract_variables(encoder.config).items():
+        if path in adapters:
+            axis = variable.get_metadata("task_axis")
+            moved = jnp.moveaxis(arrays[path], axis, 0).at[indices].set(jnp.moveaxis(adapters[path], axis, 0))
+            arrays[path] = jnp.moveaxis(moved, 0, axis)
+    return _with_adapters(encoder, encoder.config, arrays)
 
 
 def base_arrays(encoder: Encoder) -> dict[str, Array]:

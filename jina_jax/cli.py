@@ -22,8 +22,8 @@ from .quantize import PRECISIONS
 MAX_CACHE_BYTES = 10 * 2**30
 
 
-class Program(click.Group):
-    """A group of commands: compiled programs are kept between runs, and an error of the user is one line, without traceback."""
+class Program(click.Command):
+    """A command: compiled programs are kept between runs, and an error of the user is one line, without traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         use_compilation_cache()
@@ -31,6 +31,10 @@ class Program(click.Group):
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
+
+
+class Programs(Program, click.Group):
+    """A group of commands, with the same manners."""
 
 
 def use_compilation_cache() -> None:
@@ -52,7 +56,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@click.group(cls=Program)
+@click.group(cls=Programs)
 @click.version_option(package_name="jina-jax")
 def main() -> None:
     """Task-adapted multilingual embeddings in JAX."""

@@ -144,6 +144,7 @@ class Encoder(nnx.Module):
         tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
         *,
         gather: Callable[[Layer], Layer] = lambda layer: layer,
+        remat: bool = False,
     ) -> Float[Array, "b t d"]:
         """Token states in the compute dtype; those of padding mean nothing.
 
@@ -153,6 +154,7 @@ class Encoder(nnx.Module):
                 next to nothing where [b, g] costs a quarter; or None for the base model.
             gather: makes a layer's parameters whole before they are used, inside the loop over layers. For parameters that
                 are spread over devices.
+            remat: in a gradient, keep the input of each layer alone and compute the layer again.
         """
         task = tasks if tasks is None or tasks.ndim == 0 else task_of_tokens(tasks, segments)
         x, tables = self.embed(tokens, positions, task), self.rotary_tables(positions)
@@ -160,6 +162,8 @@ class Encoder(nnx.Module):
         def step(x: Array, layer: Layer) -> tuple[Array, None]:
             return gather(layer)(x, segments, tables, task), None
 
+        if remat:
+            step = jax.checkpoint(step, prevent_cse=False)  # in a scan nothing can be merged with the first pass
         return jax.lax.scan(step, x, self.layers, unroll=self.config.unroll or 1)[0]
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 )
 
 
-@click.group(cls=Program, invoke_without_command=True)
+@click.command(cls=Program)
 @click.option("--workdir", type=click.Path(path_type=Path), required=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(workdir: Path, seed: int) -> None:

@@ -1,0 +1,29 @@
+"""python -m train CONFIG --workdir DIR"""
+
+import logging
+from pathlib import Path
+
+import click
+
+from jina_jax.cli import Program
+
+from .config import load_config
+from .loop import train
+
+
+@click.command(cls=Program)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--workdir", type=click.Path(path_type=Path), required=True, help="The run's directory; an old run goes on.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Another value for a field: stages.0.steps=100")
+def main(config: Path, workdir: Path, overrides: tuple[str, ...]) -> None:
+    """Train what CONFIG, a Python file of configs/, describes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("absl", "orbax", "jax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    model = train(load_config(config, overrides), workdir, progress=True)
+    if model is not None:
+        click.echo(f"model: {model}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m train")

@@ -1,0 +1,123 @@
+"""Training checkpoints: saved beside the run, whole or not at all, checked before they are used.
+
+A checkpoint is a directory with a manifest (`jina_jax/checkpoint.py`) named after its step. It holds what training changes and
+where the data stood; what a run only reads is told apart by its fingerprint.
+"""
+
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jina_jax.checkpoint import MANIFEST, seal, verify, written_whole
+from jina_jax.config import dump_json
+from jina_jax.tensor_files import CheckpointError, read_json
+
+logger = logging.getLogger(__name__)
+
+_ARRAYS, _RUN = "arrays", "run.json"
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint on disk."""
+
+    step: int
+    directory: Path
+    run: dict[str, Any]
+    """What was saved beside the arrays."""
+
+
+class Saver:
+    """Saves in the background, one at a time.
+
+    A failed save is raised by the next call; what was saved before it stays.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory, self._keep = directory, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[None] | None = None
+
+    def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
+        """Begins a save. The arrays are copied first, since the next step takes over their buffers."""
+        self.wait()
+        arrays = {name: np.array(leaf) for name, leaf in _by_name(tree).items()}
+        self._running = self._pool.submit(self._write, step, arrays, run)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; OSError where it is not."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], run: dict[str, Any]) -> None:
+        with written_whole(self._directory / f"{step:08d}") as target:
+            ocp.save(str(target.absolute() / _ARRAYS), arrays)
+            (target / _RUN).write_text(dump_json(run), "utf-8")
+            seal(target)
+        for _, old in _saved(self._directory)[: -self._keep]:
+            shutil.rmtree(old)
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed."""
+    for unfinished in directory.glob(".*.partial-*"):
+        shutil.rmtree(unfinished)
+    for step, saved in reversed(_saved(directory)):
+        try:
+            verify(saved)
+            return Checkpoint(step, saved, read_json(saved / _RUN))
+        except (CheckpointError, OSError) as error:
+            aside = saved.with_name(f"damaged-{saved.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            saved.rename(aside)
+            logger.warning("checkpoint of step %d is damaged and was put aside as %s: %s", step, aside, error)
+    return None
+
+
+def restore(checkpoint: Checkpoint, tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The arrays of a checkpoint in the structure of `tree`, whose leaves give shapes and dtypes.
+
+    Raises:
+        CheckpointError: the checkpoint has other arrays.
+    """
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _by_name(tree).items()
+    }
+    path = str(checkpoint.directory.absolute() / _ARRAYS)
+    stored = ocp.metadata(path).metadata
+    wrong = sorted(wanted.keys() ^ stored.keys())
+    wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
+    arrays = ocp.load(path, wanted)
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _saved(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by step, whole ones: a manifest is written last."""
+    found = [path for path in directory.glob("[0-9]*") if path.name.isdecimal() and (path / MANIFEST).exists()]
+    return sorted((int(path.name), path) for path in found)
+
+
+def differences(saved: Any, now: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
+    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = saved.keys() | now.keys()
+        return [line for key in sorted(keys) for line in differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        pairs = enumerate(zip(saved, now, strict=True))
+        return [line for i, (old, new) in pairs for line in differences(old, new, f"{place}.{i}".strip("."))]
+    return [] if saved == now else [f"{place}: {saved!r} -> {now!r}"]

@@ -1,0 +1,240 @@
+"""The training loop: data, model, state, restore, step. One run of a configuration in a working directory.
+
+    WORKDIR/config.json      what the run is
+    WORKDIR/checkpoints/     to go on from
+    WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
+    WORKDIR/model/           the finished model, for Embedder.load
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jina_jax.checkpoint import is_checkpoint, save_checkpoint
+from jina_jax.config import dump_json
+from jina_jax.model import Encoder
+
+from .batches import Batch
+from .checkpoints import Checkpoint, Saver, differences, latest, restore
+from .config import Stage, TrainConfig, to_dict
+from .data import batches, open_datasets, reader
+from .flops import peak_flops, training_flops
+from .metrics import MetricsWriter
+from .optimizer import learning_rate
+from .start import Arrays, fingerprint, parts, starting_model, with_trained
+from .step import Metrics, State, Step, initial_state, make_mesh, make_step, place, replicate
+
+logger = logging.getLogger(__name__)
+
+RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
+"""Fields that say how a run is done and not what it is: a resumed run may change them."""
+
+
+class TrainingDiverged(ArithmeticError, ValueError):
+    """The loss or a gradient is not finite."""
+
+
+class ResumeError(ValueError):
+    """The working directory holds a run of another configuration or another model."""
+
+
+class Track(NamedTuple):
+    """A stage under way."""
+
+    stage: Stage
+    frozen: Arrays
+    reader: grain.DatasetIterator
+    steps: dict[str, Step]
+    """By kind of the batch's records."""
+    flops_per_token: float
+
+
+class Done(NamedTuple):
+    """A step whose numbers have not been looked at yet; they may not be there yet either."""
+
+    step: int
+    stage: Stage
+    own_step: int
+    metrics: Metrics
+    tokens: int
+    slots: int
+
+
+def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path | None:
+    """Trains until the last step and writes the model. A run that was interrupted goes on from its newest good checkpoint.
+
+    Args:
+        config: what to train.
+        workdir: where everything of this run is kept.
+        progress: show a progress bar.
+
+    Returns:
+        The directory of the finished model; None where SIGTERM stopped the run after a save.
+
+    Raises:
+        ResumeError: `workdir` holds another run; the message lists the differences.
+        TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
+        ValueError, OSError: the configuration, the data or the disk.
+    """
+    # ---- model, mesh and data
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint = latest(workdir / "checkpoints")
+    mesh = make_mesh(config.mesh)
+    encoder, tokenizer = starting_model(config)
+    tracks, states = [], []
+    for stage in config.stages:
+        sources = open_datasets(stage, workdir)
+        stream = batches(stage, sources, encoder.config, tokenizer, seed=config.seed, devices=mesh.size)
+        model, trained, frozen = parts(encoder, stage)
+        kinds = {dataset.kind for dataset in stage.datasets}
+        steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
+        flops = training_flops(model, stage)
+        tracks.append(Track(stage, replicate(frozen, mesh), reader(stream, config.read_threads), steps, flops))
+        states.append(replicate(initial_state(stage, trained), mesh))
+
+    # ---- restore
+    identity = _identity(config, encoder)
+    done = [0] * len(tracks)
+    if checkpoint is not None:
+        states, done = _resumed(checkpoint, identity, states, tracks, mesh)
+        logger.info("resumed %s at step %d", workdir, checkpoint.step)
+    (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
+
+    # ---- loop
+    saver = Saver(workdir / "checkpoints", config.keep)
+    writer = MetricsWriter(workdir, sum(done))
+    unread: list[Done] = []
+    saved = sum(done)
+    with _stop_signal() as stopped, _bar(config, sum(done), progress) as bar:
+        log = _logger(writer, bar, mesh)
+        while sum(done) < config.steps and not stopped.is_set():
+            turn = next_stage(config, done)
+            track = tracks[turn]
+            kind, batch = next(track.reader)
+            states[turn], metrics = track.steps[kind](states[turn], track.frozen, place(batch, mesh))
+            done[turn] += 1
+            step = sum(done)
+            unread.append(Done(step, track.stage, done[turn], metrics, int((batch.segments > 0).sum()), batch.segments.size))
+            if step % config.log_every == 0 or step % config.checkpoint_every == 0 or step == config.steps:
+                log(unread, tracks)
+                unread = []
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                saver.save(step, states, _run(identity, done, tracks))
+                saved = step
+        if stopped.is_set() and sum(done) > saved:
+            log(unread, tracks)
+            saver.save(sum(done), states, _run(identity, done, tracks))
+    saver.wait()
+    writer.close()
+    if sum(done) < config.steps:
+        logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
+        return None
+
+    # ---- the finished model
+    if not is_checkpoint(workdir / "model"):
+        for track, state in zip(tracks, states, strict=True):
+            encoder = with_trained(encoder, track.stage, jax.device_get(state.parameters))
+        save_checkpoint(workdir / "model", encoder, tokenizer)
+    return workdir / "model"
+
+
+def next_stage(config: TrainConfig, done: list[int]) -> int:
+    """Index of the stage whose turn it is: the one that is furthest behind. A function of the counts alone."""
+    return min(range(len(done)), key=lambda i: (done[i] / config.stages[i].steps, i))
+
+
+def _identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
+    """What a checkpoint must agree with to be of this run."""
+    fields = {name: value for name, value in to_dict(config).items() if name not in RUNNING}
+    frozen = parts(encoder, config.stages[0]).frozen
+    return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
+
+
+def _run(identity: dict[str, Any], done: list[int], tracks: list[Track]) -> dict[str, Any]:
+    return identity | {"done": list(done), "data": [track.reader.get_state() for track in tracks]}
+
+
+def _resumed(
+    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[Track], mesh: Mesh
+) -> tuple[list[State], list[int]]:
+    saved = {name: checkpoint.run.get(name) for name in identity}
+    if changed := differences(saved, identity):
+        raise ResumeError(
+            f"{checkpoint.directory.parents[1]} holds another run; it differs in: {'; '.join(changed)}. "
+            "Give the same configuration, or another --workdir"
+        )
+    for track, position in zip(tracks, checkpoint.run["data"], strict=True):
+        track.reader.set_state(position)
+    return restore(checkpoint, states, NamedSharding(mesh, PartitionSpec())), list(checkpoint.run["done"])
+
+
+def _logger(writer: MetricsWriter, bar: tqdm, mesh: Mesh) -> Callable[[list[Done], list[Track]], None]:
+    """The function that waits for some steps, checks them and writes their numbers."""
+    began = time.perf_counter()
+    peak = peak_flops(mesh.devices.flat[0])
+
+    def log(unread: list[Done], tracks: list[Track]) -> None:
+        nonlocal began
+        if not unread:
+            return
+        numbers = [Metrics(*map(float, jax.device_get(done.metrics))) for done in unread]
+        for done, metrics in zip(unread, numbers, strict=True):
+            if not all(map(math.isfinite, metrics)):
+                raise TrainingDiverged(
+                    f"step {done.step} (stage {done.stage.name}, its step {done.own_step}): loss {metrics.loss}, "
+                    f"norm of the gradient {metrics.grad_norm}. Nothing of it was saved; a lower learning rate may help"
+                )
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        tokens = sum(done.tokens for done in unread)
+        flops = {track.stage.name: track.flops_per_token for track in tracks}
+        speed: dict[str, float] = {
+            "tokens_per_second": tokens / seconds,
+            "steps_per_second": len(unread) / seconds,
+            "padding": 1 - tokens / sum(done.slots for done in unread),
+        }
+        if peak is not None:
+            used = sum(done.tokens * flops[done.stage.name] for done in unread)
+            speed["peak_share"] = used / seconds / (peak * mesh.size)
+        for stage in dict.fromkeys(done.stage for done in unread):
+            own = [(done, metrics) for done, metrics in zip(unread, numbers, strict=True) if done.stage is stage]
+            last = own[-1][0]
+            mean = {
+                "loss": float(np.mean([metrics.loss for _, metrics in own])),
+                "grad_norm": float(np.mean([metrics.grad_norm for _, metrics in own])),
+                "learning_rate": float(learning_rate(stage)(last.own_step - 1)),
+            }
+            writer.write(last.step, stage.name, mean | speed)
+            bar.set_description(f"{stage.name} loss {mean['loss']:.3f}", refresh=False)
+        bar.update(unread[-1].step - bar.n)
+
+    return log
+
+
+def _bar(config: TrainConfig, step: int, progress: bool) -> tqdm:
+    return tqdm(total=config.steps, initial=step, unit="step", disable=not progress)
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Set when the process is asked to end; only the main thread can listen."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)

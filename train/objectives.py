@@ -1,0 +1,138 @@
+"""What each objective makes of a batch: pure functions of an encoder and a batch to this device's share of the loss."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from jina_jax.losses import cosent, info_nce, masked_lm
+from jina_jax.model import Encoder, pool
+
+from .batches import Batch
+from .config import Stage
+from .masking import max_masked
+
+AxisName = str | tuple[str, ...] | None
+Loss = Callable[[Encoder, Batch], Float[Array, ""]]
+"""A device's share: the shares of all devices add up to the loss."""
+
+
+def objective(stage: Stage, kind: str, axis_name: AxisName = None) -> Loss:
+    """The loss of a stage on batches of one record kind.
+
+    Args:
+        stage: says which objective and with which constants.
+        kind: record kind of the batch's dataset.
+        axis_name: mesh axes over which the batch is split, inside a `shard_map`.
+    """
+    if kind == "text":
+        return partial(masked_language_loss, stage=stage, axis_name=axis_name)
+    of_embeddings = {"pair": contrast, "triplet": contrast, "scored_pair": rank}.get(kind)
+    if kind == "labelled_text":
+        of_embeddings = contrast if stage.objective == "classification" else separate
+    assert of_embeddings is not None
+
+    def loss(encoder: Encoder, batch: Batch) -> Float[Array, ""]:
+        return of_embeddings(embed_texts(encoder, batch, stage), batch, stage, axis_name)
+
+    return loss
+
+
+def contrast(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """InfoNCE in both directions of anchors and positives, with all other texts of an example as negatives of every anchor."""
+    return info_nce(
+        embeddings[:, 0],
+        embeddings[:, 1],
+        embeddings[:, 2:] if embeddings.shape[1] > 2 else None,
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        group=jnp.asarray(batch.groups),
+        chunk=stage.loss_chunk,
+        axis_name=axis_name,
+    )
+
+
+def rank(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """CoSENT on graded pairs."""
+    return cosent(
+        embeddings[:, 0],
+        embeddings[:, 1],
+        jnp.asarray(batch.scores),
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        axis_name=axis_name,
+    )
+
+
+def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """CoSENT with two grades: a text is closer to one of its own class than any text to one of another class.
+
+    The paper's equation (5) has pairs of one class alone, which leaves nothing to rank; pairs across classes are the others.
+    """
+    own, other = embeddings[:, 1], embeddings[:, 2]
+    return cosent(
+        jnp.concatenate([embeddings[:, 0], embeddings[:, 0]]),
+        jnp.concatenate([own, other]),
+        jnp.concatenate([jnp.ones(len(own)), jnp.zeros(len(other))]),
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        axis_name=axis_name,
+    )
+
+
+def masked_language_loss(encoder: Encoder, batch: Batch, *, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """Cross-entropy of the masked tokens, rows in chunks."""
+    assert encoder.mlm_head is not None
+    rows = stage.chunk_rows or batch.tokens.shape[0]
+    # Each text rounds its share up, and a row of t slots has t / 16 texts at most.
+    most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.tasks.shape[1])
+    total = (jnp.asarray(batch.labels) >= 0).sum()
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+
+    def share(encoder: Encoder, chunk: Batch) -> Array:
+        assert encoder.mlm_head is not None
+        states = _states(encoder, chunk, stage)
+        mean = masked_lm(
+            states, chunk.labels, encoder.tokens.table[...], encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk
+        )
+        return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1)
+
+    return _over_chunks(share, encoder, batch, stage).sum()
+
+
+def embed_texts(encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, "n s d"]:
+    """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
+    and memory holds the activations of one chunk."""
+
+    def pooled(encoder: Encoder, chunk: Batch) -> Array:
+        return pool(_states(encoder, chunk, stage), chunk.segments, chunk.tasks.shape[1])
+
+    pooled_rows = _over_chunks(pooled, encoder, batch, stage)
+    return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
+
+
+def _states(encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, "b t d"]:
+    # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
+    tasks = jnp.asarray(batch.tasks) if stage.adapters else None
+    return encoder(batch.tokens, batch.segments, batch.positions, tasks, remat=stage.remat)  # type: ignore[arg-type]
+
+
+def _over_chunks(function: Callable[[Encoder, Batch], Array], encoder: Encoder, batch: Batch, stage: Stage) -> Array:
+    """function(encoder, chunk of rows) for each chunk, stacked, and computed again in the backward pass."""
+    rows, chunk = batch.tokens.shape[0], stage.chunk_rows
+    if chunk is None or chunk >= rows:
+        return function(encoder, batch)[None]
+    graphdef, state = nnx.split(encoder)
+    arrays = {name: getattr(batch, name) for name in ("tokens", "segments", "positions", "tasks", "labels")}
+    chunks = jax.tree.map(lambda x: x.reshape(rows // chunk, chunk, x.shape[1]), arrays)
+
+    @jax.checkpoint
+    def step(state: nnx.State, chunk: dict[str, Array]) -> Array:
+        return function(nnx.merge(graphdef, state), batch._replace(**chunk))
+
+    return jax.lax.scan(lambda _, chunk: (None, step(state, chunk)), None, chunks)[1]

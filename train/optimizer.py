@@ -1,0 +1,31 @@
+"""AdamW with a linear schedule and clipping."""
+
+import optax
+
+from .config import Stage
+
+_DECAYED = ("kernel", "table", "a", "b")
+"""Names of the parameters that weight decay acts on: matrices. Biases and LayerNorms it leaves alone."""
+
+
+def learning_rate(stage: Stage) -> optax.Schedule:
+    """Linear from 0 to the highest in `warmup_steps`, linear to 0 in the rest; step 0 is the first update's."""
+    rise = optax.linear_schedule(0.0, stage.learning_rate, stage.warmup_steps)
+    fall = optax.linear_schedule(stage.learning_rate, 0.0, stage.steps - stage.warmup_steps)
+    first = 1 if stage.warmup_steps else 0  # an update with a rate of 0 would be lost
+    return lambda step: optax.join_schedules([rise, fall], [stage.warmup_steps])(step + first)
+
+
+def optimizer(stage: Stage) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter, 2019) behind clipping by the global norm. Parameters are a mapping of paths to arrays."""
+    b1, b2 = stage.betas
+    return optax.chain(
+        optax.clip_by_global_norm(stage.clip_norm),
+        optax.adamw(
+            learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed
+        ),
+    )
+
+
+def _decayed(parameters: dict) -> dict[str, bool]:
+    return {path: path.rpartition(".")[2] in _DECAYED for path in parameters}

@@ -1,0 +1,152 @@
+"""The model that a run starts from, and what of it a stage trains."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from transformers import PreTrainedTokenizerFast
+
+from jina_jax.adapters import add_adapter, base_arrays, extract_adapters, replace_adapters
+from jina_jax.checkpoint import load_checkpoint
+from jina_jax.config import PUBLISHED_INSTRUCTIONS, SERVING_ROPE_THETA, ModelConfig
+from jina_jax.lora import AdapterParam
+from jina_jax.model import Encoder, abstract_variables, from_arrays, variables
+from jina_jax.sources import find_model, model_kind
+from jina_jax.tokenizer import load_tokenizer
+from jina_jax.torch_checkpoint import read_torch_checkpoint
+
+from .config import Stage, Start, TrainConfig
+
+Arrays = dict[str, Array]
+
+
+class Parts(NamedTuple):
+    """A stage's model, by path: what it trains, and what it only uses."""
+
+    config: ModelConfig
+    trained: Arrays
+    frozen: Arrays
+
+
+def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFast]:
+    """The model of `config.start` in float32, with every adapter and head that the stages need, and its tokenizer.
+
+    Raises:
+        ValueError: the source is damaged or not supported, or the tokenizer is another model's.
+        FileNotFoundError: a path does not exist.
+    """
+    start, key = config.start, jax.random.key(config.seed)
+    if start.source is None:
+        assert start.model is not None and start.tokenizer is not None
+        directory, encoder = Path(start.tokenizer), _fresh(replace(start.model, mlm_head=False, tasks=()), key)
+    else:
+        directory = find_model(start.source)
+        read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
+        encoder = read(directory, dtype=jnp.float32, param_dtype=jnp.float32)
+    tokenizer = load_tokenizer(Path(start.tokenizer) if start.tokenizer else directory, encoder.config)
+    encoder = _with_overrides(encoder, start)
+    if config.stages[0].adapters:
+        return _with_new_adapters(encoder, config, key), tokenizer
+    encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
+    return _with_head(encoder, config.stages[0].objective == "mlm", key), tokenizer
+
+
+def parts(encoder: Encoder, stage: Stage) -> Parts:
+    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not."""
+    config = replace(encoder.config, tasks=stage.adapters)
+    arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
+    trained = {}
+    for path, variable in abstract_variables(config).items():
+        unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
+        if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
+            trained[path] = arrays.pop(path)
+    return Parts(config, trained, arrays)
+
+
+def with_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
+    """The model after a stage; inverse of `parts`."""
+    if stage.adapters:
+        return replace_adapters(encoder, stage.adapters, trained)
+    return from_arrays(encoder.config, base_arrays(encoder) | dict(trained), dtype=encoder.dtype)
+
+
+def fingerprint(arrays: Mapping[str, Array]) -> str:
+    """SHA-256 over arrays by path."""
+    digest = hashlib.sha256()
+    for path in sorted(arrays):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(arrays[path]).data)
+    return digest.hexdigest()
+
+
+def _fresh(config: ModelConfig, key: Array) -> Encoder:
+    @jax.jit
+    def initialise(key: Array) -> Arrays:
+        encoder = Encoder(config, rngs=nnx.Rngs(key))
+        return {path: variable.get_value() for path, variable in variables(encoder).items()}
+
+    return from_arrays(config, initialise(key), dtype=jnp.float32)
+
+
+def _with_overrides(encoder: Encoder, start: Start) -> Encoder:
+    """A model with absolute positions loses their table and becomes a rotary one, as section 3 of the paper does to XLM-R."""
+    config = encoder.config
+    changes = {
+        "rope_theta": start.rope_theta,
+        "max_position_embeddings": start.max_position_embeddings,
+        "matryoshka_dims": start.matryoshka_dims,
+        "lora_rank": start.lora_rank,
+        "lora_alpha": start.lora_alpha,
+    }
+    if config.position_type == "absolute":
+        defaults = {"rope_theta": SERVING_ROPE_THETA, "max_position_embeddings": ModelConfig().max_position_embeddings}
+        changes = {name: defaults.get(name) if value is None else value for name, value in changes.items()}
+    given = {name: value for name, value in changes.items() if value is not None}
+    if config.tasks:  # the rank of the adapters that are there; new ones are widened to fit
+        given.pop("lora_rank", None)
+    return _with_config(encoder, replace(config, position_type="rope", **given))
+
+
+def _with_config(encoder: Encoder, config: ModelConfig) -> Encoder:
+    """The arrays that a configuration has a place for."""
+    arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+    wanted = abstract_variables(config)
+    return from_arrays(config, {path: arrays[path] for path in wanted}, dtype=encoder.dtype)
+
+
+def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Encoder:
+    instructions = PUBLISHED_INSTRUCTIONS | dict(config.start.instructions)
+    for stage in config.stages:
+        for task in stage.adapters:
+            if task not in encoder.config.tasks:
+                encoder = add_adapter(
+                    encoder,
+                    task,
+                    rank=config.start.lora_rank,
+                    alpha=config.start.lora_alpha,
+                    instruction=instructions.get(task, ""),
+                    rngs=nnx.Rngs(jax.random.fold_in(key, _number(task))),
+                )
+    return encoder
+
+
+def _with_head(encoder: Encoder, head: bool, key: Array) -> Encoder:
+    """With a fresh masked-language head where it is needed and missing, without it where it is not needed."""
+    if head == encoder.config.mlm_head:
+        return encoder
+    config = replace(encoder.config, mlm_head=head)
+    if not head:
+        return _with_config(encoder, config)
+    fresh = {path: variable.get_value() for path, variable in variables(_fresh(config, key)).items()}
+    return from_arrays(config, fresh | base_arrays(encoder), dtype=encoder.dtype)
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
