@@ -14,7 +14,7 @@ LEVELS = [
     {"lora"},
     {"attention"},
     {"weights", "model"},
-    {"adapters", "inference", "peft_adapter", "checkpoint", "tokenizer"},
+    {"adapters", "inference", "losses", "peft_adapter", "checkpoint", "tokenizer"},
     {"torch_checkpoint", "sources"},
     {"embedder"},
     {"cli", "__init__"},
@@ -23,7 +23,7 @@ LEVELS = [
 
 ALLOWED = {  # heavy packages, and the files that may import them
     "torch": {"tensor_files.py", "torch_reference.py", "verify.py"},
-    "click": {"cli.py", "__main__.py", "quickstart.py"},
+    "click": {"cli.py", "__main__.py", "quickstart.py", "mine.py"},
     "pyarrow": {"cli.py"},
     "optax": set(),
     "grain": set(),

@@ -1,0 +1,280 @@
+"""Losses: InfoNCE, CoSENT and masked language modelling. Pure functions of arrays, usable alone.
+
+Shapes: n rows of this call, d model, m explicit negatives of a row, b t v as in `model.py`. Embeddings come raw, as pooled:
+each Matryoshka prefix (`dims`, weighted by `weights`, 1 each by default) is normalised here, and its losses are summed. A zero
+vector has cosine 0 with everything, and no gradient. All arithmetic is in float32.
+
+Inside `shard_map(check_vma=False)`, `axis_name` names the axes over which the rows are split. The result is then **this shard's
+share: the shares add up to the loss of all rows**. Differentiate the share and add up the gradients; a psum before the gradient
+would multiply it, for without vma types the transpose of psum is psum.
+
+Bad arguments raise ValueError. Sections are those of the jina-embeddings-v3 paper (arXiv 2409.10173).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import inf
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from .lora import contract
+from .model import MLMHead
+
+AxisName = str | tuple[str, ...] | None
+Tree = TypeVar("Tree")
+
+NEVER = np.finfo(np.float32).min
+"""Logit of what is no candidate. Finite: a row of -inf alone would have NaN gradients."""
+
+SMALLEST_SQUARE = 1e-24
+"""Vectors of a smaller squared norm count as zero: the gradient of their direction would overflow."""
+
+
+@partial(jax.jit, static_argnames=("temperature", "bidirectional", "dims", "weights", "chunk", "axis_name"))
+def info_nce(
+    q: Float[Array, "n d"],
+    p: Float[Array, "n d"],
+    negatives: Float[Array, "n m d"] | None = None,
+    *,
+    temperature: float,
+    bidirectional: bool = True,
+    dims: tuple[int, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
+    valid: Bool[Array, "n"] | None = None,
+    group: Int[Array, "n"] | None = None,
+    chunk: int | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, ""]:
+    """InfoNCE over in-batch negatives: the mean over valid rows of -log of the positive's share, q -> p plus p -> q.
+
+    With `negatives` it is the triplet loss of section 4.3. Without any valid row it is zero, and so is its gradient.
+
+    Args:
+        q, p: embeddings of the two sides; row i of one is the positive of row i of the other.
+        negatives: further candidates of every query, of all rows and shards; in q -> p only.
+        temperature: the cosine is divided by it.
+        bidirectional: without it, q -> p alone.
+        valid: a row that is not valid is neither anchor nor candidate, its negatives do not count, and what it holds, be it
+            NaN, has no effect.
+        group: rows of the same group are no negatives of one another; explicit negatives always count.
+        chunk: rows whose logits exist at a time, so that memory grows linearly with the rows. None = all, for small batches.
+        axis_name: the candidates are those of all shards; each shard scores its own rows.
+    """
+    _check_rows(q, p=p)
+    _check_rows(q, 1, valid=valid, group=group)
+    if negatives is not None and (negatives.ndim != 3 or negatives.shape[::2] != q.shape or not negatives.shape[1]):
+        raise ValueError(f"negatives are {negatives.shape}, should be {(q.shape[0], 'm >= 1', q.shape[1])}")
+    _check_positive(temperature=temperature)
+    _check_chunk(chunk)
+    own = _Rows.of(q, p, negatives, valid, group, axis_name)
+    everyone = _gathered(own, axis_name)
+
+    total = jnp.zeros((), jnp.float32)
+    for dim, weight in _prefixes(q.shape[1], dims, weights):
+        a, b = own.prefix(dim), everyone.prefix(dim)
+        loss = _contrast(a.q / temperature, a.p, a.group, b.p, b, b.negatives, chunk)
+        if bidirectional:
+            loss += _contrast(a.p / temperature, a.q, a.group, b.q, b, None, chunk)
+        total += weight * jnp.where(own.valid, loss, 0).sum()
+    return total / jnp.maximum(everyone.valid.sum(), 1)
+
+
+@partial(jax.jit, static_argnames=("temperature", "dims", "weights", "axis_name"))
+def cosent(
+    a: Float[Array, "n d"],
+    b: Float[Array, "n d"],
+    score: Float[Array, "n"],
+    *,
+    temperature: float,
+    dims: tuple[int, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
+    valid: Bool[Array, "n"] | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, ""]:
+    """CoSENT (section 4.3): log(1 + sum of exp((s_i - s_j) / temperature) over rows with score_i < score_j).
+
+    s_i is the cosine of a_i and b_i. Zero, with zero gradient, where no two valid rows have different scores. It holds one
+    number for each pair of rows, [n, n].
+
+    Args:
+        a, b: embeddings of the two texts of each row.
+        score: how similar they are; only the order of scores matters.
+        temperature: differences of cosines are divided by it.
+        valid: rows that count; what the others hold, be it NaN, has no effect.
+        axis_name: pairs are formed over the rows of all shards. The logarithm does not split over rows: each shard computes the
+            whole loss from the gathered cosines, and its share is an equal part.
+    """
+    _check_rows(a, b=b)
+    _check_rows(a, 1, score=score, valid=valid)
+    _check_positive(temperature=temperature)
+    valid = jnp.ones(a.shape[0], bool) if valid is None else valid
+    a, b = _clean(a, valid), _clean(b, valid)
+    prefixes = _prefixes(a.shape[1], dims, weights)
+    cosines = [(_unit(a[:, :dim]) * _unit(b[:, :dim])).sum(-1) for dim, _ in prefixes]
+    cosines, score, valid = _gathered((cosines, score, valid), axis_name)
+
+    wrong_if_higher = (score[:, None] < score[None]) & valid[:, None] & valid[None]
+    total = jnp.zeros((), jnp.float32)
+    for cosine, (_, weight) in zip(cosines, prefixes, strict=True):
+        excess = (cosine[:, None] - cosine[None]) / temperature
+        total += weight * jax.nn.softplus(jax.nn.logsumexp(jnp.where(wrong_if_higher, excess, NEVER)))
+    return total if axis_name is None else total / jax.lax.axis_size(axis_name)
+
+
+@partial(jax.jit, static_argnames=("max_masked", "chunk", "axis_name"))
+def masked_lm(
+    states: Float[Array, "b t d"],
+    labels: Int[Array, "b t"],
+    embedding: Float[Array, "v d"],
+    head: MLMHead,
+    *,
+    max_masked: int,
+    chunk: int | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the masked tokens (section 4.1). Zero, with zero gradient, where there are none.
+
+    Only masked positions are projected on the vocabulary.
+
+    Args:
+        states: token states of the encoder.
+        labels: the token that was masked, or -1 where none was.
+        embedding: the token table.
+        max_masked: positions of this shard that are computed. The first ones in the order of `labels` are taken; those beyond
+            are ignored and do not count in the mean either.
+        chunk: positions whose logits exist at a time. None = all.
+        axis_name: the mean is over the masked tokens of all shards.
+    """
+    if labels.shape != states.shape[:2]:
+        raise ValueError(f"labels are {labels.shape}, should be {states.shape[:2]}")
+    if embedding.ndim != 2 or embedding.shape[1] != states.shape[2]:
+        raise ValueError(f"embedding is {embedding.shape}, should be {('v', states.shape[2])}")
+    _check_positive(max_masked=max_masked)
+    _check_chunk(chunk)
+    positions = jnp.nonzero(labels.reshape(-1) >= 0, size=max_masked, fill_value=labels.size)[0]
+    states = jnp.take(states.reshape(-1, states.shape[2]), positions, axis=0, mode="fill", fill_value=0)
+    labels = jnp.take(labels.reshape(-1), positions, mode="fill", fill_value=-1)
+
+    def cross_entropy(states: Array, labels: Array) -> Array:
+        logits = head(states[None], embedding)[0]
+        target = labels[:, None] == jnp.arange(logits.shape[1])[None]  # where, not take: its gradient needs no scatter
+        return jax.nn.logsumexp(logits, axis=1) - jnp.where(target, logits, 0).sum(1)
+
+    total = jnp.where(labels >= 0, _in_chunks(cross_entropy, (states, labels), chunk), 0).sum()
+    count = (labels >= 0).sum()
+    return total / jnp.maximum(count if axis_name is None else jax.lax.psum(count, axis_name), 1)
+
+
+class _Rows(NamedTuple):
+    """Pairs with their negatives, in float32, and zero where not valid."""
+
+    q: Array
+    p: Array
+    negatives: Array | None
+    valid: Array
+    group: Array
+
+    @classmethod
+    def of(
+        cls, q: Array, p: Array, negatives: Array | None, valid: Array | None, group: Array | None, axis_name: AxisName
+    ) -> "_Rows":
+        n = q.shape[0]
+        valid = jnp.ones(n, bool) if valid is None else valid
+        if group is None:  # a group of its own for every row of all shards
+            group = jnp.arange(n) + (0 if axis_name is None else n * jax.lax.axis_index(axis_name))
+        negatives = None if negatives is None else _clean(negatives, valid)
+        return cls(_clean(q, valid), _clean(p, valid), negatives, valid, group)
+
+    def prefix(self, dim: int) -> "_Rows":
+        """Normalised prefixes of all embeddings."""
+        negatives = None if self.negatives is None else _unit(self.negatives[..., :dim])
+        return self._replace(q=_unit(self.q[:, :dim]), p=_unit(self.p[:, :dim]), negatives=negatives)
+
+
+def _contrast(
+    anchors: Array, positives: Array, group: Array, candidates: Array, rows: _Rows, negatives: Array | None, chunk: int | None
+) -> Array:
+    """-log of the positive's share for each anchor, [n]; `rows` says which candidates are valid and in which group."""
+
+    def in_batch(anchors: Array, group: Array) -> Array:
+        negative = rows.valid[None] & (group[:, None] != rows.group[None])
+        return jax.nn.logsumexp(jnp.where(negative, contract(anchors, candidates.T), NEVER), axis=1)
+
+    def explicit(anchors: Array) -> Array:
+        assert negatives is not None
+        n, m, d = negatives.shape
+        logits = contract(anchors, negatives.reshape(n * m, d).T)
+        return jax.nn.logsumexp(jnp.where(jnp.repeat(rows.valid, m)[None], logits, NEVER), axis=1)
+
+    others = _in_chunks(in_batch, (anchors, group), chunk)
+    if negatives is not None:
+        others = jnp.logaddexp(others, _in_chunks(explicit, (anchors,), chunk))
+    # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
+    return jax.nn.softplus(others - (anchors * positives).sum(-1))
+
+
+def _unit(x: Array) -> Array:
+    """Normalises the last axis."""
+    square = jnp.square(x).sum(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square > SMALLEST_SQUARE, square, jnp.inf))
+
+
+def _clean(x: Array, valid: Array) -> Array:
+    """In float32, with zeros in rows that are not valid: a masked NaN would still make NaN gradients."""
+    return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x.astype(jnp.float32), 0)
+
+
+def _gathered(rows: Tree, axis_name: AxisName) -> Tree:
+    """The rows of all shards. Float arrays have to be float32: gradients are reduced over shards in their dtype."""
+    if axis_name is None:
+        return rows
+    gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
+    return jax.lax.optimization_barrier(gathered)  # or XLA gathers again in each step of a loop over chunks
+
+
+def _in_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: int | None) -> Array:
+    """function(*rows), [n], computed for `chunk` rows at a time and again in the backward pass."""
+    n = rows[0].shape[0]
+    if chunk is None or chunk >= n:
+        return function(*rows)
+
+    def split(x: Array) -> Array:
+        return jnp.pad(x, [(0, -n % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+
+    checkpointed = jax.checkpoint(function, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
+    return jax.lax.map(lambda rows: checkpointed(*rows), tuple(map(split, rows))).reshape(-1)[:n]
+
+
+def _prefixes(d: int, dims: tuple[int, ...] | None, weights: Sequence[float] | None) -> list[tuple[int, float]]:
+    """(dimensions, weight) of each Matryoshka prefix."""
+    dims = (d,) if dims is None else dims
+    if not dims or min(dims) < 1 or max(dims) > d:
+        raise ValueError(f"dims are {dims}, should be one or more numbers from 1 to {d}")
+    weights = (1.0,) * len(dims) if weights is None else weights
+    if len(weights) != len(dims):
+        raise ValueError(f"weights are {weights}, should be {len(dims)} for dims {dims}")
+    return list(zip(dims, weights, strict=True))
+
+
+def _check_rows(like: Array, axes: int = 2, **arrays: Array | None) -> None:
+    if like.ndim != 2 or 0 in like.shape:
+        raise ValueError(f"embeddings are {like.shape}, should be [n, d] with at least one row")
+    for name, array in arrays.items():
+        if array is not None and array.shape != like.shape[:axes]:
+            raise ValueError(f"{name} is {array.shape}, should be {like.shape[:axes]}")
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 < number < inf:
+            raise ValueError(f"{name} is {number}, should be above 0")
+
+
+def _check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, should be 1 or more, or None")
