@@ -1,0 +1,80 @@
+"""Hard negatives for pairs: python -m train.mine PAIRS --out FILE.jsonl (--bm25 | --model DIR)."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jina_jax import Embedder
+from jina_jax.cli import Program, whole_file
+
+from .negatives import Scorer, Selection, bm25_scores, embedding_scores, mine
+from .records import Pair, read_records, write_records
+
+
+@click.command(cls=Program)
+@click.argument("pairs", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.jsonl of triplets; replaced when complete.")
+@click.option("--bm25", is_flag=True, help="Search by words.")
+@click.option("--model", help="Search by embeddings of this model: a directory or hub id.")
+@click.option("--query-task", help="Adapter for anchors; default: retrieval.query where the model has it.")
+@click.option("--document-task", help="Adapter for positives; default: retrieval.passage where the model has it.")
+@click.option("--num-negatives", type=int, default=7, show_default=True, help="Of each anchor.")
+@click.option("--range-min", type=int, default=10, show_default=True, help="Best candidates to skip.")
+@click.option("--range-max", type=int, default=100, show_default=True, help="Rank of the last candidate to consider.")
+@click.option("--max-score", type=float, help="Highest score of a negative.")
+@click.option("--min-score", type=float, help="Lowest score of a negative.")
+@click.option("--absolute-margin", type=float, help="How far below the positive's score a negative's is at least.")
+@click.option("--relative-margin", type=float, help="The same as a fraction of the positive's score.")
+@click.option("--sampling", type=click.Choice(["top", "random"]), default="top", show_default=True)
+@click.option("--same-language", is_flag=True, help="Take negatives from pairs of the anchor's language alone.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random sampling.")
+def main(
+    pairs: Path,
+    out: Path,
+    bm25: bool,
+    model: str | None,
+    query_task: str | None,
+    document_task: str | None,
+    same_language: bool,
+    seed: int,
+    **numbers: Any,
+) -> None:
+    """Write the pairs of PAIRS (.jsonl, .jsonl.xz or .parquet) as triplets with hard negatives.
+
+    Candidates are the positives of all pairs. Never a negative of an anchor: its own positives, an equal text, and texts of its
+    group.
+    """
+    selection = Selection(**numbers)
+    _check_output(out)
+    if bm25 == (model is not None):
+        raise ValueError("search with either --bm25 or --model")
+    if bm25 and (query_task or document_task):
+        raise ValueError("--query-task and --document-task are for --model")
+    read = [pair for pair in read_records(pairs, "pair") if isinstance(pair, Pair)]
+    if not read:
+        raise ValueError(f"{pairs} has no pairs")
+    scorer = bm25_scores if model is None else _model_scores(model, query_task, document_task)
+    triplets = mine(read, scorer, selection, same_language=same_language, seed=seed)
+    if not triplets:
+        raise ValueError(f"no anchor of {pairs} has {selection.num_negatives} negatives; widen the ranks, scores or margins")
+    with whole_file(out) as target:
+        write_records(target, iter(triplets))
+    click.echo(f"{out}: {len(triplets)} of {len(read)} pairs; the others are repeated or have too few negatives", err=True)
+
+
+def _check_output(out: Path) -> None:
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a directory")
+
+
+def _model_scores(model: str, query_task: str | None, document_task: str | None) -> Scorer:
+    return embedding_scores(Embedder.load(model), query_task=query_task, document_task=document_task)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m train.mine")
