@@ -1,0 +1,38 @@
+"""What an evaluation gives: one score for each system, task, subset, adapter and dimension."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jina_jax.cli import whole_file
+
+System = Literal["model", "untrained", "bm25"]
+
+
+class Score(NamedTuple):
+    """One measured number; higher is better, whatever the metric."""
+
+    system: System
+    task: str
+    """retrieval, classification, clustering or similarity."""
+    subset: str
+    """The languages, as in `en`, or `de-en` for German queries over English documents."""
+    adapter: str | None
+    """`none` for the base model; of retrieval, the adapters of queries and passages joined by +. None for bm25."""
+    dim: int | None
+    """Leading dimensions of the embeddings that were kept. None for bm25."""
+    metric: str
+    value: float
+    n: int
+    """Queries, texts or pairs that the value is taken over."""
+
+
+def write_scores(file: Path, scores: Sequence[Score]) -> None:
+    """Writes `{"records": [...]}`, a record for each score, with the fields of `Score`."""
+    if wrong := [score for score in scores if not math.isfinite(score.value)]:
+        raise ValueError(f"a score is not finite: {wrong[0]}")
+    records = {"records": [score._asdict() for score in scores]}
+    with whole_file(file) as target:
+        target.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
