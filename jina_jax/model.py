@@ -90,7 +90,7 @@ class MLMHead(nnx.Module):
 
     def __call__(self, states: Float[Array, "b t d"], table: Float[Array, "v d"]) -> Float[Array, "b t v"]:
         """Logits of every position in float32. `losses.masked_lm` computes those of masked positions alone."""
-        logits = contract(self.transform(states), table.astype(states.dtype).T)
+        logits = contract(self.transform(states), table.T)
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
     def transform(self, states: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
