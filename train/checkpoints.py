@@ -87,9 +87,7 @@ def restore(checkpoint: Checkpoint, tree: Any, sharding: jax.sharding.Sharding) 
     Raises:
         CheckpointError: the checkpoint has other arrays.
     """
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _by_name(tree).items()
-    }
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _by_name(tree).items()}
     path = str(checkpoint.directory.absolute() / _ARRAYS)
     stored = ocp.metadata(path).metadata
     wrong = sorted(wanted.keys() ^ stored.keys())

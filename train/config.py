@@ -143,7 +143,8 @@ class Start:
 class Mesh:
     """Devices of the run: `data` times `fsdp` of them. The batch is split over both."""
 
-    data: Positive = 1
+    data: Positive | None = None
+    """None = as many as there are."""
     fsdp: Literal[1] = 1  # parameters are replicated
 
 
@@ -173,10 +174,6 @@ class TrainConfig:
         adapters = [adapter for stage in self.stages for adapter in stage.adapters]
         if len(set(adapters)) != len(adapters):
             raise ValueError(f"two stages train the same adapter: {adapters}")
-        devices = self.mesh.data * self.mesh.fsdp
-        for stage in self.stages:
-            if stage.batch_size % devices:
-                raise ValueError(f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {devices} devices")
 
     @property
     def steps(self) -> int:

@@ -63,9 +63,7 @@ def _package(line: str, place: str) -> Package:
     try:
         fields = json.loads(line)
         text = {language: Description(text["title"], text["body"]) for language, text in fields["text"].items()}
-        return Package(
-            fields["id"], fields["source"], fields["section"], tuple(fields["tags"]), fields["split"], text
-        )
+        return Package(fields["id"], fields["source"], fields["section"], tuple(fields["tags"]), fields["split"], text)
     except json.JSONDecodeError as error:
         raise RecordError(f"{place}: not JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-
 from .corpus import BUNDLED, SPLITS, Package, read_corpus
 from .overlap import overlaps
 from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
+
 
 class DatasetError(ValueError):
     """A dataset directory that is damaged, empty or of another kind."""

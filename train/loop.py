@@ -1,9 +1,9 @@
 """The training loop: data, model, state, restore, step. One run of a configuration in a working directory.
 
-    WORKDIR/config.json      what the run is
-    WORKDIR/checkpoints/     to go on from
-    WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
-    WORKDIR/model/           the finished model, for Embedder.load
+WORKDIR/config.json      what the run is
+WORKDIR/checkpoints/     to go on from
+WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
+WORKDIR/model/           the finished model, for Embedder.load
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import dump_json
 from jina_jax.model import Encoder
 
-from .batches import Batch
 from .checkpoints import Checkpoint, Saver, differences, latest, restore
 from .config import Stage, TrainConfig, to_dict
 from .data import batches, open_datasets, reader

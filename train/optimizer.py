@@ -21,9 +21,7 @@ def optimizer(stage: Stage) -> optax.GradientTransformation:
     b1, b2 = stage.betas
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(
-            learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed
-        ),
+        optax.adamw(learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed),
     )
 
 

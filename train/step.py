@@ -44,10 +44,12 @@ Step = Callable[[State, Arrays, Batch], tuple[State, Metrics]]
 
 def make_mesh(sizes: MeshSizes) -> Mesh:
     """ValueError where there are not as many devices as the mesh has."""
-    needed, present = sizes.data * sizes.fsdp, jax.devices()
+    present = jax.devices()
+    data = sizes.data or len(present) // sizes.fsdp
+    needed = data * sizes.fsdp
     if needed > len(present):
-        raise ValueError(f"mesh {sizes.data} x {sizes.fsdp} needs {needed} devices; there are {len(present)}")
-    return Mesh(np.array(present[:needed]).reshape(sizes.data, sizes.fsdp), AXES)
+        raise ValueError(f"mesh {data} x {sizes.fsdp} needs {needed} devices; there are {len(present)}")
+    return Mesh(np.array(present[:needed]).reshape(data, sizes.fsdp), AXES)
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -93,7 +95,5 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), optax.global_norm(gradients))  # type: ignore[arg-type]
 
     whole, split = PartitionSpec(), PartitionSpec(AXES)
-    sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, whole), check_vma=False
-    )
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, whole), check_vma=False)
     return jax.jit(sharded, donate_argnums=0)

@@ -1,0 +1,32 @@
+"""Masked-language pretraining on long texts: section 4.1 and table A1 of the jina-embeddings-v3 paper.
+
+    python -m train configs/mlm_long.py --workdir runs/mlm_long
+
+Hardware: 8 devices in the paper, 8 texts on each; 60,000 steps are up to 31 billion tokens. Data: as for `mlm_short`.
+
+From the paper: batch, length, steps and rate; rotary base 10,000. Chosen here: as in `mlm_short`; one row at a time.
+"""
+
+from train.config import Dataset, Stage, Start, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        start=Start(source="runs/mlm_short/model"),
+        stages=(
+            Stage(
+                name="mlm_long",
+                objective="mlm",
+                datasets=(Dataset("datasets/culturax/record_files/1.0.0", "text", by_language=True),),
+                steps=60_000,
+                warmup_steps=600,
+                batch_size=8 * 8,
+                length=8192,
+                row_length=8192,
+                learning_rate=5e-5,
+                chunk_rows=1,
+                loss_chunk=2048,
+                remat=True,
+            ),
+        ),
+    )

@@ -1,0 +1,33 @@
+"""Contrastive training on long pairs: section 4.2 and table A1 of the jina-embeddings-v3 paper.
+
+    python -m train configs/pairs_long.py --workdir runs/pairs_long
+
+Hardware: 2 devices in the paper, 512 pairs on each; 50,000 steps are 51 million pairs. Data: the long pairs of `pairs_short`.
+
+From the paper: batch, length, steps, rate and temperature. Chosen here: as in `pairs_short`; chunks of 8 rows.
+"""
+
+from train.config import Dataset, Stage, Start, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        start=Start(source="runs/pairs_short/model"),
+        stages=(
+            Stage(
+                name="pairs_long",
+                objective="pairs",
+                datasets=(Dataset("datasets/long_pairs/record_files/1.0.0", "pair", by_language=True),),
+                steps=50_000,
+                warmup_steps=500,
+                batch_size=2 * 512,
+                length=1024,
+                row_length=1024,
+                learning_rate=2e-5,
+                temperature=0.02,
+                dims=(32, 64, 128, 256, 512, 768, 1024),
+                chunk_rows=8,
+                remat=True,
+            ),
+        ),
+    )
