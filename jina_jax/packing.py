@@ -106,7 +106,7 @@ def plan(lengths: Sequence[int], budget: int) -> list[Batch]:
     return batches
 
 
-def lay_out(token_ids: Sequence[Sequence[int]], batch: Batch, pad_id: int) -> Rows:
+def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: Batch, pad_id: int) -> Rows:
     """Writes the tokens of a planned batch into arrays; slots without a text stay padding."""
     b, t = batch.shape
     rows = Rows(

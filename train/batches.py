@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import tokenizers
 from jaxtyping import Float, Int
@@ -16,24 +17,26 @@ from .config import Stage
 from .examples import Example
 from .masking import mask_words, word_starts
 
+Either = np.ndarray | jax.Array
+
 
 class Batch(NamedTuple):
-    """What a step takes; n examples of s texts each.
+    """What a step takes; n examples of s texts each. On the host, then on devices.
 
     Every array's first axis is split evenly over the devices.
     """
 
-    tokens: Int[np.ndarray, "b t"]
-    segments: Int[np.ndarray, "b t"]
-    positions: Int[np.ndarray, "b t"]
-    tasks: Int[np.ndarray, "b g"]
+    tokens: Int[Either, "b t"]
+    segments: Int[Either, "b t"]
+    positions: Int[Either, "b t"]
+    tasks: Int[Either, "b g"]
     """Adapter of each text, among those that the stage trains; -1 = none."""
-    labels: Int[np.ndarray, "b t"]
+    labels: Int[Either, "b t"]
     """Original token where one was masked, else -1."""
-    places: Int[np.ndarray, "n s"]
+    places: Int[Either, "n s"]
     """Where each text is among the b * g of its own device."""
-    scores: Float[np.ndarray, " n"]
-    groups: Int[np.ndarray, " n"]
+    scores: Float[Either, " n"]
+    groups: Int[Either, " n"]
     """Examples of equal group are not negatives of one another."""
 
 
@@ -87,7 +90,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
             mask_words,
             starts=word_starts(tokenizer),
             rate=stage.mask_rate,
-            mask_id=tokenizer.mask_token_id,
+            mask_id=tokenizer.mask_token_id,  # type: ignore[arg-type]
             special_ids=tuple(tokenizer.all_special_ids),
         )
         return lambda examples: _masked_texts(examples, backend, stage.length, mask)

@@ -55,14 +55,18 @@ class DebianPackages(tfds.core.GeneratorBasedBuilder):
         super().__init__(**arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self, CORPUS_RECORDS[self.builder_config.name][0])
+        return _info(self, CORPUS_RECORDS[self._name()][0])
 
     def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        records = CORPUS_RECORDS[self.builder_config.name][1](read_corpus(self.file, split))
+        records = CORPUS_RECORDS[self._name()][1](read_corpus(self.file, split))
         yield from enumerate(map(_fields, records))
+
+    def _name(self) -> str:
+        assert self.builder_config is not None and self.builder_config.name is not None
+        return self.builder_config.name
 
 
 def plain_texts(packages: Sequence[Package]) -> Iterator[PlainText]:
@@ -187,14 +191,14 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
         builder = tfds.builder_from_directory(str(path))
     except (OSError, ValueError, AssertionError, KeyError) as error:
         raise DatasetError(f"{path} is not a TFDS dataset: {error}") from error
-    fields = set(builder.info.features or ())
+    fields = set(builder.info.features or ())  # type: ignore[arg-type]
     if missing := sorted(set(kind_named(kind).model_fields) - fields):
         raise DatasetError(f"{path} holds no {kind} records: they lack {missing}, and have {sorted(fields)}")
     if split not in builder.info.splits:
         raise DatasetError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
     expected = builder.info.splits[split].num_examples
     try:
-        source = builder.as_data_source(split=split)
+        source: Any = builder.as_data_source(split=split)  # type: ignore[call-arg]
         held = len(source)
         if held and held == expected:
             source[held - 1]

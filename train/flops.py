@@ -1,6 +1,6 @@
 """Floating-point operations of a step, and what a device can do: for the share of the peak in the metrics."""
 
-import jax
+from typing import Any
 
 from jina_jax.config import ModelConfig
 
@@ -22,9 +22,10 @@ PEAKS = {  # bfloat16 operations per second of one device, from the makers' data
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """None for devices without an entry, such as CPUs."""
-    return PEAKS.get(device.device_kind)
+def peak_flops(device: Any, count: int) -> float | None:
+    """Of so many devices of a kind, per second; None for kinds without an entry, such as CPUs."""
+    peak = PEAKS.get(device.device_kind)
+    return None if peak is None else peak * count
 
 
 def training_flops(config: ModelConfig, stage: Stage) -> float:

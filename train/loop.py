@@ -8,17 +8,15 @@ WORKDIR/model/           the finished model, for Embedder.load
 
 import contextlib
 import logging
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -30,19 +28,14 @@ from .checkpoints import Checkpoint, Saver, differences, latest, restore
 from .config import Stage, TrainConfig, to_dict
 from .data import batches, open_datasets, reader
 from .flops import peak_flops, training_flops
-from .metrics import MetricsWriter
-from .optimizer import learning_rate
+from .metrics import Done, MetricsWriter, read, summaries
 from .start import Arrays, fingerprint, parts, starting_model, with_trained
-from .step import Metrics, State, Step, initial_state, make_mesh, make_step, place, replicate
+from .step import State, Step, initial_state, make_mesh, make_step, place, replicate
 
 logger = logging.getLogger(__name__)
 
 RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
 """Fields that say how a run is done and not what it is: a resumed run may change them."""
-
-
-class TrainingDiverged(ArithmeticError, ValueError):
-    """The loss or a gradient is not finite."""
 
 
 class ResumeError(ValueError):
@@ -58,17 +51,6 @@ class Track(NamedTuple):
     steps: dict[str, Step]
     """By kind of the batch's records."""
     flops_per_token: float
-
-
-class Done(NamedTuple):
-    """A step whose numbers have not been looked at yet; they may not be there yet either."""
-
-    step: int
-    stage: Stage
-    own_step: int
-    metrics: Metrics
-    tokens: int
-    slots: int
 
 
 def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path | None:
@@ -114,28 +96,31 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     # ---- loop
     saver = Saver(workdir / "checkpoints", config.keep)
     writer = MetricsWriter(workdir, sum(done))
+    peak = peak_flops(jax.devices()[0], mesh.size)
     unread: list[Done] = []
-    saved = sum(done)
-    with _stop_signal() as stopped, _bar(config, sum(done), progress) as bar:
-        log = _logger(writer, bar, mesh)
-        while sum(done) < config.steps and not stopped.is_set():
+    began = time.perf_counter()
+    with _stop_signal() as stopped, tqdm(total=config.steps, initial=sum(done), unit="step", disable=not progress) as bar:
+        stopping = False
+        while sum(done) < config.steps and not stopping:
             turn = next_stage(config, done)
             track = tracks[turn]
             kind, batch = next(track.reader)
             states[turn], metrics = track.steps[kind](states[turn], track.frozen, place(batch, mesh))
             done[turn] += 1
-            step = sum(done)
-            unread.append(Done(step, track.stage, done[turn], metrics, int((batch.segments > 0).sum()), batch.segments.size))
-            if step % config.log_every == 0 or step % config.checkpoint_every == 0 or step == config.steps:
-                log(unread, tracks)
-                unread = []
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                saver.save(step, states, _run(identity, done, tracks))
-                saved = step
-        if stopped.is_set() and sum(done) > saved:
-            log(unread, tracks)
-            saver.save(sum(done), states, _run(identity, done, tracks))
-    saver.wait()
+            step, tokens = sum(done), int((batch.segments > 0).sum())
+            flops = tokens * track.flops_per_token
+            unread.append(Done(step, track.stage, done[turn], metrics, tokens, batch.segments.size, flops))
+            stopping = stopped.is_set()
+            save = step % config.checkpoint_every == 0 or step == config.steps or stopping
+            if save or step % config.log_every == 0:
+                for number, name, numbers in summaries(read(unread), time.perf_counter() - began, peak):
+                    writer.write(number, name, numbers)
+                    bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
+                bar.update(len(unread))
+                unread, began = [], time.perf_counter()
+            if save:  # only what `read` found to be finite
+                saver.save(step, states, identity | _position(done, tracks))
+        saver.wait()
     writer.close()
     if sum(done) < config.steps:
         logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
@@ -161,8 +146,8 @@ def _identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
     return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
 
 
-def _run(identity: dict[str, Any], done: list[int], tracks: list[Track]) -> dict[str, Any]:
-    return identity | {"done": list(done), "data": [track.reader.get_state() for track in tracks]}
+def _position(done: list[int], tracks: list[Track]) -> dict[str, Any]:
+    return {"done": list(done), "data": [dict(track.reader.get_state()) for track in tracks]}
 
 
 def _resumed(
@@ -177,52 +162,6 @@ def _resumed(
     for track, position in zip(tracks, checkpoint.run["data"], strict=True):
         track.reader.set_state(position)
     return restore(checkpoint, states, NamedSharding(mesh, PartitionSpec())), list(checkpoint.run["done"])
-
-
-def _logger(writer: MetricsWriter, bar: tqdm, mesh: Mesh) -> Callable[[list[Done], list[Track]], None]:
-    """The function that waits for some steps, checks them and writes their numbers."""
-    began = time.perf_counter()
-    peak = peak_flops(mesh.devices.flat[0])
-
-    def log(unread: list[Done], tracks: list[Track]) -> None:
-        nonlocal began
-        if not unread:
-            return
-        numbers = [Metrics(*map(float, jax.device_get(done.metrics))) for done in unread]
-        for done, metrics in zip(unread, numbers, strict=True):
-            if not all(map(math.isfinite, metrics)):
-                raise TrainingDiverged(
-                    f"step {done.step} (stage {done.stage.name}, its step {done.own_step}): loss {metrics.loss}, "
-                    f"norm of the gradient {metrics.grad_norm}. Nothing of it was saved; a lower learning rate may help"
-                )
-        seconds, began = time.perf_counter() - began, time.perf_counter()
-        tokens = sum(done.tokens for done in unread)
-        flops = {track.stage.name: track.flops_per_token for track in tracks}
-        speed: dict[str, float] = {
-            "tokens_per_second": tokens / seconds,
-            "steps_per_second": len(unread) / seconds,
-            "padding": 1 - tokens / sum(done.slots for done in unread),
-        }
-        if peak is not None:
-            used = sum(done.tokens * flops[done.stage.name] for done in unread)
-            speed["peak_share"] = used / seconds / (peak * mesh.size)
-        for stage in dict.fromkeys(done.stage for done in unread):
-            own = [(done, metrics) for done, metrics in zip(unread, numbers, strict=True) if done.stage is stage]
-            last = own[-1][0]
-            mean = {
-                "loss": float(np.mean([metrics.loss for _, metrics in own])),
-                "grad_norm": float(np.mean([metrics.grad_norm for _, metrics in own])),
-                "learning_rate": float(learning_rate(stage)(last.own_step - 1)),
-            }
-            writer.write(last.step, stage.name, mean | speed)
-            bar.set_description(f"{stage.name} loss {mean['loss']:.3f}", refresh=False)
-        bar.update(unread[-1].step - bar.n)
-
-    return log
-
-
-def _bar(config: TrainConfig, step: int, progress: bool) -> tqdm:
-    return tqdm(total=config.steps, initial=step, unit="step", disable=not progress)
 
 
 @contextlib.contextmanager

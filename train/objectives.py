@@ -110,7 +110,7 @@ def embed_texts(encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, "n
     and memory holds the activations of one chunk."""
 
     def pooled(encoder: Encoder, chunk: Batch) -> Array:
-        return pool(_states(encoder, chunk, stage), chunk.segments, chunk.tasks.shape[1])
+        return pool(_states(encoder, chunk, stage), jnp.asarray(chunk.segments), chunk.tasks.shape[1])
 
     pooled_rows = _over_chunks(pooled, encoder, batch, stage)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
