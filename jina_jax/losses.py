@@ -71,17 +71,21 @@ def info_nce(
         raise ValueError(f"negatives are {negatives.shape}, should be {(q.shape[0], 'm >= 1', q.shape[1])}")
     _check_positive(temperature=temperature)
     _check_chunk(chunk)
+    prefixes = _prefixes(q.shape[1], dims, weights)
     own = _Rows.of(q, p, negatives, valid, group, axis_name)
     everyone = _gathered(own, axis_name)
 
-    total = jnp.zeros((), jnp.float32)
-    for dim, weight in _prefixes(q.shape[1], dims, weights):
-        a, b = own.prefix(dim), everyone.prefix(dim)
-        loss = _contrast(a.q / temperature, a.p, a.group, b.p, b, b.negatives, chunk)
-        if bidirectional:
-            loss += _contrast(a.p / temperature, a.q, a.group, b.q, b, None, chunk)
-        total += weight * jnp.where(own.valid, loss, 0).sum()
-    return total / jnp.maximum(everyone.valid.sum(), 1)
+    def one_way(anchors: Array, positives: Array, candidates: Array, negatives: Array | None) -> Array:
+        def losses(*rows: Array) -> Array:
+            terms = (weight * _contrast(*rows, candidates, everyone, negatives, temperature, dim) for dim, weight in prefixes)
+            return sum(terms, start=jnp.zeros(()))
+
+        return _in_chunks(losses, (anchors, positives, own.group), chunk)
+
+    loss = one_way(own.q, own.p, everyone.p, everyone.negatives)
+    if bidirectional:
+        loss += one_way(own.p, own.q, everyone.q, None)
+    return jnp.where(own.valid, loss, 0).sum() / jnp.maximum(everyone.valid.sum(), 1)
 
 
 @partial(jax.jit, static_argnames=("temperature", "dims", "weights", "axis_name"))
@@ -160,6 +164,7 @@ def masked_lm(
     states = jnp.take(states.reshape(-1, states.shape[2]), positions, axis=0, mode="fill", fill_value=0)
     labels = jnp.take(labels.reshape(-1), positions, mode="fill", fill_value=-1)
 
+    @jax.checkpoint
     def cross_entropy(states: Array, labels: Array) -> Array:
         logits = head(states[None], embedding)[0]
         target = labels[:, None] == jnp.arange(logits.shape[1])[None]  # where, not take: its gradient needs no scatter
@@ -190,32 +195,34 @@ class _Rows(NamedTuple):
         negatives = None if negatives is None else _clean(negatives, valid)
         return cls(_clean(q, valid), _clean(p, valid), negatives, valid, group)
 
-    def prefix(self, dim: int) -> "_Rows":
-        """Normalised prefixes of all embeddings."""
-        negatives = None if self.negatives is None else _unit(self.negatives[..., :dim])
-        return self._replace(q=_unit(self.q[:, :dim]), p=_unit(self.p[:, :dim]), negatives=negatives)
 
-
+# For each prefix by itself: the logits of one prefix are dropped before those of the next are computed.
+@partial(jax.checkpoint, static_argnums=(6, 7))
 def _contrast(
-    anchors: Array, positives: Array, group: Array, candidates: Array, rows: _Rows, negatives: Array | None, chunk: int | None
+    anchors: Array,
+    positives: Array,
+    group: Array,
+    candidates: Array,
+    everyone: _Rows,
+    negatives: Array | None,
+    temperature: float,
+    dim: int,
 ) -> Array:
-    """-log of the positive's share for each anchor, [n]; `rows` says which candidates are valid and in which group."""
-
-    def in_batch(anchors: Array, group: Array) -> Array:
-        negative = rows.valid[None] & (group[:, None] != rows.group[None])
-        return jax.nn.logsumexp(jnp.where(negative, contract(anchors, candidates.T), NEVER), axis=1)
-
-    def explicit(anchors: Array) -> Array:
-        assert negatives is not None
-        n, m, d = negatives.shape
-        logits = contract(anchors, negatives.reshape(n * m, d).T)
-        return jax.nn.logsumexp(jnp.where(jnp.repeat(rows.valid, m)[None], logits, NEVER), axis=1)
-
-    others = _in_chunks(in_batch, (anchors, group), chunk)
+    """-log of the positive's share for each anchor, on prefixes of length `dim`. `everyone` tells about the candidates."""
+    anchors = _unit(anchors[:, :dim]) / temperature
+    in_batch = everyone.valid[None] & (group[:, None] != everyone.group[None])
+    others = _log_sum(anchors, candidates[:, :dim], in_batch)
     if negatives is not None:
-        others = jnp.logaddexp(others, _in_chunks(explicit, (anchors,), chunk))
+        n, m, d = negatives.shape
+        explicit = _log_sum(anchors, negatives.reshape(n * m, d)[:, :dim], jnp.repeat(everyone.valid, m)[None])
+        others = jnp.logaddexp(others, explicit)
     # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
-    return jax.nn.softplus(others - (anchors * positives).sum(-1))
+    return jax.nn.softplus(others - (anchors * _unit(positives[:, :dim])).sum(-1))
+
+
+def _log_sum(anchors: Array, candidates: Array, allowed: Array) -> Array:
+    """log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
+    return jax.nn.logsumexp(jnp.where(allowed, contract(anchors, _unit(candidates).T), NEVER), axis=1)
 
 
 def _unit(x: Array) -> Array:
@@ -238,7 +245,7 @@ def _gathered(rows: Tree, axis_name: AxisName) -> Tree:
 
 
 def _in_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: int | None) -> Array:
-    """function(*rows), [n], computed for `chunk` rows at a time and again in the backward pass."""
+    """function(*rows), [n], computed for `chunk` rows at a time. What is large in it has to be under `jax.checkpoint`."""
     n = rows[0].shape[0]
     if chunk is None or chunk >= n:
         return function(*rows)
@@ -246,8 +253,7 @@ def _in_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: i
     def split(x: Array) -> Array:
         return jnp.pad(x, [(0, -n % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    checkpointed = jax.checkpoint(function, prevent_cse=False)  # a scan's body is not merged with its backward pass anyway
-    return jax.lax.map(lambda rows: checkpointed(*rows), tuple(map(split, rows))).reshape(-1)[:n]
+    return jax.lax.map(lambda rows: function(*rows), tuple(map(split, rows))).reshape(-1)[:n]
 
 
 def _prefixes(d: int, dims: tuple[int, ...] | None, weights: Sequence[float] | None) -> list[tuple[int, float]]:
