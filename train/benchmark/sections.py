@@ -16,11 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from ..corpus import Package
 from .texts import SEED, title_and_body
 
-FITTED_PER_SECTION = 32
-"""Most packages of a section that the classifier is fitted on."""
-
-MIN_FITTED = 20
-"""Packages of the train split that a section needs to be classified."""
+FITTED_PER_SECTION = 16
+"""Packages of each section that the classifier is fitted on; a section with fewer in the train split is left out."""
 
 CLUSTERING_RUNS = 5
 """Starts of k-means; the one with the least inertia counts."""
@@ -83,7 +80,7 @@ def classification_tasks(english: Sequence[Package], train: Sequence[Package]) -
             members[package.section].append(package)
     rng, fitted = np.random.default_rng(SEED), []
     for _, candidates in sorted(members.items()):
-        if len(candidates) >= MIN_FITTED:
+        if len(candidates) >= FITTED_PER_SECTION:
             fitted += [candidates[index] for index in rng.permutation(len(candidates))[:FITTED_PER_SECTION]]
     sections, seen = {package.section for package in fitted}, {package.id for package in fitted}
     measured = [package for package in english if package.section in sections and package.id not in seen]
