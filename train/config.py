@@ -50,7 +50,9 @@ class Dataset:
     weight: AboveZero = 1.0
     """Share of the stage's batches, relative to the other datasets."""
     by_language: bool = False
-    """Whether a batch holds one language; languages come in proportion to their records."""
+    """Whether a batch holds one language."""
+    language_exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """With `by_language`, a language of n records has a share of n to this power: 1 = in proportion, 0 = all the same."""
 
     def __post_init__(self) -> None:
         kind_named(self.kind)

@@ -66,7 +66,10 @@ def batches(
     for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
         make = example_maker(stage, dataset.kind, source)
         shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
-        for number, part in enumerate(_parts(source, dataset, stage.batch_size)):
+        languages = list(_parts(source, dataset, stage.batch_size))
+        shares = np.array([len(part) for part in languages]) ** dataset.language_exponent
+        weights += list(dataset.weight * shares / shares.sum())
+        for number, part in enumerate(languages):
             examples = (
                 grain.MapDataset.source(part)
                 .seed(_seed(seed, stage.name, index, number))
@@ -84,7 +87,6 @@ def batches(
                     )
                 )
             )
-            weights.append(dataset.weight * len(part) / len(source))
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
 
 
