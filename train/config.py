@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,7 +185,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration that a Python file's `get_config()` returns, with `path=value` overrides.
 
     Args:
-        file: such as configs/pairs.py.
+        file: such as configs/pairs_short.py; with a name behind it, configs/quickstart.py:mlm, that function is called.
         overrides: such as "stages.0.steps=100" or "start.source=runs/mlm/model"; values are Python literals, and what is
             none is text.
 
@@ -194,10 +193,10 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         TrainConfigError: unknown field, wrong type or contradiction; the message names the field.
         FileNotFoundError: no such file.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such configuration: {file}")
-    fields = to_dict(_module(file).get_config())
+    name, _, function = str(file).partition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no such configuration: {name}")
+    fields = to_dict(_made(Path(name), function or "get_config"))
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals:
@@ -219,17 +218,17 @@ def from_dict(fields: Any) -> TrainConfig:
         raise TrainConfigError(f"the configuration is not valid: {listed}") from error
 
 
-def _module(file: Path) -> types.ModuleType:
+def _made(file: Path, function: str) -> TrainConfig:
     spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except ValidationError as error:
+        if not callable(make := getattr(module, function, None)):
+            raise TrainConfigError(f"{file} has no function {function}")
+        return make()
+    except (ValidationError, TypeError) as error:
         raise TrainConfigError(f"{file}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise TrainConfigError(f"{file} has no get_config()")
-    return module
 
 
 def _literal(value: str) -> Any:

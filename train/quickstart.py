@@ -1,71 +1,134 @@
-"""Makes what `make quickstart` starts from: a small model with random weights, and the corpus' test split as lines of text.
+"""A small model from raw text to five adapters: python -m train.quickstart --workdir runs/quickstart
 
-python -m train.quickstart --workdir runs/quickstart
+Every step leaves its result in the working directory and is skipped where that is there, so an interrupted quickstart goes on.
 """
 
 import json
-import lzma
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from jina_jax.adapters import base_arrays, extract_adapters
-from jina_jax.checkpoint import check_free, save_checkpoint
-from jina_jax.cli import Program
-from jina_jax.config import PUBLISHED_INSTRUCTIONS, ModelConfig
-from jina_jax.model import Encoder, from_arrays
-from jina_jax.tokenizer import load_tokenizer
+from configs import quickstart as presets
+from jina_jax import Embedder
+from jina_jax.cli import Program, whole_file
 
-DATA = Path(__file__).parents[1] / "data"
-CORPUS = DATA / "debian_packages.jsonl.xz"
+from .benchmark.scores import Score
+from .config import TrainConfig, from_dict, to_dict
+from .corpus import BUNDLED, Package, read_corpus
+from .datasets import CORPUS_RECORDS, prepare_corpus
+from .evaluate import evaluate, untrained
+from .loop import train
+from .metrics import FILE
+from .negatives import Selection, embedding_scores, mine
+from .records import Pair, write_records
+from .summary import write_summary
 
-CONFIG = ModelConfig(
-    vocab_size=16_000,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=4,
-    mlp_size=1024,
-    tasks=tuple(PUBLISHED_INSTRUCTIONS),
-    prompts=tuple(PUBLISHED_INSTRUCTIONS.items()),
-    matryoshka_dims=(32, 64, 128, 256),
-    pooler=True,
+HOME = "runs/quickstart"
+"""The working directory that the presets name."""
+
+SEARCHES = (
+    "edit photos and pictures",
+    "Programm zum Herunterladen von Dateien aus dem Internet",
+    "音楽プレーヤー",
 )
+"""In English, German (a program that downloads files from the internet) and Japanese (a music player)."""
 
 
 @click.command(cls=Program)
-@click.option("--workdir", type=click.Path(path_type=Path), required=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-def main(workdir: Path, seed: int) -> None:
-    """Write WORKDIR/random (a native checkpoint) and WORKDIR/test.txt (a text a line)."""
-    check_free(workdir / "random")
-    workdir.mkdir(parents=True, exist_ok=True)
-    encoder = random_encoder(CONFIG, seed)
-    save_checkpoint(workdir / "random", encoder, load_tokenizer(DATA / "tokenizer", CONFIG))
-    texts = bodies("test")
-    (workdir / "test.txt").write_text("".join(f"{text}\n" for text in texts), "utf-8")
-    click.echo(f"{workdir}: a random model of {CONFIG.num_layers} layers, and {len(texts)} texts")
+@click.option("--workdir", type=click.Path(path_type=Path), default=Path(HOME), show_default=True)
+def main(workdir: Path) -> None:
+    """Train, evaluate and search; WORKDIR then holds model/, report.md, metrics.json and plots."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in CORPUS_RECORDS:
+        _say(f"Data: the corpus as {name}")
+        prepare_corpus(name, workdir / "datasets")
+    _train("Masked words", presets.mlm, workdir / "mlm", workdir)
+    _train("Pairs", presets.pairs, workdir / "pairs", workdir)
+    _mine(workdir / "pairs" / "model", workdir / "triplets.jsonl")
+    _train("Adapters", presets.adapters, workdir / "adapters", workdir)
+    if not (workdir / "model").exists():
+        shutil.copytree(workdir / "adapters" / "model", workdir / "model.partial", dirs_exist_ok=True)
+        (workdir / "model.partial").rename(workdir / "model")
+    _evaluate(workdir)
+    _search(workdir / "model")
+    click.echo(f"\nmodel: {workdir / 'model'}\nreport: {workdir / 'report.md'}")
 
 
-def random_encoder(config: ModelConfig, seed: int) -> Encoder:
-    """A model whose adapters do something: fresh ones are the identity."""
-    encoder = Encoder(config, rngs=nnx.Rngs(seed))
-    adapters = extract_adapters(encoder)
-    for number, path in enumerate(sorted(adapters)):
-        if not path.endswith(".scale"):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            adapters[path] = 0.1 * jax.random.normal(key, adapters[path].shape)
-    return from_arrays(config, base_arrays(encoder) | adapters, dtype=jnp.float32)
+def _train(title: str, preset: Callable[[], TrainConfig], directory: Path, workdir: Path) -> None:
+    if (directory / "model").exists():
+        return
+    _say(title)
+    model = train(_moved(preset(), workdir), directory, progress=True)
+    if model is None:
+        sys.exit("stopped; start it again to go on")
 
 
-def bodies(split: str) -> list[str]:
-    """Descriptions of one split in all languages, each on one line."""
-    with lzma.open(CORPUS, "rt", encoding="utf-8") as file:
-        packages = map(json.loads, file)
-        texts = [text["body"] for package in packages if package["split"] == split for text in package["text"].values()]
-    return [" ".join(text.split()) for text in texts]
+def _moved(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """The preset for another working directory than the one it names."""
+    return from_dict(json.loads(json.dumps(to_dict(config)).replace(f'"{HOME}/', f'"{workdir}/')))
+
+
+def _mine(model: Path, triplets: Path) -> None:
+    """Hard negatives by the model of the pairs stage: a title in English, and one in another language, find English bodies."""
+    if triplets.exists():
+        return
+    _say("Hard negatives")
+    pairs = list(_retrieval_pairs(read_corpus(BUNDLED, "train")))
+    # The best ranks hold packages that answer the query as well as its own; relative_margin leaves those out.
+    selection = Selection(num_negatives=4, range_min=2, range_max=40, relative_margin=0.05, sampling="random")
+    found = mine(pairs, embedding_scores(Embedder.load(model), batch_size=256, max_length=64), selection)
+    with whole_file(triplets) as target:
+        write_records(target, iter(found))
+
+
+def _retrieval_pairs(packages: list[Package]) -> Iterator[Pair]:
+    for number, package in enumerate(packages):
+        languages = sorted(package.text)
+        for language in {"en", languages[number % len(languages)]}:
+            yield Pair(
+                anchor=package.text[language].title,
+                positive=package.text["en"].body,
+                language=language,
+                group=package.source,
+            )
+
+
+def _evaluate(workdir: Path) -> None:
+    """Measures the model of each stage, and writes the report."""
+    if (workdir / "report.md").exists():
+        return
+    train_packages = read_corpus(BUNDLED, "train")
+    scores: dict[str, list[Score]] = {}
+    for split in ("validation", "test"):
+        _say(f"Evaluation on the {split} split")
+        packages = read_corpus(BUNDLED, split)
+        embedder = Embedder.load(workdir / "model")
+        scores[split] = evaluate(embedder, untrained(embedder), packages, train_packages, batch_size=256, progress=True)
+    _say("Evaluation of the first stage")
+    pretrained = evaluate(
+        Embedder.load(workdir / "mlm" / "model"), None, packages, train_packages, batch_size=256, progress=True
+    )
+    write_summary(workdir, scores, pretrained, [workdir / run / FILE for run in ("mlm", "pairs", "adapters")])
+
+
+def _search(model: Path) -> None:
+    """Three searches in the test split, in three languages."""
+    embedder, packages = Embedder.load(model), read_corpus(BUNDLED, "test")
+    bodies = embedder.encode_document([package.text["en"].body for package in packages], batch_size=256)
+    for query in SEARCHES:
+        click.secho(f"\n{query}", bold=True)
+        similarities = embedder.similarity(embedder.encode_query([query]), bodies)[0]
+        for index in (-similarities).argsort()[:3]:
+            click.echo(f"  {similarities[index]:.2f}  {packages[index].id}: {packages[index].text['en'].title}")
+
+
+def _say(title: str) -> None:
+    click.secho(f"[{time.strftime('%H:%M:%S')}] {title}", bold=True, err=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""A small multilingual model through all stages of the paper, in minutes on two CPU cores. `make quickstart` runs all of it; one
+stage by itself:
+
+    python -m train configs/quickstart.py:mlm --workdir runs/quickstart/mlm
+    python -m train configs/quickstart.py:pairs --workdir runs/quickstart/pairs
+    python -m train configs/quickstart.py:adapters --workdir runs/quickstart/adapters
+
+Hardware: two CPU cores. Data: the bundled corpus, as `train/quickstart.py` prepares it.
+
+Sizes, steps and rates are chosen for this size; nothing of them is in the paper. What is: the order of the stages, the losses,
+rotary base 10,000 in training and 20,000 from the adapters on, a frozen base under the adapters, which query and passage share.
+"""
+
+from jina_jax.config import ModelConfig
+from train.config import Dataset, Stage, Start, TrainConfig
+
+DATASETS = "runs/quickstart/datasets/debian_packages"
+DIMS = (32, 64, 128, 256)
+
+MODEL = ModelConfig(
+    vocab_size=16_000,
+    hidden_size=256,
+    num_layers=2,
+    num_heads=4,
+    mlp_size=1024,
+    rope_theta=10_000.0,
+    matryoshka_dims=DIMS,
+    unroll=True,
+)
+
+
+def mlm() -> TrainConfig:
+    return TrainConfig(
+        start=Start(model=MODEL, tokenizer="data/tokenizer"),
+        checkpoint_every=50,
+        stages=(
+            Stage(
+                name="mlm",
+                objective="mlm",
+                datasets=(Dataset(f"{DATASETS}/texts/1.0.0", "text", by_language=True, language_exponent=0.5),),
+                steps=200,
+                warmup_steps=20,
+                batch_size=96,
+                length=128,
+                row_length=128,
+                row_shapes=8,
+                learning_rate=2e-3,
+            ),
+        ),
+    )
+
+
+def pairs() -> TrainConfig:
+    return TrainConfig(
+        start=Start(source="runs/quickstart/mlm/model"),
+        checkpoint_every=50,
+        stages=(
+            Stage(
+                name="pairs",
+                objective="pairs",
+                datasets=(
+                    Dataset(f"{DATASETS}/pairs/1.0.0", "pair", by_language=True, language_exponent=0.5),
+                    Dataset(f"{DATASETS}/translations/1.0.0", "pair", by_language=True, language_exponent=0.5),
+                ),
+                steps=500,
+                warmup_steps=50,
+                batch_size=128,
+                length=64,
+                row_length=128,
+                row_shapes=8,
+                learning_rate=1e-3,
+                temperature=0.05,
+                dims=DIMS,
+            ),
+        ),
+    )
+
+
+def adapters() -> TrainConfig:
+    return TrainConfig(
+        start=Start(source="runs/quickstart/pairs/model", rope_theta=20_000.0, lora_rank=8, lora_alpha=8.0),
+        checkpoint_every=50,
+        stages=(
+            Stage(
+                name="retrieval",
+                objective="retrieval",
+                adapters=("retrieval.query", "retrieval.passage"),
+                datasets=(Dataset("runs/quickstart/triplets.jsonl", "triplet"),),
+                negatives=2,
+                temperature=0.05,
+                **_sizes(steps=120, batch_size=48, length=64),
+            ),
+            Stage(
+                name="text_matching",
+                objective="text_matching",
+                adapters=("text-matching",),
+                datasets=(Dataset(f"{DATASETS}/scored/1.0.0", "scored_pair"),),
+                temperature=0.05,
+                **_sizes(steps=120, batch_size=64, length=96),
+            ),
+            Stage(
+                name="classification",
+                objective="classification",
+                adapters=("classification",),
+                datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
+                negatives=3,
+                temperature=0.05,
+                **_sizes(steps=120, batch_size=32, length=64),
+            ),
+            Stage(
+                name="separation",
+                objective="separation",
+                adapters=("separation",),
+                datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
+                temperature=0.05,
+                **_sizes(steps=120, batch_size=48, length=64),
+            ),
+        ),
+    )
+
+
+def _sizes(steps: int, batch_size: int, length: int) -> dict:
+    return {
+        "steps": steps,
+        "warmup_steps": steps // 10,
+        "batch_size": batch_size,
+        "length": length,
+        "row_length": 128,
+        "row_shapes": 8,
+        "learning_rate": 5e-3,
+        "dims": DIMS,
+    }
