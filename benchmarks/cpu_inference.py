@@ -7,10 +7,8 @@ of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16 we
 libraries read; the texts are descriptions from the corpus' test split in all languages.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -23,10 +21,11 @@ from typing import Any
 
 import click
 
-LIBRARIES = {
-    "jina-jax": ("jax", "jaxlib", "flax", "numpy"),
-    "sentence-transformers": ("sentence-transformers", "transformers", "torch"),
-}
+from train.corpus import BUNDLED, read_corpus
+
+from .machine import machine, versions
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "sentence-transformers", "transformers", "torch")
 QUERY = "how do I edit a photo?"
 SYSTEMS = [
     # (name, library, dtype, whether a former run has filled the compilation cache)
@@ -59,7 +58,13 @@ def main(context: click.Context, texts: int, out: Path | None, model: Path | Non
             cache = Path(scratch) / "compiled" / dtype
             results.append({"system": name, "dtype": dtype} | _measured(library, directory, dtype, count, cache))
             click.echo(results[-1], err=True)
-    report = {"machine": _machine(), "date": str(date.today()), "texts": texts, "versions": _versions(), "results": results}
+    report = {
+        "machine": machine(),
+        "date": str(date.today()),
+        "texts": texts,
+        "versions": versions(PACKAGES),
+        "results": results,
+    }
     click.echo(_table(results))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +90,7 @@ def make(directory: Path) -> None:
 
 
 @main.command()
-@click.argument("library", type=click.Choice(list(LIBRARIES)))
+@click.argument("library", type=click.Choice(["jina-jax", "sentence-transformers"]))
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("dtype")
 @click.argument("count", type=int)
@@ -110,9 +115,9 @@ def worker(library: str, directory: Path, dtype: str, count: int, started: float
 
 def corpus_sample(count: int) -> list[str]:
     """Descriptions of the test split, drawn over all languages."""
-    from train.quickstart import bodies
-
-    return random.Random(0).sample(bodies("test"), count)
+    packages = read_corpus(BUNDLED, "test")
+    bodies = [" ".join(text.body.split()) for package in packages for text in package.text.values()]
+    return random.Random(0).sample(bodies, count)
 
 
 def _load_ours(directory: Path, dtype: str) -> Any:
@@ -161,15 +166,6 @@ def _table(results: list[dict[str, Any]]) -> str:
             f"| {f'{speed:.0f}' if speed else ''} | {ratio} | {r['peak_gb']:.2f} |"
         )
     return "\n".join(lines)
-
-
-def _machine() -> str:
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for names in LIBRARIES.values() for name in names}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A small multilingual model through all stages of the paper, in minutes on two CPU cores. `make quickstart` runs all of it; one
-stage by itself:
+"""A small multilingual model through all stages of the paper, in minutes on two CPU cores.
+
+`make quickstart` runs all of it; one stage by itself:
 
     python -m train configs/quickstart.py:mlm --workdir runs/quickstart/mlm
     python -m train configs/quickstart.py:pairs --workdir runs/quickstart/pairs

@@ -226,9 +226,12 @@ def _made(file: Path, function: str) -> TrainConfig:
         spec.loader.exec_module(module)
         if not callable(make := getattr(module, function, None)):
             raise TrainConfigError(f"{file} has no function {function}")
-        return make()
+        made = make()
     except (ValidationError, TypeError) as error:
         raise TrainConfigError(f"{file}: {error}") from error
+    if not isinstance(made, TrainConfig):
+        raise TrainConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
+    return made
 
 
 def _literal(value: str) -> Any:

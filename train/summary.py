@@ -45,7 +45,7 @@ def write_summary(
         report.plot_dims(split_scores, directory / f"{split}.png")
     parts = [
         "# A model from raw text\n",
-        "What each stage brought, on the test split at full dimension, times 100. The last column is each task's own adapter.\n",
+        "What each stage brought, on the test split at full dimension, times 100. The last column: each task's own adapter.\n",
         stage_table(scores["test"], pretrained),
         "![loss of each stage](losses.png)\n",
     ]
