@@ -98,11 +98,17 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
     instructions = [prompts.get(task, "") for task in stage.adapters] or [""]
     last = max(len(stage.adapters) - 1, -1) if stage.adapters else -1
     first = 0 if stage.adapters else -1
+    instructed = max(len(backend.encode(instruction).ids) for instruction in instructions)
 
     def encode(examples: Sequence[Example]) -> Texts:
         texts, suffixes, tasks = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
+            if (taken := instructed + len(suffix)) >= stage.length:
+                raise ValueError(
+                    f"stage {stage.name}: length {stage.length} leaves no room for text; "
+                    f"special tokens, instruction and suffix are {taken} tokens"
+                )
             for number, text in enumerate(example.texts):
                 texts.append(instructions[0 if number == 0 else -1] + text)
                 suffixes.append(suffix)

@@ -63,8 +63,12 @@ def _package(line: str, place: str) -> Package:
     try:
         fields = json.loads(line)
         text = {language: Description(text["title"], text["body"]) for language, text in fields["text"].items()}
-        return Package(fields["id"], fields["source"], fields["section"], tuple(fields["tags"]), fields["split"], text)
+        package = Package(fields["id"], fields["source"], fields["section"], tuple(fields["tags"]), fields["split"], text)
+        "".join([*package[:3], *package.tags, *(part for description in text.values() for part in description)]).encode()
+        if "en" not in text:
+            raise KeyError("en")
+        return package
     except json.JSONDecodeError as error:
         raise RecordError(f"{place}: not JSON: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise RecordError(f"{place}: not a package: {error!r}; see data/README.md for the fields") from error

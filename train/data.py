@@ -18,7 +18,7 @@ from jina_jax.config import ModelConfig
 
 from .batches import Batch, batch_shape, collate, text_encoder
 from .config import Dataset, Stage
-from .datasets import open_dataset, prepare_records
+from .datasets import RecordFiles, open_dataset, prepare_records
 from .examples import example_maker, texts_per_example
 from .records import Record
 
@@ -64,12 +64,12 @@ def batches(
     encode = text_encoder(stage, dict(config.prompts), tokenizer)
     parts, weights = [], []
     for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
-        make = example_maker(stage, dataset.kind, source)
         shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
         languages = list(_parts(source, dataset, stage.batch_size))
         shares = np.array([len(part) for part in languages]) ** dataset.language_exponent
         weights += list(dataset.weight * shares / shares.sum())
         for number, part in enumerate(languages):
+            make = example_maker(stage, dataset.kind, part)
             examples = (
                 grain.MapDataset.source(part)
                 .seed(_seed(seed, stage.name, index, number))
@@ -115,8 +115,8 @@ def _parts(source: Sequence[Record], dataset: Dataset, least: int) -> Iterator[S
         yield source
         return
     by_language = defaultdict(list)
-    for index in range(len(source)):
-        by_language[source[index].language].append(index)
+    for index, record in enumerate(source):
+        by_language[record.language].append(index)
     rare = [index for indices in by_language.values() if len(indices) < least for index in indices]
     for _, indices in sorted(by_language.items()):
         if len(indices) >= least:
@@ -133,10 +133,10 @@ def _prepared(dataset: Dataset, workdir: Path) -> Path:
         raise FileNotFoundError(f"there is no dataset {path}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    directory = workdir / "data" / f"{dataset.kind}-{digest}"
-    ready = list(directory.glob("record_files/*/dataset_info.json"))
-    if ready:
-        return ready[0].parent
+    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{digest}"
+    ready = directory / RecordFiles.name / str(RecordFiles.VERSION)
+    if ready.is_dir():
+        return ready
     return prepare_records({dataset.split: [path]}, dataset.kind, directory)
 
 

@@ -119,7 +119,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, 1):
                 try:
                     yield f"{file}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # also numbers of too many digits
                     raise RecordError(f"{file}:{number}: not JSON: {error}") from error
         except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
             raise RecordError(f"{file} cannot be read: {error}") from error
@@ -135,7 +135,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
             for fields in batch.to_pylist():
                 number += 1
                 yield f"{file}: row {number}", fields
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{file} cannot be read: {error}") from error
 
 

@@ -1,0 +1,69 @@
+"""Datasets for training: python -m train.prepare records FILES... --kind KIND --out DIR, or corpus NAME --out DIR.
+
+Both print the directory that a configuration's `Dataset` takes, and how many records it holds.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from jina_jax.checkpoint import check_free
+from jina_jax.cli import Programs
+
+from .corpus import BUNDLED, SPLITS
+from .datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
+from .records import KINDS
+
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or empty directory.")
+
+
+@click.group(cls=Programs)
+def main() -> None:
+    """Turn records into TFDS datasets, once, before training."""
+
+
+@main.command("records")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--kind", type=click.Choice(list(KINDS)), required=True, help="Of all records.")
+@out_option
+@click.option("--split", default="train", show_default=True, help="Name of the split that the records become.")
+@click.option("--drop-overlapping", is_flag=True, help="Leave out pairs whose texts say the same words, as the paper does.")
+def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_overlapping: bool) -> None:
+    """Prepare the records of FILES (.jsonl, .jsonl.xz or .parquet)."""
+    with _new(out):
+        dataset = prepare_records({split: list(files)}, kind, out, drop_overlapping=drop_overlapping)
+    _tell(dataset, kind, (split,))
+
+
+@main.command("corpus")
+@click.argument("name", type=click.Choice([*CORPUS_RECORDS, "all"]))
+@out_option
+@click.option("--file", type=click.Path(path_type=Path), default=BUNDLED, help="Default: the bundled corpus.")
+def corpus(name: str, out: Path, file: Path) -> None:
+    """Prepare the corpus as records of one sort, or of all."""
+    with _new(out):
+        for each in CORPUS_RECORDS if name == "all" else [name]:
+            _tell(prepare_corpus(each, out, file), CORPUS_RECORDS[each][0], SPLITS)
+
+
+@contextlib.contextmanager
+def _new(out: Path) -> Iterator[None]:
+    """Nothing is left of `out` on failure."""
+    check_free(out)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _tell(dataset: Path, kind: str, splits: tuple[str, ...]) -> None:
+    counts = ", ".join(f"{len(open_dataset(dataset, kind, split)):,} in {split}" for split in splits)
+    click.echo(f"{dataset}: {kind} records, {counts}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m train.prepare")
