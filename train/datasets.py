@@ -236,7 +236,7 @@ def _info(builder: Any, kind: str) -> tfds.core.DatasetInfo:
 
 
 def _features(record: type[Record]) -> dict[str, Any]:
-    own = {"negatives": tfds.features.Sequence(tfds.features.Text()), "score": np.float64}
+    own = {"negatives": tfds.features.Sequence(tfds.features.Text()), "score": np.float32}
     return {name: own.get(name, tfds.features.Text()) for name in record.model_fields}
 
 
@@ -249,7 +249,7 @@ def _text(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, list | np.ndarray):
         return tuple(map(_text, value))
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _body(package: Package, rng: random.Random) -> str:
