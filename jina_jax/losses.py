@@ -72,20 +72,22 @@ def info_nce(
     _check_positive(temperature=temperature)
     _check_chunk(chunk)
     prefixes = _prefixes(q.shape[1], dims, weights)
-    own = _Rows.of(q, p, negatives, valid, group, axis_name)
-    everyone = _gathered(own, axis_name)
+    valid = jnp.ones(q.shape[0], bool) if valid is None else valid
+    group = _row_numbers(q.shape[0], axis_name) if group is None else group
+    q, p, negatives = _clean(q, valid), _clean(p, valid), None if negatives is None else _clean(negatives, valid)
+    all_q, all_p, all_negatives, all_valid, all_group = _gathered((q, p, negatives, valid, group), axis_name)
 
-    def one_way(anchors: Array, positives: Array, candidates: Array, negatives: Array | None) -> Array:
+    def one_way(anchors: Array, positives: Array, candidates: _Candidates) -> Array:
         def losses(*rows: Array) -> Array:
-            terms = (weight * _contrast(*rows, candidates, everyone, negatives, temperature, dim) for dim, weight in prefixes)
+            terms = (weight * _contrast(*rows, candidates, temperature, dim) for dim, weight in prefixes)
             return sum(terms, start=jnp.zeros(()))
 
-        return _in_chunks(losses, (anchors, positives, own.group), chunk)
+        return _in_chunks(losses, (anchors, positives, group), chunk)
 
-    loss = one_way(own.q, own.p, everyone.p, everyone.negatives)
+    loss = one_way(q, p, _Candidates(all_p, all_negatives, all_valid, all_group))
     if bidirectional:
-        loss += one_way(own.p, own.q, everyone.q, None)
-    return jnp.where(own.valid, loss, 0).sum() / jnp.maximum(everyone.valid.sum(), 1)
+        loss += one_way(p, q, _Candidates(all_q, None, all_valid, all_group))
+    return jnp.where(valid, loss, 0).sum() / jnp.maximum(all_valid.sum(), 1)
 
 
 @partial(jax.jit, static_argnames=("temperature", "dims", "weights", "axis_name"))
@@ -175,47 +177,26 @@ def masked_lm(
     return total / jnp.maximum(count if axis_name is None else jax.lax.psum(count, axis_name), 1)
 
 
-class _Rows(NamedTuple):
-    """Pairs with their negatives, in float32, and zero where not valid."""
+class _Candidates(NamedTuple):
+    """What anchors are scored against, of all shards: one embedding of each row, and its explicit negatives."""
 
-    q: Array
-    p: Array
+    embeddings: Array
     negatives: Array | None
     valid: Array
     group: Array
 
-    @classmethod
-    def of(
-        cls, q: Array, p: Array, negatives: Array | None, valid: Array | None, group: Array | None, axis_name: AxisName
-    ) -> "_Rows":
-        n = q.shape[0]
-        valid = jnp.ones(n, bool) if valid is None else valid
-        if group is None:  # a group of its own for every row of all shards
-            group = jnp.arange(n) + (0 if axis_name is None else n * jax.lax.axis_index(axis_name))
-        negatives = None if negatives is None else _clean(negatives, valid)
-        return cls(_clean(q, valid), _clean(p, valid), negatives, valid, group)
 
-
-# For each prefix by itself: the logits of one prefix are dropped before those of the next are computed.
-@partial(jax.checkpoint, static_argnums=(6, 7))
-def _contrast(
-    anchors: Array,
-    positives: Array,
-    group: Array,
-    candidates: Array,
-    everyone: _Rows,
-    negatives: Array | None,
-    temperature: float,
-    dim: int,
-) -> Array:
-    """-log of the positive's share for each anchor, on prefixes of length `dim`. `everyone` tells about the candidates."""
+# Each prefix is checkpointed by itself: its logits are dropped before those of the next one are computed.
+@partial(jax.checkpoint, static_argnums=(4, 5))
+def _contrast(anchors: Array, positives: Array, group: Array, candidates: _Candidates, temperature: float, dim: int) -> Array:
+    """-log of the positive's share for each anchor, on prefixes of length `dim`."""
     anchors = _unit(anchors[:, :dim]) / temperature
-    in_batch = everyone.valid[None] & (group[:, None] != everyone.group[None])
-    others = _log_sum(anchors, candidates[:, :dim], in_batch)
-    if negatives is not None:
-        n, m, d = negatives.shape
-        explicit = _log_sum(anchors, negatives.reshape(n * m, d)[:, :dim], jnp.repeat(everyone.valid, m)[None])
-        others = jnp.logaddexp(others, explicit)
+    in_batch = candidates.valid[None] & (group[:, None] != candidates.group[None])
+    others = _log_sum(anchors, candidates.embeddings[:, :dim], in_batch)
+    if candidates.negatives is not None:
+        n, m, d = candidates.negatives.shape
+        explicit = jnp.repeat(candidates.valid, m)[None]
+        others = jnp.logaddexp(others, _log_sum(anchors, candidates.negatives.reshape(n * m, d)[:, :dim], explicit))
     # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
     return jax.nn.softplus(others - (anchors * _unit(positives[:, :dim])).sum(-1))
 
@@ -234,6 +215,11 @@ def _unit(x: Array) -> Array:
 def _clean(x: Array, valid: Array) -> Array:
     """In float32, with zeros in rows that are not valid: a masked NaN would still make NaN gradients."""
     return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x.astype(jnp.float32), 0)
+
+
+def _row_numbers(n: int, axis_name: AxisName) -> Array:
+    """A number of its own for every row of all shards."""
+    return jnp.arange(n) + (0 if axis_name is None else n * jax.lax.axis_index(axis_name))
 
 
 def _gathered(rows: Tree, axis_name: AxisName) -> Tree:
@@ -275,7 +261,7 @@ def _check_rows(like: Array, axes: int = 2, **arrays: Array | None) -> None:
             raise ValueError(f"{name} is {array.shape}, should be {like.shape[:axes]}")
 
 
-def _check_positive(**numbers: float) -> None:
+def _check_positive(**numbers: float | int) -> None:
     for name, number in numbers.items():
         if not 0 < number < inf:
             raise ValueError(f"{name} is {number}, should be above 0")
