@@ -87,7 +87,7 @@ def _train_peer(scratch: Path, dtype: str, steps: int) -> list[float]:
     """The seconds of each step of sentence-transformers' trainer."""
     import datasets
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
     stage = quickstart.pairs().stages[0]
@@ -134,7 +134,7 @@ def _train_peer(scratch: Path, dtype: str, steps: int) -> list[float]:
 def _peer_model(scratch: Path, stage: Stage) -> Path:
     """XLM-RoBERTa of the quickstart's sizes with the bundled tokenizer, under a mean."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     from jina_jax.tokenizer import load_tokenizer

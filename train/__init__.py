@@ -1,1 +1,1 @@
-"""Programs that train; today only the quickstart's model: `python -m train.quickstart --help`."""
+"""Programs that train, from raw text to adapters: `python -m train --help`."""
