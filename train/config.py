@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jina_jax.config import ModelConfig
+from jina_jax.packing import TOKENS_PER_TEXT
 
 from .records import kind_named
 
@@ -30,6 +31,7 @@ ACCEPTED: dict[Objective, tuple[str, ...]] = {
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -79,12 +81,12 @@ class Stage:
     """Matryoshka dimensions of the loss; () = the full one alone."""
     negatives: Annotated[int, Field(ge=0)] = 0
     """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
-    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    mask_rate: Share = 0.3
     weight_decay: NotNegative = 0.01
-    betas: tuple[AboveZero, AboveZero] = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     epsilon: AboveZero = 1e-6
     clip_norm: AboveZero = 1.0
-    row_length: Positive = 512
+    row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
     row_shapes: Positive = 1
     """How many row counts a batch may have, evenly spaced up to the most it can need. Each is compiled once: more of them
@@ -220,14 +222,15 @@ def from_dict(fields: Any) -> TrainConfig:
 
 def _made(file: Path, function: str) -> TrainConfig:
     spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise TrainConfigError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not callable(make := getattr(module, function, None)):
             raise TrainConfigError(f"{file} has no function {function}")
         made = make()
-    except (ValidationError, TypeError) as error:
+    except (ValidationError, TypeError, SyntaxError, ImportError) as error:
         raise TrainConfigError(f"{file}: {error}") from error
     if not isinstance(made, TrainConfig):
         raise TrainConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
