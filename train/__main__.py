@@ -18,8 +18,8 @@ from .loop import train
 def main(config: Path, workdir: Path, overrides: tuple[str, ...]) -> None:
     """Train what CONFIG, a Python file of configs/, describes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy, level in (("absl", logging.CRITICAL), ("orbax", logging.CRITICAL), ("jax", logging.WARNING)):
+        logging.getLogger(noisy).setLevel(level)  # Orbax logs, with tracebacks, what it raises as well
     model = train(load_config(config, overrides), workdir, progress=True)
     if model is not None:
         click.echo(f"model: {model}")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jina_jax.checkpoint import MANIFEST, seal, verify, written_whole
+from jina_jax.checkpoint import seal, verify, written_whole
 from jina_jax.config import dump_json
 from jina_jax.tensor_files import CheckpointError, read_json
 
@@ -42,19 +42,28 @@ class Saver:
     def __init__(self, directory: Path, keep: int):
         self._directory, self._keep = directory, keep
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._running: Future[None] | None = None
+        self._running: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
         """Begins a save. The arrays are copied first, since the next step takes over their buffers."""
         self.wait()
         arrays = {name: np.array(leaf) for name, leaf in _by_name(tree).items()}
-        self._running = self._pool.submit(self._write, step, arrays, run)
+        self._running = step, self._pool.submit(self._write, step, arrays, run)
 
     def wait(self) -> None:
         """Returns when the last save is on disk; OSError where it is not."""
         if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
+            (step, running), self._running = self._running, None
+            try:
+                running.result()
+            except Exception as error:  # Orbax has many ways to say that a disk is full
+                raise OSError(
+                    f"the checkpoint of step {step} was not saved; those before it are as they were: {error}"
+                ) from error
+
+    def close(self) -> None:
+        """Lets a save under way end."""
+        self._pool.shutdown()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], run: dict[str, Any]) -> None:
         with written_whole(self._directory / f"{step:08d}") as target:
@@ -62,14 +71,14 @@ class Saver:
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
         for _, old in _saved(self._directory)[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))  # never half a checkpoint under its name
 
 
 def latest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed."""
-    for unfinished in directory.glob(".*.partial-*"):
-        shutil.rmtree(unfinished)
-    for step, saved in reversed(_saved(directory)):
+    remove_unfinished(directory)
+    numbered = _saved(directory)
+    for step, saved in reversed(numbered):
         try:
             verify(saved)
             return Checkpoint(step, saved, read_json(saved / _RUN))
@@ -78,7 +87,15 @@ def latest(directory: Path) -> Checkpoint | None:
             shutil.rmtree(aside, ignore_errors=True)
             saved.rename(aside)
             logger.warning("checkpoint of step %d is damaged and was put aside as %s: %s", step, aside, error)
+    if numbered:
+        logger.warning("no checkpoint in %s is good; starting from the beginning", directory)
     return None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a killed run left half-written, see `written_whole`."""
+    for unfinished in directory.glob(".*.partial-*"):
+        shutil.rmtree(unfinished)
 
 
 def restore(checkpoint: Checkpoint, tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -104,8 +121,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _saved(directory: Path) -> list[tuple[int, Path]]:
-    """Checkpoints by step, whole ones: a manifest is written last."""
-    found = [path for path in directory.glob("[0-9]*") if path.name.isdecimal() and (path / MANIFEST).exists()]
+    found = [path for path in directory.glob("[0-9]*") if path.name.isdecimal()]
     return sorted((int(path.name), path) for path in found)
 
 

@@ -24,13 +24,13 @@ from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import dump_json
 from jina_jax.model import Encoder
 
-from .checkpoints import Checkpoint, Saver, differences, latest, restore
+from .checkpoints import Checkpoint, Saver, differences, latest, remove_unfinished, restore
 from .config import Stage, TrainConfig, to_dict
 from .data import batches, open_datasets, reader
 from .flops import peak_flops, training_flops
-from .metrics import Done, MetricsWriter, read, summaries
+from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
 from .start import Arrays, fingerprint, parts, starting_model, with_trained
-from .step import State, Step, initial_state, make_mesh, make_step, place, replicate
+from .step import State, Step, all_finite, initial_state, make_mesh, make_step, place, replicate
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     Args:
         config: what to train.
         workdir: where everything of this run is kept.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
 
     Returns:
         The directory of the finished model; None where SIGTERM stopped the run after a save.
@@ -71,12 +71,16 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     """
     # ---- model, mesh and data
     workdir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(workdir)
     checkpoint = latest(workdir / "checkpoints")
+    if checkpoint is None and is_checkpoint(workdir / "model"):
+        raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
     mesh = make_mesh(config.mesh)
     encoder, tokenizer = starting_model(config)
-    tracks, states = [], []
+    tracks, states, records = [], [], []
     for stage in config.stages:
         sources = open_datasets(stage, workdir)
+        records.append([len(source) for source in sources])
         stream = batches(stage, sources, encoder.config, tokenizer, seed=config.seed, devices=mesh.size)
         model, trained, frozen = parts(encoder, stage)
         kinds = {dataset.kind for dataset in stage.datasets}
@@ -86,7 +90,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         states.append(replicate(initial_state(stage, trained), mesh))
 
     # ---- restore
-    identity = _identity(config, encoder)
+    identity = _identity(config, encoder) | {"records": records}
     done = [0] * len(tracks)
     if checkpoint is not None:
         states, done = _resumed(checkpoint, identity, states, tracks, mesh)
@@ -99,7 +103,12 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     peak = peak_flops(jax.devices()[0], mesh.size)
     unread: list[Done] = []
     began = time.perf_counter()
-    with _stop_signal() as stopped, tqdm(total=config.steps, initial=sum(done), unit="step", disable=not progress) as bar:
+    with (
+        contextlib.closing(writer),
+        contextlib.closing(saver),
+        _stop_signal() as stopped,
+        tqdm(total=config.steps, initial=sum(done), unit="step", disable=None if progress else True) as bar,
+    ):
         stopping = False
         while sum(done) < config.steps and not stopping:
             turn = next_stage(config, done)
@@ -118,10 +127,11 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
                     bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
                 bar.update(len(unread))
                 unread, began = [], time.perf_counter()
-            if save:  # only what `read` found to be finite
+            if save:  # nothing that is not finite: `read` has looked at the losses
+                if not all_finite(states):
+                    raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
                 saver.save(step, states, identity | _position(done, tracks))
         saver.wait()
-    writer.close()
     if sum(done) < config.steps:
         logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
         return None

@@ -86,7 +86,9 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        partial.replace(self._path)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:

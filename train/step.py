@@ -62,6 +62,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+@jax.jit
+def all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def initial_state(stage: Stage, trained: Arrays) -> State:
     """The parameters, copied since a step takes them over, and the optimizer's beginning."""
     parameters = jax.tree.map(jnp.copy, trained)
