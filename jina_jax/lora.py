@@ -14,6 +14,7 @@ A layer takes its `task` in one of three forms:
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,28 +57,38 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@jax.custom_vjp
 def contract(x: Array, kernel: Array) -> Array:
     """x [..., i] times kernel [i, ...] in x's dtype, with float32 accumulation and a float32 result.
 
     The backward products are of x's dtype too: left to JAX, they would have a float32 operand, which GPUs and CPUs multiply at
     a fraction of the speed. The kernel's gradient is accumulated in float32 and has the kernel's own dtype.
     """
-    return _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,))
+    return _contract(x, kernel, 0)
 
 
-def _contract_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return contract(x, kernel), (x, kernel)
+def contract_table(x: Array, table: Array) -> Array:
+    """x [..., i] times the transpose of table [o, i], as `contract`; neither the table nor its gradient is transposed."""
+    return _contract(x, table, 1)
 
 
-def _contract_backward(operands: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract(x: Array, kernel: Array, axis: int) -> Array:
+    return _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,))
+
+
+def _contract_forward(x: Array, kernel: Array, axis: int) -> tuple[Array, tuple[Array, Array]]:
+    return _contract(x, kernel, axis), (x, kernel)
+
+
+def _contract_backward(axis: int, operands: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, kernel = operands
     d_y, batch, outputs = d_y.astype(x.dtype), tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, d_y.ndim))
-    d_x = _dot(d_y, kernel.astype(x.dtype), outputs, tuple(range(1, kernel.ndim)))
-    return d_x.astype(x.dtype), _dot(x, d_y, batch, batch).astype(kernel.dtype)
+    d_x = _dot(d_y, kernel.astype(x.dtype), outputs, tuple(i for i in range(kernel.ndim) if i != axis))
+    d_kernel = _dot(x, d_y, batch, batch) if axis == 0 else _dot(d_y, x, batch, batch)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 def _dot(x: Array, y: Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from .attention import RotaryTables, attention, rotary_tables
 from .config import ModelConfig
-from .lora import AdaptedDense, AdaptedEmbed, AdapterSpec, Task, contract
+from .lora import AdaptedDense, AdaptedEmbed, AdapterSpec, Task, contract_table
 
 
 def gelu(x: Array) -> Array:
@@ -90,7 +90,7 @@ class MLMHead(nnx.Module):
 
     def __call__(self, states: Float[Array, "b t d"], table: Float[Array, "v d"]) -> Float[Array, "b t v"]:
         """Logits of every position in float32. `losses.masked_lm` computes those of masked positions alone."""
-        logits = contract(self.transform(states), table.T)
+        logits = contract_table(self.transform(states), table)
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
     def transform(self, states: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
