@@ -186,11 +186,12 @@ def test_groups_are_equal_where_records_are(tokenizer):
         Example(("x", "c")),
         Example(("a", "c")),
     ]
-    groups = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(12, stage()), 1, PAD).groups
+    batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(12, stage()), 1, PAD)
+    groups = batch.groups
     equal = (groups[:, None] == groups[None]).tolist()
     same = {(0, 1), (3, 4)}
     assert equal == [[i == j or (min(i, j), max(i, j)) in same for j in range(6)] for i in range(6)]
-    assert groups.dtype == np.int32 and (groups >= 0).all()
+    assert groups.dtype == np.int32 and (groups >= 0).all() and (batch.labels == -1).all()
 
 
 LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) for label in "abcd"] + [
@@ -251,6 +252,13 @@ def test_triplets_draw_their_negatives(seed, held, wanted):
     assert example.texts[:2] == ("a", "p") and example.group == "g" and negatives.total() == wanted
     assert set(negatives) <= set(record.negatives) and (wanted > held or max(negatives.values(), default=1) == 1)
     assert len(example.texts) == texts_per_example(plan, "triplet")
+
+
+def test_all_negatives_of_a_triplet_have_their_turn():
+    record = Triplet(anchor="a", positive="p", negatives=tuple("uvwxyz"))
+    make, rng = example_maker(stage("retrieval", negatives=2), "triplet", [record]), np.random.default_rng(0)
+    counts = Counter(text for _ in range(600) for text in make(record, rng).texts[2:])
+    assert set(counts) == set("uvwxyz") and min(counts.values()) > 150
 
 
 def test_pairs_scores_and_texts_pass_through():

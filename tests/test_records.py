@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ pytest.importorskip("tensorflow_datasets")
 from click.testing import CliRunner
 
 from train.corpus import BUNDLED, read_corpus
-from train.datasets import CORPUS_RECORDS, DatasetError, open_dataset, prepare_corpus, prepare_records
+from train.datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
 from train.prepare import main
 from train.records import KINDS, LabelledText, Pair, PlainText, RecordError, ScoredPair, Triplet, read_records, write_records
 
@@ -77,14 +76,6 @@ def small_corpus(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    """A dataset of pairs that tests copy and damage."""
-    directory = tmp_path_factory.mktemp("pairs")
-    file = as_file(directory / "pairs.jsonl", [Pair(anchor=f"anchor {i}", positive=f"positive {i}") for i in range(200)])
-    return prepare_records({"train": [file]}, "pair", directory / "out")
-
-
 def prepare(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -119,11 +110,6 @@ def test_more_records_than_are_read_together(tmp_path):
     assert dumped(read) == dumped(records) and [source[i] for i in (0, 1023, 1024, 2499)] == [
         read[i] for i in (0, 1023, 1024, 2499)
     ]
-
-
-def test_order_is_the_same_wherever_it_is_prepared(tmp_path, pairs):
-    again = prepare_records({"train": [pairs.parents[2] / "pairs.jsonl"]}, "pair", tmp_path / "again")
-    assert list(open_dataset(again, "pair", "train")) == list(open_dataset(pairs, "pair", "train"))
 
 
 def test_labelled_texts_are_texts_and_triplets_are_pairs(tmp_path):
@@ -272,50 +258,6 @@ def test_splits_of_the_corpus(small_corpus, tmp_path):
         read_corpus(written(tmp_path / "c.jsonl"), "test")
     with pytest.raises(FileNotFoundError):
         read_corpus(tmp_path / "none.jsonl", "test")
-
-
-def test_datasets_of_another_sort_are_refused(pairs, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no dataset"):
-        open_dataset(tmp_path / "none", "pair", "train")
-    with pytest.raises(DatasetError, match="is not a TFDS dataset"):
-        open_dataset(tmp_path, "pair", "train")
-    with pytest.raises(DatasetError, match=r"holds no text records: they lack \['text'\], and have"):
-        open_dataset(pairs, "text", "train")
-    with pytest.raises(DatasetError, match=r"has no split 'test'; it has \['train'\]"):
-        open_dataset(pairs, "pair", "test")
-
-
-@pytest.mark.parametrize("share", [0, 0.0001, 0.3, 0.6, 0.9999, None])
-def test_a_truncated_or_missing_file_is_found(share, pairs, tmp_path):
-    copy = shutil.copytree(pairs, tmp_path / "copy")
-    (file,) = copy.glob("*.array_record*")
-    file.unlink() if share is None else file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(DatasetError, match="copy (cannot be read|holds)"):
-        open_dataset(copy, "pair", "train")
-
-
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_damaged_metadata_is_found(name, text, pairs, tmp_path):
-    copy = shutil.copytree(pairs, tmp_path / "copy")
-    (copy / name).write_text(text)
-    with pytest.raises(DatasetError, match="copy"):
-        open_dataset(copy, "pair", "train")
-
-
-def test_a_flipped_bit_is_found_or_does_no_harm(pairs, tmp_path):
-    copy = shutil.copytree(pairs, tmp_path / "copy")
-    (file,) = copy.glob("*.array_record*")
-    intact, expected, found = file.read_bytes(), list(open_dataset(pairs, "pair", "train")), 0
-    for place in range(0, len(intact), len(intact) // 120):
-        damaged = bytearray(intact)
-        damaged[place] ^= 1
-        file.write_bytes(damaged)
-        try:
-            assert list(open_dataset(copy, "pair", "train")) == expected
-        except DatasetError as error:
-            found += str(copy) in str(error)
-    assert found > 5
 
 
 def test_what_a_killed_run_left_is_prepared_again(tmp_path):
