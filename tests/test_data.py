@@ -223,6 +223,15 @@ def test_files_are_prepared_once_for_each_split_and_content(tmp_path):
         open_datasets(stage(Dataset("none", "pair")), tmp_path)
 
 
+def test_a_datasets_languages_are_those_of_its_records(tmp_path, tokenizer):
+    file = tmp_path / "r.jsonl"
+    write_records(file, iter(LABELLED))
+    plan = stage(Dataset(str(file), "labelled_text", by_language=True), **CLASSES)
+    (source,) = open_datasets(plan, tmp_path)
+    stored, listed = (batches(plan, [each], CONFIG, tokenizer, seed=0) for each in (source, list(source)))
+    assert all(same(stored[number], listed[number]) for number in range(6))
+
+
 def test_what_a_killed_run_left_is_not_taken(tmp_path):
     file = tmp_path / "r.jsonl"
     write_records(file, iter(PAIRS[:20]))

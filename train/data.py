@@ -18,7 +18,7 @@ from jina_jax.config import ModelConfig
 
 from .batches import Batch, batch_shape, collate, text_encoder
 from .config import Dataset, Stage
-from .datasets import RecordFiles, open_dataset, prepare_records
+from .datasets import RecordFiles, RecordSource, open_dataset, prepare_records
 from .examples import example_maker, texts_per_example
 from .records import Record
 
@@ -107,6 +107,9 @@ class _Selection(Sequence[Record]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._source[int(self._indices[index])]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._source.many(self._indices) if isinstance(self._source, RecordSource) else super().__iter__()
 
 
 def _parts(source: Sequence[Record], dataset: Dataset, least: int) -> Iterator[Sequence[Record]]:

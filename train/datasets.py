@@ -182,11 +182,15 @@ class RecordSource(Sequence[Record]):
             return self._made(self._source[int(index)])
 
     def __iter__(self) -> Iterator[Record]:
-        for start in range(0, len(self), 1024):  # read together: several times as fast
-            end = min(start + 1024, len(self))
-            with self._damage(f"one of the records {start} to {end - 1}"):
-                block = self._source.__getitems__(list(range(start, end)))
-            yield from map(self._made, block)
+        return self.many(range(len(self)))
+
+    def many(self, indices: Sequence[int] | np.ndarray) -> Iterator[Record]:
+        """Records read together, several times as fast as one by one."""
+        for start in range(0, len(indices), 1024):
+            block = [int(index) for index in indices[start : start + 1024]]
+            with self._damage(f"one of the records {min(block)} to {max(block)}"):
+                read = self._source.__getitems__(block)
+            yield from map(self._made, read)
 
     def _made(self, fields: dict[str, Any]) -> Record:
         return self._record.model_construct(**{name: _text(value) for name, value in fields.items()})  # text comes as bytes
