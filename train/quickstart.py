@@ -41,21 +41,22 @@ SEARCHES = (
 
 @click.command(cls=Program)
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(HOME), show_default=True)
-def main(workdir: Path) -> None:
+@click.option("--corpus", type=click.Path(path_type=Path), default=BUNDLED, help="Packages as in data/README.md.")
+def main(workdir: Path, corpus: Path) -> None:
     """Train, evaluate and search; WORKDIR then holds model/, report.md, metrics.json and plots."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in CORPUS_RECORDS:
         _say(f"Data: the corpus as {name}")
-        prepare_corpus(name, workdir / "datasets")
+        prepare_corpus(name, workdir / "datasets", corpus)
     _train("Masked words", presets.mlm, workdir / "mlm", workdir)
     _train("Pairs", presets.pairs, workdir / "pairs", workdir)
-    _mine(workdir / "pairs" / "model", workdir / "triplets.jsonl")
+    _mine(workdir / "pairs" / "model", corpus, workdir / "triplets.jsonl")
     _train("Adapters", presets.adapters, workdir / "adapters", workdir)
     if not (workdir / "model").exists():
         shutil.copytree(workdir / "adapters" / "model", workdir / "model.partial", dirs_exist_ok=True)
         (workdir / "model.partial").rename(workdir / "model")
-    _evaluate(workdir)
-    _search(workdir / "model")
+    _evaluate(workdir, corpus)
+    _search(workdir / "model", corpus)
     click.echo(f"\nmodel: {workdir / 'model'}\nreport: {workdir / 'report.md'}")
 
 
@@ -73,15 +74,15 @@ def _moved(config: TrainConfig, workdir: Path) -> TrainConfig:
     return from_dict(json.loads(json.dumps(to_dict(config)).replace(f'"{HOME}/', f'"{workdir}/')))
 
 
-def _mine(model: Path, triplets: Path) -> None:
+def _mine(model: Path, corpus: Path, triplets: Path) -> None:
     """Hard negatives by the model of the pairs stage: a title in English, and one in another language, find English bodies."""
     if triplets.exists():
         return
     _say("Hard negatives")
-    pairs = list(_retrieval_pairs(read_corpus(BUNDLED, "train")))
-    # The best ranks hold packages that answer the query as well as its own; relative_margin leaves those out.
-    selection = Selection(num_negatives=4, range_min=2, range_max=40, relative_margin=0.05, sampling="random")
-    found = mine(pairs, embedding_scores(Embedder.load(model), batch_size=256, max_length=64), selection)
+    pairs = list(_retrieval_pairs(read_corpus(corpus, "train")))
+    # The best ranks hold packages that answer the query as well as its own does.
+    selection = Selection(num_negatives=4, range_min=5, range_max=50, sampling="random")
+    found = mine(pairs, embedding_scores(Embedder.load(model), batch_size=256), selection)
     with whole_file(triplets) as target:
         write_records(target, iter(found))
 
@@ -98,15 +99,15 @@ def _retrieval_pairs(packages: list[Package]) -> Iterator[Pair]:
             )
 
 
-def _evaluate(workdir: Path) -> None:
+def _evaluate(workdir: Path, corpus: Path) -> None:
     """Measures the model of each stage, and writes the report."""
     if (workdir / "report.md").exists():
         return
-    train_packages = read_corpus(BUNDLED, "train")
+    train_packages = read_corpus(corpus, "train")
     scores: dict[str, list[Score]] = {}
     for split in ("validation", "test"):
         _say(f"Evaluation on the {split} split")
-        packages = read_corpus(BUNDLED, split)
+        packages = read_corpus(corpus, split)
         embedder = Embedder.load(workdir / "model")
         scores[split] = evaluate(embedder, untrained(embedder), packages, train_packages, batch_size=256, progress=True)
     _say("Evaluation of the first stage")
@@ -116,9 +117,9 @@ def _evaluate(workdir: Path) -> None:
     write_summary(workdir, scores, pretrained, [workdir / run / FILE for run in ("mlm", "pairs", "adapters")])
 
 
-def _search(model: Path) -> None:
+def _search(model: Path, corpus: Path) -> None:
     """Three searches in the test split, in three languages."""
-    embedder, packages = Embedder.load(model), read_corpus(BUNDLED, "test")
+    embedder, packages = Embedder.load(model), read_corpus(corpus, "test")
     bodies = embedder.encode_document([package.text["en"].body for package in packages], batch_size=256)
     for query in SEARCHES:
         click.secho(f"\n{query}", bold=True)

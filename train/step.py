@@ -97,7 +97,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         gradients = jax.lax.psum(gradients, AXES)
         updates, optimizer_state = transform.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), optax.global_norm(gradients))  # type: ignore[arg-type]
+        return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), optax.tree.norm(gradients))  # type: ignore[arg-type]
 
     whole, split = PartitionSpec(), PartitionSpec(AXES)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, whole), check_vma=False)
