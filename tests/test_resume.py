@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or changed: each goes on to the parameters of a run that was left alone, or says why not."""
+"""Runs that are killed, stopped, damaged or changed go on to the parameters of a run that was left alone, or say why not."""
 
 import os
 import shutil
@@ -12,11 +12,10 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 
-from training import FAULTS, Runs, assert_identical, log_of, run_config, saved_arrays, stages, write_datasets
-
 from jina_jax.adapters import base_arrays, extract_adapters
 from jina_jax.checkpoint import load_checkpoint
 from train.metrics import read_metrics
+from training import FAULTS, Runs, assert_identical, log_of, run_config, saved_arrays, stages, write_datasets
 
 EVERY = 4
 STEPS = 18
@@ -193,7 +192,7 @@ def test_a_run_may_be_gone_on_with_in_another_manner(runs, undisturbed, interrup
     assert_identical(model_arrays(interrupted), model_arrays(undisturbed))
     assert steps_saved(interrupted) == [EVERY, 2 * EVERY, 10, 15, STEPS]
     steps = [line["step"] for line in read_metrics(interrupted)]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    assert len(steps) == len(set(steps)) and {*range(9, STEPS + 1)} < {*steps}
 
 
 def test_a_cut_off_line_of_the_metrics_is_written_again(runs, undisturbed, interrupted):

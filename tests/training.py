@@ -1,4 +1,4 @@
-"""Tiny training runs: datasets of every kind, stages of every objective, and runs in processes of their own that can be killed."""
+"""Tiny training runs: datasets of every kind, stages of every objective, and runs in processes that can be killed."""
 
 import contextlib
 import itertools
@@ -128,8 +128,8 @@ def compiled_once(directory: Path) -> Iterator[None]:
 class Runs:
     """Starts runs. They are forked from a server that has everything imported, since imports take longer than the runs."""
 
-    def __init__(self, cache: Path, config: TrainConfig, pause: float = 0.0):
-        self.config, self._cache, self._pause = config, cache, pause
+    def __init__(self, cache: Path, config: TrainConfig, pause: float = 0.0, devices: int = 1):
+        self.config, self._options = config, (cache, pause, devices)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["training"])
         with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ class Runs:
 
     def start(self, workdir: Path, fault: tuple[str, int] | None = None, **changes: Any) -> Any:
         workdir.mkdir(parents=True, exist_ok=True)
-        arguments = replace(self.config, **changes), workdir, self._cache, self._pause, fault
+        arguments = replace(self.config, **changes), workdir, fault, *self._options
         process = self._context.Process(target=_child, args=arguments)
         process.start()
         return process
@@ -158,7 +158,7 @@ def log_of(workdir: Path) -> str:
     return (workdir / "run.log").read_text("utf-8")
 
 
-def _child(config: TrainConfig, workdir: Path, cache: Path, pause: float, fault: tuple[str, int] | None) -> None:
+def _child(config: TrainConfig, workdir: Path, fault: tuple[str, int] | None, cache: Path, pause: float, devices: int) -> None:
     output = (workdir / "run.log").open("a", encoding="utf-8")
     os.dup2(output.fileno(), sys.stdout.fileno())
     os.dup2(output.fileno(), sys.stderr.fileno())
@@ -166,6 +166,7 @@ def _child(config: TrainConfig, workdir: Path, cache: Path, pause: float, fault:
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
     with compiled_once(cache):
         slow_next_stage = loop.next_stage
         loop.next_stage = lambda *arguments: (time.sleep(pause), slow_next_stage(*arguments))[1]  # type: ignore[assignment]
