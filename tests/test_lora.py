@@ -217,6 +217,30 @@ def test_products_accumulate_in_float32(dtype):
     assert contract(ones, jnp.ones((4096, 1), dtype).at[0].set(2))[0, 0] == 4097  # bfloat16 has no 4097
 
 
+@pytest.mark.parametrize("outputs", [(OUTPUTS,), (3, OUTPUTS)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_a_products_gradients_are_those_of_the_plain_product(outputs, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, kernel, d_y = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 300, INPUTS), (INPUTS, *outputs), (2, 300, *outputs))
+    )
+    got, pull = jax.vjp(contract, x.astype(dtype), kernel)
+    want, plain_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, 1, precision="highest"), x, kernel)
+    (d_x, d_kernel), plain = pull(d_y), plain_pull(d_y)
+    assert (got.dtype, d_x.dtype, d_kernel.dtype) == (jnp.float32, dtype, jnp.float32)
+    for mine, theirs in zip((got, d_x, d_kernel), (want, *plain), strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(mine.astype(jnp.float32) / scale, theirs / scale, atol=tolerance)
+
+
+def test_a_kernels_gradient_is_accumulated_in_float32():
+    """A sum that bfloat16 does not have, of a kernel that is kept in float32."""
+    ones = jnp.ones((4097, 1), jnp.bfloat16)
+    kernel = jnp.ones((1, 1), jnp.float32)
+    assert jax.grad(lambda kernel: contract(ones, kernel).sum())(kernel)[0, 0] == 4097
+
+
 @pytest.mark.parametrize("task", [np.int32(1), MIXED])
 def test_the_update_of_the_vocabulary_is_never_built(task):
     program = jax.jit(lambda layer, tokens, task: layer(tokens, task)).lower(embed(), TOKENS, task).as_text()
