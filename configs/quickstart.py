@@ -44,7 +44,7 @@ def mlm() -> TrainConfig:
                 batch_size=64,
                 length=128,
                 row_length=128,
-                row_shapes=8,
+                row_shapes=4,
                 learning_rate=2e-3,
             ),
         ),
@@ -68,7 +68,7 @@ def pairs() -> TrainConfig:
                 batch_size=128,
                 length=64,
                 row_length=128,
-                row_shapes=8,
+                row_shapes=6,
                 learning_rate=1e-3,
                 temperature=0.05,
                 dims=DIMS,
@@ -79,7 +79,7 @@ def pairs() -> TrainConfig:
 
 def adapters() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/quickstart/pairs/model", rope_theta=20_000.0, lora_rank=8, lora_alpha=8.0),
+        start=Start(source="runs/quickstart/pairs/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
         checkpoint_every=50,
         stages=(
             Stage(
@@ -89,15 +89,15 @@ def adapters() -> TrainConfig:
                 datasets=(Dataset("runs/quickstart/triplets.jsonl", "triplet"),),
                 negatives=2,
                 temperature=0.05,
-                **_sizes(steps=120, batch_size=48, length=64),
+                **_sizes(steps=70, batch_size=48, length=64),
             ),
             Stage(
                 name="text_matching",
                 objective="text_matching",
                 adapters=("text-matching",),
-                datasets=(Dataset(f"{DATASETS}/scored/1.0.0", "scored_pair"),),
-                temperature=0.05,
-                **_sizes(steps=120, batch_size=64, length=96),
+                datasets=(Dataset(f"{DATASETS}/scored/1.0.0", "scored_pair", by_language=True),),
+                temperature=1.0,
+                **_sizes(steps=70, batch_size=64, length=96),
             ),
             Stage(
                 name="classification",
@@ -106,15 +106,15 @@ def adapters() -> TrainConfig:
                 datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
                 negatives=3,
                 temperature=0.05,
-                **_sizes(steps=120, batch_size=32, length=64),
+                **_sizes(steps=70, batch_size=32, length=64),
             ),
             Stage(
                 name="separation",
                 objective="separation",
                 adapters=("separation",),
                 datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
-                temperature=0.05,
-                **_sizes(steps=120, batch_size=48, length=64),
+                temperature=0.5,
+                **_sizes(steps=70, batch_size=48, length=64),
             ),
         ),
     )
@@ -127,7 +127,7 @@ def _sizes(steps: int, batch_size: int, length: int) -> dict:
         "batch_size": batch_size,
         "length": length,
         "row_length": 128,
-        "row_shapes": 8,
-        "learning_rate": 5e-3,
+        "row_shapes": 3,
+        "learning_rate": 1e-3,
         "dims": DIMS,
     }

@@ -74,8 +74,8 @@ class DebianPackages(tfds.core.GeneratorBasedBuilder):
 def plain_texts(packages: Sequence[Package]) -> Iterator[PlainText]:
     """Title and body of each description, as one text."""
     for package in packages:
-        for language, text in package.text.items():
-            yield PlainText(text=f"{text.title}\n{text.body}", language=language)
+        for language in package.text:
+            yield PlainText(text=_whole(package, language), language=language)
 
 
 def title_body_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
@@ -96,7 +96,7 @@ def translation_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
 
 
 def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[ScoredPair]:
-    """Pairs of descriptions scored by the overlap of their packages' tags (Jaccard): half share a section, half are any two."""
+    """Descriptions in one language, scored by the overlap of their packages' tags (Jaccard); half of them share a section."""
     rng = random.Random(0)
     tagged = [package for package in packages if package.tags]
     by_section = defaultdict(list)
@@ -105,21 +105,23 @@ def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[
     for package in tagged:
         for number in range(per_package):
             other = rng.choice(tagged if number % 2 else by_section[package.section])
-            if other.source == package.source:
+            languages = sorted(package.text.keys() & other.text.keys())
+            if other.source == package.source or not languages:
                 continue
-            own, others = set(package.tags), set(other.tags)
+            language, tags, others = rng.choice(languages), set(package.tags), set(other.tags)
             yield ScoredPair(
-                sentence1=_body(package, rng), sentence2=_body(other, rng), score=len(own & others) / len(own | others)
+                sentence1=_whole(package, language),
+                sentence2=_whole(other, language),
+                score=len(tags & others) / len(tags | others),
+                language=language,
             )
 
 
 def section_labels(packages: Sequence[Package]) -> Iterator[LabelledText]:
     """Each description with its package's section."""
     for package in packages:
-        for language, text in package.text.items():
-            yield LabelledText(
-                text=f"{text.title}\n{text.body}", label=package.section, language=language, group=package.source
-            )
+        for language in package.text:
+            yield LabelledText(text=_whole(package, language), label=package.section, language=language, group=package.source)
 
 
 CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Record]]]] = {
@@ -256,8 +258,9 @@ def _text(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _body(package: Package, rng: random.Random) -> str:
-    return package.text[rng.choice(sorted(package.text))].body
+def _whole(package: Package, language: str) -> str:
+    text = package.text[language]
+    return f"{text.title}\n{text.body}"
 
 
 def _prepared(builder: Any, files: Iterable[Path]) -> Path:
