@@ -5,7 +5,7 @@
 The same pairs of the bundled corpus, batch, cut, model size, optimizer and loss: InfoNCE in both directions at four Matryoshka
 dimensions. Each system runs in a process of its own, in turns, and each turn counts the steps after the first ones, which
 compile. Both initialise their own random weights; the peer's has a table of absolute positions where ours is rotary.
-Needs sentence-transformers' training extras: pip install '.[train,test]' datasets accelerate
+Needs the peer's trainer: pip install -e '.[bench]'
 """
 
 import itertools
@@ -85,7 +85,7 @@ def _train_ours(scratch: Path, dtype: str, steps: int) -> list[float]:
 
 def _train_peer(scratch: Path, dtype: str, steps: int) -> list[float]:
     """The seconds of each step of sentence-transformers' trainer."""
-    import datasets
+    import datasets  # type: ignore[import-not-found]
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
     from transformers import TrainerCallback

@@ -31,13 +31,17 @@ from .data import batches, open_datasets, reader
 from .flops import peak_flops, training_flops
 from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
 from .records import Record
-from .start import Arrays, fingerprint, parts, starting_model, with_trained
+from .start import Arrays, fingerprint, parts, starting_model, with_token_frequencies, with_trained
 from .step import State, Step, all_finite, initial_state, make_mesh, make_step, place, replicate
 
 logger = logging.getLogger(__name__)
 
 RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
 """Fields that say how a run is done and not what it is: a resumed run may change them."""
+
+
+FREQUENCY_BATCHES = 16
+"""Batches that tell how frequent tokens are, for a fresh masked-language head."""
 
 
 class ResumeError(ValueError):
@@ -84,6 +88,9 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         sources = open_datasets(stage, workdir)
         records.append([_contents(source) for source in sources])
         stream = batches(stage, sources, encoder.config, tokenizer, seed=config.seed, devices=mesh.size)
+        if stage.objective == "mlm":
+            first = (stream[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
+            encoder = with_token_frequencies(encoder, first)  # type: ignore[arg-type]
         model, trained, frozen = parts(encoder, stage)
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
