@@ -12,7 +12,7 @@ quickstart: .venv/.train  ## train a small model through all stages, evaluate it
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
 
 test: .venv/.test  ## everything but the tests marked slow or hub
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 lint: .venv/.test
 	.venv/bin/ruff check .
