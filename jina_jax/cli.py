@@ -41,8 +41,17 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/jina-jax."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(home).expanduser() / "jina-jax"))
+        directory = Path(home).expanduser() / "jina-jax"
+        _remove_half_written(directory)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
+
+
+def _remove_half_written(cache: Path) -> None:
+    """Entries that a killed program left without their time of use: with one of them there, JAX writes no other."""
+    for entry in cache.glob("*-cache"):
+        if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

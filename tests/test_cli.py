@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("click")
 from click.testing import CliRunner
 
-from jina_jax.cli import main
+from jina_jax.cli import main, use_compilation_cache
 
 LINES = ["an image editor", "", "画像エディタ", "a game"]
 
@@ -146,3 +147,21 @@ def test_the_command_as_a_process(embedder, model, texts, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "4 embeddings of 64 dimensions" in done.stderr and "100%" not in done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), embedder.encode(LINES), atol=1e-6)
+
+
+def test_half_written_entries_of_the_compilation_cache_are_removed(tmp_path, monkeypatch):
+    """JAX writes an entry and then its time of use; a program killed between the two would end all caching."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "jina-jax"
+    cache.mkdir()
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (cache / name).write_bytes(b"")
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        use_compilation_cache()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert sorted(path.name for path in cache.iterdir()) == ["whole-atime", "whole-cache"]

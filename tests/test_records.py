@@ -223,7 +223,7 @@ def test_the_corpus_as_records(small_corpus, tmp_path):
         assert dumped(test) == dumped(make(packages)) and len(test) > 20, name
         for record in test:
             if isinstance(record, ScoredPair):
-                tags = [set(bodies[text].tags) for text in (record.sentence1, record.sentence2)]
+                tags = [set(bodies[text.partition("\n")[2]].tags) for text in (record.sentence1, record.sentence2)]
                 assert record.score == pytest.approx(len(tags[0] & tags[1]) / len(tags[0] | tags[1]))
             if isinstance(record, Pair):
                 assert bodies.get(record.positive) is None or bodies[record.positive].source == record.group
