@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTHON312 ?= $(firstword $(foreach python,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python),\
 	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
-# Huge pages for the C library's memory: a training step on CPU spends a quarter of its time on page faults without them.
+# Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test lint types smoke312
