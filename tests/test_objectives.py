@@ -51,7 +51,8 @@ class Case:
     """A stage's batch in packed rows, and the same texts one by one."""
 
     def __init__(self, name: str, kind: str, make_encoder, tokenizer):
-        self.stage, self.kind = STAGES[name], kind
+        prefixes = {} if name == "mlm" else {"dims": (8, 32), "dim_weights": (2.0, 0.5)}
+        self.stage, self.kind = replace(STAGES[name], **prefixes), kind
         prompts = (("retrieval.query", "alpha: "), ("retrieval.passage", "the beta: "))
         encoder = make_encoder(
             vocab_size=16_000,
@@ -99,7 +100,9 @@ class Case:
                 return plain_mlm(encoder.mlm_head(states, encoder.tokens.table[...]), labels)
             pooled = jnp.where(real[..., None], states, 0).sum(1) / real.sum(1, keepdims=True)
             embeddings = pooled.reshape(N, -1, pooled.shape[-1])
-            return sum(self.plain_loss(embeddings[..., :dim]) for dim in self.stage.dims or (self.config.hidden_size,))
+            dims = self.stage.dims or (self.config.hidden_size,)
+            weights = self.stage.dim_weights or (1,) * len(dims)
+            return sum(weight * self.plain_loss(embeddings[..., :dim]) for dim, weight in zip(dims, weights, strict=True))
 
         return jax.jit(jax.value_and_grad(loss))(self.arrays)
 

@@ -18,7 +18,7 @@ from jina_jax.torch_checkpoint import read_torch_checkpoint
 from oracles.checkpoints import write_original, write_xlmr
 from train.config import Dataset, Start
 from train.loop import train
-from train.start import fingerprint, parts, starting_model, with_trained
+from train.start import fingerprint, parts, starting_model, with_token_frequencies, with_trained
 from training import KINDS, MODEL, START, TOKENIZER, assert_identical, compiled_once, run_config, stages, write_datasets
 
 STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS})
@@ -68,6 +68,12 @@ def test_random_weights_depend_on_the_seed_alone():
     assert first.config == MODEL
 
 
+def test_texts_longer_than_the_model_can_have_are_refused():
+    long = replace(STAGES["pairs"], length=9000, row_length=9000)
+    with pytest.raises(ValueError, match="stage pairs: length 9000 is above the model's 8194 tokens"):
+        starting_model(run_config(long))
+
+
 def test_an_adapter_is_the_same_whichever_others_are_made_beside_it():
     alone, beside = started("separation"), started("classification", "separation")
     assert beside.config.tasks == ("classification", "separation")
@@ -86,6 +92,28 @@ def test_adapters_have_the_rank_scale_and_instructions_that_were_asked_for():
         "retrieval.passage": PUBLISHED_INSTRUCTIONS["retrieval.passage"],
         "separation": "Group: ",
     }
+
+
+# ---- the bias of a fresh masked-language head ----
+
+
+def test_a_fresh_head_begins_with_the_tokens_frequencies():
+    """An encoder whose states say nothing then has the entropy of the tokens as its loss; a uniform one has log(vocabulary)."""
+    rng = np.random.default_rng(0)
+    frequencies = rng.dirichlet(np.full(20, 0.5))
+    tokens = rng.choice(20, size=(50, 4, 100), p=frequencies) + 7
+    masked = np.where(rng.random(tokens.shape) < 0.3, tokens, -1)
+    bias = np.asarray(variables(with_token_frequencies(started("mlm"), iter(masked)))["mlm_head.bias"].get_value(), np.float64)
+    counted = np.bincount(masked[masked >= 0], minlength=MODEL.vocab_size)
+    np.testing.assert_allclose(np.exp(bias).sum(), 1, rtol=1e-4)
+    seen = counted > 0
+    np.testing.assert_allclose(np.exp(bias[seen]), (counted[seen] + 0.1) / (counted.sum() + 1600), rtol=1e-4)
+    assert bias[~seen].max() < bias[seen].min()
+
+
+def test_a_trained_head_keeps_its_bias():
+    encoder = with_token_frequencies(started("mlm"), [np.array([[7, 8, -1]])])
+    assert with_token_frequencies(encoder, [np.array([[9, 9, 9]])]) is encoder
 
 
 # ---- from checkpoints ----

@@ -144,6 +144,8 @@ def test_overrides_are_checked_together():
         ("stages.0.datasets.0.weight=0", "stages.0.datasets.0.weight: "),
         ("stages.0.length=600", "stage retrieval: length 600 is above row_length 512"),
         ("stages.0.row_length=8", "stages.0.row_length: Input should be greater than or equal to 16"),
+        ("stages.0.dim_weights=(1.0, 2.0)", "stage retrieval: dim_weights has 2 numbers for 7 dims"),
+        ("stages.0.dim_weights=(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)", "stages.0.dim_weights.3: Input should be greater than 0"),
         ("stages.0.warmup_steps=20001", "stage retrieval: warmup_steps 20001 is above steps 20000"),
         ("stages.0.adapters=()", "stage retrieval: retrieval trains (1, 2) adapters, not []"),
         ("stages.0.adapters=('a', 'a')", "two stages train the same adapter: ['a', 'a']"),

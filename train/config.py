@@ -79,6 +79,8 @@ class Stage:
     temperature: AboveZero = 0.05
     dims: tuple[Positive, ...] = ()
     """Matryoshka dimensions of the loss; () = the full one alone."""
+    dim_weights: tuple[AboveZero, ...] = ()
+    """How much the loss at each of `dims` counts; () = 1 each."""
     negatives: Annotated[int, Field(ge=0)] = 0
     """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
     mask_rate: Share = 0.3
@@ -107,6 +109,8 @@ class Stage:
                 )
         if self.length > self.row_length:
             raise ValueError(f"stage {self.name}: length {self.length} is above row_length {self.row_length}")
+        if self.dim_weights and len(self.dim_weights) != len(self.dims):
+            raise ValueError(f"stage {self.name}: dim_weights has {len(self.dim_weights)} numbers for {len(self.dims)} dims")
         if self.warmup_steps > self.steps:
             raise ValueError(f"stage {self.name}: warmup_steps {self.warmup_steps} is above steps {self.steps}")
         wanted = {"mlm": (0,), "pairs": (0,), "retrieval": (1, 2)}.get(self.objective, (1,))

@@ -50,6 +50,7 @@ def contrast(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis
         embeddings[:, 2:] if embeddings.shape[1] > 2 else None,
         temperature=stage.temperature,
         dims=stage.dims or None,
+        weights=stage.dim_weights or None,
         group=jnp.asarray(batch.groups),
         chunk=stage.loss_chunk,
         axis_name=axis_name,
@@ -64,6 +65,7 @@ def rank(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_nam
         jnp.asarray(batch.scores),
         temperature=stage.temperature,
         dims=stage.dims or None,
+        weights=stage.dim_weights or None,
         axis_name=axis_name,
     )
 
@@ -80,6 +82,7 @@ def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis
         jnp.concatenate([jnp.ones(len(own)), jnp.zeros(len(other))]),
         temperature=stage.temperature,
         dims=stage.dims or None,
+        weights=stage.dim_weights or None,
         axis_name=axis_name,
     )
 

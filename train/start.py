@@ -40,7 +40,8 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
     """The model of `config.start` in float32, with every adapter and head that the stages need, and its tokenizer.
 
     Raises:
-        ValueError: the source is damaged or not supported, or the tokenizer is another model's.
+        ValueError: the source is damaged or not supported, the tokenizer is another model's, or a stage has longer texts than
+            the model can have.
         FileNotFoundError: a path does not exist.
     """
     start, key = config.start, jax.random.key(config.seed)
@@ -53,6 +54,9 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
         encoder = read(directory, dtype=jnp.float32, param_dtype=jnp.float32)
     tokenizer = load_tokenizer(Path(start.tokenizer) if start.tokenizer else directory, encoder.config)
     encoder = _with_overrides(encoder, start)
+    for stage in config.stages:
+        if stage.length > encoder.config.max_tokens:
+            raise ValueError(f"stage {stage.name}: length {stage.length} is above the model's {encoder.config.max_tokens} tokens")
     if config.stages[0].adapters:
         return _with_new_adapters(encoder, config, key), tokenizer
     encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
