@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
         positions: Int[Array, "b t"],
         tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
         *,
-        gather: Callable[[Layer], Layer] = lambda layer: layer,
+        gather: Callable[[Layer], Layer] | None = None,
         remat: bool = False,
     ) -> Float[Array, "b t d"]:
         """Token states in the compute dtype; those of padding mean nothing.
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
         x, tables = self.embed(tokens, positions, task), self.rotary_tables(positions)
 
         def step(x: Array, layer: Layer) -> tuple[Array, None]:
-            return gather(layer)(x, segments, tables, task), None
+            return (gather(layer) if gather else layer)(x, segments, tables, task), None
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)  # in a scan nothing can be merged with the first pass
@@ -211,10 +211,16 @@ def variables(encoder: Encoder) -> dict[str, nnx.Variable]:
 
 def from_arrays(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTypeLike) -> Encoder:
     """An encoder made of given arrays by path; `dtype` is that of the computation."""
-    graphdef, state = nnx.split(_abstract(config, dtype))
-    for path, variable in _by_path(state).items():
+    for path, variable in abstract_variables(config).items():
         if variable.shape != arrays[path].shape:
             raise ValueError(f"{path} is {arrays[path].shape}, should be {variable.shape}")
+    return from_parts(config, arrays, dtype=dtype)
+
+
+def from_parts(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTypeLike) -> Encoder:
+    """`from_arrays` for arrays whose shapes may differ: a device's parts of them, or a padded vocabulary."""
+    graphdef, state = nnx.split(_abstract(config, dtype))
+    for path, variable in _by_path(state).items():
         variable.set_value(arrays[path])
     return nnx.merge(graphdef, state)
 

@@ -136,14 +136,15 @@ def test_eight_devices_are_one_device(datasets, tmp_path, tmp_path_factory, name
     made = stages(datasets, steps=3, epsilon=1e-2, batch_size=16, chunk_rows=2)
     config = run_config(*(made[name] for name in names), log_every=1)
     runs = Runs(tmp_path_factory.getbasetemp() / "compiled", config, devices=8)
-    for devices in (1, 8):
-        assert runs.finish(tmp_path / str(devices), mesh=Mesh(data=devices)) == 0, log_of(tmp_path / str(devices))
-    one, eight = (read_metrics(tmp_path / name) for name in ("1", "8"))
-    for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose([line[key] for line in eight], [line[key] for line in one], rtol=1e-5)
-    want = saved_arrays(tmp_path / "1")
-    for name, array in saved_arrays(tmp_path / "8").items():
-        np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=name)
+    assert runs.finish(tmp_path / "one", mesh=Mesh(data=1)) == 0, log_of(tmp_path / "one")
+    one, want = read_metrics(tmp_path / "one"), saved_arrays(tmp_path / "one")
+    for data, fsdp in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        workdir = tmp_path / f"{data} x {fsdp}"
+        assert runs.finish(workdir, mesh=Mesh(data=data, fsdp=fsdp)) == 0, log_of(workdir)
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose([line[key] for line in read_metrics(workdir)], [line[key] for line in one], rtol=1e-5)
+        for name, array in saved_arrays(workdir).items():
+            np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=f"{workdir.name} {name}")
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_an_error(datasets, tmp_path, tmp_path_factory):

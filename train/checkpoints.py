@@ -98,13 +98,16 @@ def remove_unfinished(directory: Path) -> None:
         shutil.rmtree(unfinished)
 
 
-def restore(checkpoint: Checkpoint, tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The arrays of a checkpoint in the structure of `tree`, whose leaves give shapes and dtypes.
+def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
+    """The arrays of a checkpoint in the structure of `tree`, whose leaves give shapes and dtypes, split as `shardings` says.
 
     Raises:
         CheckpointError: the checkpoint has other arrays.
     """
-    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _by_name(tree).items()}
+    places = _by_name(shardings)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in _by_name(tree).items()
+    }
     path = str(checkpoint.directory.absolute() / _ARRAYS)
     stored = ocp.metadata(path).metadata
     wrong = sorted(wanted.keys() ^ stored.keys())

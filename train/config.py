@@ -151,8 +151,9 @@ class Mesh:
     """Devices of the run: `data` times `fsdp` of them. The batch is split over both."""
 
     data: Positive | None = None
-    """None = as many as there are."""
-    fsdp: Literal[1] = 1  # parameters are replicated
+    """Copies of the parameters. None = as many as there are devices for."""
+    fsdp: Positive = 1
+    """Devices that share a copy. Above 1, layers are computed again in the backward pass, as with `remat`."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import dump_json
 from jina_jax.model import Encoder
+from jina_jax.sharding import make_mesh, place, place_batch, shardings
 
 from .checkpoints import Checkpoint, Saver, differences, latest, remove_unfinished, restore
 from .config import Stage, TrainConfig, to_dict
@@ -32,7 +33,7 @@ from .flops import peak_flops, training_flops
 from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
 from .records import Record
 from .start import Arrays, fingerprint, parts, starting_model, with_token_frequencies, with_trained
-from .step import State, Step, all_finite, initial_state, make_mesh, make_step, place, replicate
+from .step import State, Step, all_finite, initial_state, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     checkpoint = latest(workdir / "checkpoints")
     if checkpoint is None and is_checkpoint(workdir / "model"):
         raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     encoder, tokenizer = starting_model(config)
     tracks, states, records = [], [], []
     for stage in config.stages:
@@ -95,8 +96,8 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        tracks.append(Track(stage, replicate(frozen, mesh), reader(stream, config.read_threads), steps, flops))
-        states.append(replicate(initial_state(stage, trained), mesh))
+        tracks.append(Track(stage, place(frozen, mesh), reader(stream, config.read_threads), steps, flops))
+        states.append(initial_state(stage, trained, mesh))
 
     # ---- restore
     identity = _identity(config, encoder) | {"records": records}
@@ -123,7 +124,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
             turn = next_stage(config, done)
             track = tracks[turn]
             kind, batch = next(track.reader)
-            states[turn], metrics = track.steps[kind](states[turn], track.frozen, place(batch, mesh))
+            states[turn], metrics = track.steps[kind](states[turn], track.frozen, place_batch(batch, mesh))
             done[turn] += 1
             step, tokens = sum(done), int((batch.segments > 0).sum())
             flops = tokens * track.flops_per_token
@@ -186,7 +187,7 @@ def _resumed(
         )
     for track, position in zip(tracks, checkpoint.run["data"], strict=True):
         track.reader.set_state(position)
-    return restore(checkpoint, states, NamedSharding(mesh, PartitionSpec())), list(checkpoint.run["done"])
+    return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
 
 
 @contextlib.contextmanager

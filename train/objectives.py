@@ -10,34 +10,38 @@ from jax import Array
 from jaxtyping import Float
 
 from jina_jax.losses import cosent, info_nce, masked_lm
-from jina_jax.model import Encoder, pool
+from jina_jax.model import Encoder, Layer, pool
 
 from .batches import Batch
 from .config import Stage
 from .masking import max_masked
 
 AxisName = str | tuple[str, ...] | None
+Gather = Callable[[Layer], Layer]
+States = Callable[[Encoder, Batch], Float[Array, "b t d"]]
 Loss = Callable[[Encoder, Batch], Float[Array, ""]]
 """A device's share: the shares of all devices add up to the loss."""
 
 
-def objective(stage: Stage, kind: str, axis_name: AxisName = None) -> Loss:
+def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gather | None = None) -> Loss:
     """The loss of a stage on batches of one record kind.
 
     Args:
         stage: says which objective and with which constants.
         kind: record kind of the batch's dataset.
         axis_name: mesh axes over which the batch is split, inside a `shard_map`.
+        gather: as the encoder takes it.
     """
+    states = partial(token_states, stage=stage, gather=gather)
     if kind == "text":
-        return partial(masked_language_loss, stage=stage, axis_name=axis_name)
+        return partial(masked_language_loss, states=states, stage=stage, axis_name=axis_name)
     of_embeddings = {"pair": contrast, "triplet": contrast, "scored_pair": rank}.get(kind)
     if kind == "labelled_text":
         of_embeddings = contrast if stage.objective == "classification" else separate
     assert of_embeddings is not None
 
     def loss(encoder: Encoder, batch: Batch) -> Float[Array, ""]:
-        return of_embeddings(embed_texts(encoder, batch, stage), batch, stage, axis_name)
+        return of_embeddings(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
 
     return loss
 
@@ -87,7 +91,9 @@ def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis
     )
 
 
-def masked_language_loss(encoder: Encoder, batch: Batch, *, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+def masked_language_loss(
+    encoder: Encoder, batch: Batch, *, states: States, stage: Stage, axis_name: AxisName
+) -> Float[Array, ""]:
     """Cross-entropy of the masked tokens, rows in chunks."""
     assert encoder.mlm_head is not None
     rows = stage.chunk_rows or batch.tokens.shape[0]
@@ -99,30 +105,31 @@ def masked_language_loss(encoder: Encoder, batch: Batch, *, stage: Stage, axis_n
 
     def share(encoder: Encoder, chunk: Batch) -> Array:
         assert encoder.mlm_head is not None
-        states = _states(encoder, chunk, stage)
+        table = encoder.tokens.table[...]
         mean = masked_lm(
-            states, chunk.labels, encoder.tokens.table[...], encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk
+            states(encoder, chunk), chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk
         )
         return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1)
 
     return _over_chunks(share, encoder, batch, stage).sum()
 
 
-def embed_texts(encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, "n s d"]:
+def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) -> Float[Array, "n s d"]:
     """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
     and memory holds the activations of one chunk."""
 
     def pooled(encoder: Encoder, chunk: Batch) -> Array:
-        return pool(_states(encoder, chunk, stage), jnp.asarray(chunk.segments), chunk.tasks.shape[1])
+        return pool(states(encoder, chunk), jnp.asarray(chunk.segments), chunk.tasks.shape[1])
 
     pooled_rows = _over_chunks(pooled, encoder, batch, stage)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
 
 
-def _states(encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, "b t d"]:
+def token_states(encoder: Encoder, batch: Batch, *, stage: Stage, gather: Gather | None) -> Float[Array, "b t d"]:
+    """Token states of packed rows."""
     # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
     tasks = jnp.asarray(batch.tasks) if stage.adapters else None
-    return encoder(batch.tokens, batch.segments, batch.positions, tasks, remat=stage.remat)  # type: ignore[arg-type]
+    return encoder(batch.tokens, batch.segments, batch.positions, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
 
 
 def _over_chunks(function: Callable[[Encoder, Batch], Array], encoder: Encoder, batch: Batch, stage: Stage) -> Array:

@@ -1,4 +1,4 @@
-"""AdamW with a linear schedule and clipping."""
+"""AdamW with a linear schedule."""
 
 import optax
 
@@ -17,12 +17,10 @@ def learning_rate(stage: Stage) -> optax.Schedule:
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 2019) behind clipping by the global norm. Parameters are a mapping of paths to arrays."""
+    """AdamW (Loshchilov & Hutter, 2019) on a mapping of paths to arrays. It treats every number alone, so that arrays may be
+    split; clipping, which needs the norm of all gradients, is in the step."""
     b1, b2 = stage.betas
-    return optax.chain(
-        optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed),
-    )
+    return optax.adamw(learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed)
 
 
 def _decayed(parameters: dict) -> dict[str, bool]:

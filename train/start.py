@@ -19,6 +19,7 @@ from jina_jax.checkpoint import load_checkpoint
 from jina_jax.config import PUBLISHED_INSTRUCTIONS, SERVING_ROPE_THETA, ModelConfig
 from jina_jax.lora import AdapterParam
 from jina_jax.model import Encoder, abstract_variables, from_arrays, variables
+from jina_jax.sharding import pad_vocabulary, unpad_vocabulary
 from jina_jax.sources import find_model, model_kind
 from jina_jax.tokenizer import load_tokenizer
 from jina_jax.torch_checkpoint import read_torch_checkpoint
@@ -64,7 +65,8 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
 
 
 def parts(encoder: Encoder, stage: Stage) -> Parts:
-    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not."""
+    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not. The vocabulary is
+    padded, whatever the mesh, so that checkpoints fit every other one."""
     config = replace(encoder.config, tasks=stage.adapters)
     arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
     trained = {}
@@ -72,14 +74,15 @@ def parts(encoder: Encoder, stage: Stage) -> Parts:
         unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
         if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
             trained[path] = arrays.pop(path)
-    return Parts(config, trained, arrays)
+    return Parts(config, pad_vocabulary(trained), pad_vocabulary(arrays))
 
 
 def with_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
     """The model after a stage; inverse of `parts`."""
     if stage.adapters:
         return replace_adapters(encoder, stage.adapters, trained)
-    return from_arrays(encoder.config, base_arrays(encoder) | dict(trained), dtype=encoder.dtype)
+    arrays = base_arrays(encoder) | unpad_vocabulary(trained, encoder.config)
+    return from_arrays(encoder.config, arrays, dtype=encoder.dtype)
 
 
 def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b t"]]) -> Encoder:

@@ -1,27 +1,26 @@
 """One training step of a stage, as one compiled program over the mesh."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from jina_jax import sharding
 from jina_jax.config import ModelConfig
-from jina_jax.model import from_arrays
+from jina_jax.model import from_parts
+from jina_jax.sharding import AXES
 
 from .batches import Batch
-from .config import Mesh as MeshSizes
 from .config import Stage
 from .objectives import objective
 from .optimizer import optimizer
 from .start import Arrays
-
-AXES = ("data", "fsdp")
-"""The batch is split over both."""
 
 
 class State(NamedTuple):
@@ -42,35 +41,17 @@ class Metrics(NamedTuple):
 Step = Callable[[State, Arrays, Batch], tuple[State, Metrics]]
 
 
-def make_mesh(sizes: MeshSizes) -> Mesh:
-    """ValueError where there are not as many devices as the mesh has."""
-    present = jax.devices()
-    data = sizes.data or len(present) // sizes.fsdp
-    needed = data * sizes.fsdp
-    if needed > len(present):
-        raise ValueError(f"mesh {data} x {sizes.fsdp} needs {needed} devices; there are {len(present)}")
-    return Mesh(np.array(present[:needed]).reshape(data, sizes.fsdp), AXES)
-
-
-def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A host's batch on its devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXES)))
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Arrays on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
 @jax.jit
 def all_finite(tree: Any) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def initial_state(stage: Stage, trained: Arrays) -> State:
-    """The parameters, copied since a step takes them over, and the optimizer's beginning."""
-    parameters = jax.tree.map(jnp.copy, trained)
-    return State(parameters, optimizer(stage).init(parameters))
+def initial_state(stage: Stage, trained: Arrays, mesh: Mesh) -> State:
+    """The parameters on the mesh, copied since a step takes them over, and the optimizer's beginning."""
+    parameters = sharding.place(jax.tree.map(jnp.copy, trained), mesh)
+    state = State(parameters, jax.eval_shape(optimizer(stage).init, parameters))
+    empty = jax.jit(optimizer(stage).init, out_shardings=sharding.shardings(state.optimizer, mesh))
+    return State(parameters, empty(parameters))
 
 
 def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Mesh) -> Step:
@@ -81,24 +62,43 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         kind: record kind of the batches.
         config: of the stage's model, see `start.Parts`.
         dtype: of the computation; parameters, gradients and optimizer are float32.
-        mesh: the batch is split over it, parameters are replicated.
+        mesh: the batch is split over it, and large parameters over its `fsdp` axis.
 
     Returns:
         (state, frozen arrays, batch) -> (new state, metrics). It takes the state's buffers over.
     """
-    loss_share, transform = objective(stage, kind, AXES), optimizer(stage)
+    sharding.check_divides(config, mesh)
+    split = mesh.shape["fsdp"] > 1
+    if split:  # kept for the backward pass, every layer's kernels would be there whole, and all at once
+        stage = replace(stage, remat=True)
+    gather = partial(sharding.gather_layer, dtype=dtype) if split else None
+    loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
 
     def step(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
         def loss(parameters: Arrays) -> Array:
-            return loss_share(from_arrays(config, frozen | parameters, dtype=dtype), batch)
+            arrays = frozen | parameters
+            if split:
+                arrays = sharding.gather_outside_layers(arrays, dtype)
+            return loss_share(from_parts(config, arrays, dtype=dtype), batch)
 
         # The shares are summed after the gradient: inside it, the transpose of psum would be another psum.
         share, gradients = jax.value_and_grad(loss)(state.parameters)
-        gradients = jax.lax.psum(gradients, AXES)
-        updates, optimizer_state = transform.update(gradients, state.optimizer, state.parameters)
+        gradients = sharding.sum_gradients(gradients)
+        norm = sharding.global_norm(gradients)
+        clipped = jax.tree.map(lambda x: x * jnp.minimum(1, stage.clip_norm / norm), gradients)
+        updates, optimizer_state = transform.update(clipped, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), optax.tree.norm(gradients))  # type: ignore[arg-type]
+        return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), norm)  # type: ignore[arg-type]
 
-    whole, split = PartitionSpec(), PartitionSpec(AXES)
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, whole), check_vma=False)
-    return jax.jit(sharded, donate_argnums=0)
+    def compiled(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
+        of_state = sharding.specs(state)
+        over_mesh = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(of_state, sharding.specs(frozen), sharding.BATCH),
+            out_specs=(of_state, PartitionSpec()),
+            check_vma=False,
+        )
+        return over_mesh(state, frozen, batch)
+
+    return jax.jit(compiled, donate_argnums=0)
