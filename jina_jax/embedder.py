@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
@@ -17,9 +19,10 @@ from . import packing
 from .adapters import fold_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
-from .inference import embed_rows, encode_rows
+from .inference import embed_rows, embed_rows_over, encode_rows, encode_rows_over
 from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
+from .sharding import replicate, split_rows
 from .sources import find_model, model_kind
 from .tokenizer import load_tokenizer, max_tokens, tokenize
 from .torch_checkpoint import read_torch_checkpoint
@@ -48,20 +51,29 @@ class Embedder:
 
     Attributes:
         config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
+        mesh: devices that share the work; None = one.
         max_length: most tokens of a text, special tokens included.
     """
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, mesh: Mesh | None = None):
         if encoder.config.tasks != config.tasks or encoder.config.hidden_size != config.hidden_size:
             raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
-        self.encoder = encoder
+        self.encoder = encoder if mesh is None else replicate(encoder, mesh)
+        self.mesh = mesh
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = max_tokens(tokenizer, config)
         self._folded: tuple[str, Encoder] | None = None
 
     @classmethod
-    def load(cls, source: str | Path, *, dtype: DTypeLike | None = None, revision: str | None = None) -> "Embedder":
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: DTypeLike | None = None,
+        revision: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Embedder":
         """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any supported layout.
 
         Args:
@@ -69,6 +81,8 @@ class Embedder:
                 multilingual-E5.
             dtype: of parameters and computation; None = float32 on CPU, and on accelerators that of the file.
             revision: branch, tag or commit on the hub.
+            mesh: from `sharding.make_mesh`; texts are embedded on all its devices. If these belong to several processes, all of
+                them call `encode` with the same texts, each computes a share, and each gets all embeddings. None = one device.
 
         Raises:
             FileNotFoundError: the source or one of its files does not exist.
@@ -79,10 +93,12 @@ class Embedder:
             dtype = jnp.float32
         read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
         encoder = read(directory, dtype=dtype, param_dtype=dtype)
-        return cls(encoder, encoder.config, load_tokenizer(directory, encoder.config))
+        return cls(encoder, encoder.config, load_tokenizer(directory, encoder.config), mesh=mesh)
 
     def save(self, directory: str | Path) -> None:
         """Writes a native checkpoint into a new directory, local or remote (`gs://...`)."""
+        if self.mesh is not None and self.mesh.is_multi_process:
+            raise ValueError("a model on several processes is not saved; load it on one")
         save_checkpoint(directory, self.encoder, self.tokenizer)
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
@@ -120,7 +136,7 @@ class Embedder:
                 the text.
             prompt: text put before every input, in place of the task's instruction.
             prompt_name: the same by its name in `config.prompts`.
-            batch_size: bounds memory: the token slots computed at once are at most 256 times this, or one row.
+            batch_size: bounds memory: the token slots computed at once, on each device, are at most 256 times this, or one row.
             truncate_dim: leading dimensions to keep; where the model lists its Matryoshka dimensions, one of them.
             normalize_embeddings: scale to length 1, after truncation.
             precision: float32, int8, uint8, binary or ubinary, as in sentence-transformers.
@@ -223,7 +239,7 @@ class Embedder:
     def _sentence_embeddings(self, inputs: Inputs, batch_size: int, progress: Any) -> Float[np.ndarray, "n d"]:
         out = np.zeros((len(inputs.token_ids), self.config.hidden_size), np.float32)
         with progress:
-            for rows, pooled in _one_ahead(self._computed(embed_rows, inputs, batch_size)):
+            for rows, pooled in _one_ahead(self._computed(self._program(embed_rows, embed_rows_over), inputs, batch_size)):
                 packing.scatter(np.asarray(pooled), rows, out)
                 progress.update(int((rows.texts >= 0).sum()))
         return out
@@ -231,26 +247,32 @@ class Embedder:
     def _token_states(self, inputs: Inputs, batch_size: int, progress: Any) -> list[Float[np.ndarray, "t d"]]:
         out: list[np.ndarray] = [np.zeros((0, 0))] * len(inputs.token_ids)
         with progress:
-            for rows, states in _one_ahead(self._computed(encode_rows, inputs, batch_size)):
+            for rows, states in _one_ahead(self._computed(self._program(encode_rows, encode_rows_over), inputs, batch_size)):
                 for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
                     own = rows.segments[row] == slot + 1
                     out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
                 progress.update(int((rows.texts >= 0).sum()))
         return out
 
+    def _program(self, on_one_device: Any, over_mesh: Any) -> Any:
+        return on_one_device if self.mesh is None else partial(over_mesh, self.mesh)
+
     def _computed(self, compute: Any, inputs: Inputs, batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
         """Every batch of the call with its result, which may still be under way."""
-        budget = batch_size * SLOTS_PER_TEXT
+        budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
         for encoder, members, mixed in self._groups(inputs):
             token_ids = [inputs.token_ids[i] for i in members]
-            for batch in packing.plan([len(ids) for ids in token_ids], budget):
+            for batch in packing.plan([len(ids) for ids in token_ids], budget, devices):
                 rows = packing.lay_out(token_ids, batch, self.config.pad_id)
                 rows = rows._replace(texts=np.where(rows.texts < 0, -1, members[rows.texts]))
                 if mixed:
                     tasks = np.where(rows.texts < 0, -1, inputs.tasks[rows.texts])
                 else:
                     tasks = None if encoder is self.encoder else np.int32(0)
-                yield rows, compute(encoder, rows.tokens, rows.segments, rows.positions, tasks)
+                inputs_of_batch = rows.tokens, rows.segments, rows.positions, tasks
+                if self.mesh is not None:
+                    inputs_of_batch = split_rows(inputs_of_batch, self.mesh)
+                yield rows, compute(encoder, *inputs_of_batch)
 
     def _groups(self, inputs: Inputs) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""

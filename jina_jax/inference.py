@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from .model import Encoder, pool
 from .packing import max_texts
+from .sharding import AXES, BATCH
 
 
 @jax.jit
@@ -22,7 +24,7 @@ def encode_rows(
     tasks: Int[Array, "b g"] | Int[Array, ""] | None,
 ) -> Float[Array, "b t d"]:
     """Token states of packed rows, compiled once for each shape."""
-    return _run(encoder, tokens, segments, positions, tasks)
+    return _encode(encoder, tokens, segments, positions, tasks)
 
 
 @jax.jit
@@ -34,11 +36,56 @@ def embed_rows(
     tasks: Int[Array, "b g"] | Int[Array, ""] | None,
 ) -> Float[Array, "b g d"]:
     """Mean of each text of packed rows, before normalisation, compiled once for each shape."""
-    states = _run(encoder, tokens, segments, positions, tasks)
-    return pool(states, segments, max_texts(tokens.shape[1]))
+    return _embed(encoder, tokens, segments, positions, tasks)
 
 
-def _run(encoder: Encoder, *inputs: Any) -> Array:
+@partial(jax.jit, static_argnames="mesh")
+def encode_rows_over(
+    mesh: Mesh,
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+) -> Float[Array, "b t d"]:
+    """`encode_rows` with rows split over a mesh; every process gets all of the result."""
+    return _over(mesh, _encode, encoder, tokens, segments, positions, tasks)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def embed_rows_over(
+    mesh: Mesh,
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+) -> Float[Array, "b g d"]:
+    """`embed_rows` with rows split over a mesh; every process gets all of the result."""
+    return _over(mesh, _embed, encoder, tokens, segments, positions, tasks)
+
+
+def _over(mesh: Mesh, compute: Any, encoder: Encoder, *inputs: Any) -> Array:
+    """Parameters are on every device: in half precision the published model has 1.1 GB."""
+
+    def part(encoder: Encoder, *inputs: Any) -> Array:
+        result = compute(encoder, *inputs)
+        return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)),
+        out_specs=PartitionSpec() if mesh.is_multi_process else BATCH,
+        check_vma=False,
+    )(encoder, *inputs)
+
+
+def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:
+    return pool(_encode(encoder, tokens, segments, *inputs), segments, max_texts(tokens.shape[1]))
+
+
+def _encode(encoder: Encoder, *inputs: Any) -> Array:
     if encoder.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
         return encoder(*inputs)
     # XLA's CPU backend turns a bfloat16 array that is sliced in a loop into float32 first: a copy of all layers, at each call.

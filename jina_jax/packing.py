@@ -78,12 +78,13 @@ def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]
     return rows
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[Batch]:
+def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
     """Splits texts into batches of packed rows whose shapes come from a short fixed list.
 
     Args:
         lengths: tokens of each text, at most the last of ROW_LENGTHS.
-        budget: most token slots of a batch; a text longer than that gets a row of its own all the same.
+        budget: most token slots of a batch on each device; a text longer than that gets a row of its own all the same.
+        devices: over which a batch is split: its number of rows is a multiple of this.
 
     Returns:
         Batches that hold every text once. A call that fits into one small row gets just that.
@@ -92,7 +93,7 @@ def plan(lengths: Sequence[int], budget: int) -> list[Batch]:
         return []
     for length in SMALL_ROW_LENGTHS:
         if sum(lengths) <= length and len(lengths) <= max_texts(length):
-            return [Batch([list(range(len(lengths)))], (1, length))]
+            return [Batch([list(range(len(lengths)))], (devices, length))]
     batches = []
     shortest = 0
     for length in ROW_LENGTHS:
@@ -100,7 +101,9 @@ def plan(lengths: Sequence[int], budget: int) -> list[Batch]:
         shortest = length
         packed = best_fit([lengths[i] for i in members], length, max_texts(length))
         rows = [[members[i] for i in row] for row in packed]
-        batches += [Batch(rows[i : i + b], (b, length)) for i, b in _cut(len(rows), max(1, budget // length))]
+        for start, count in _cut(-(-len(rows) // devices), max(1, budget // length)):
+            own = rows[start * devices : (start + count) * devices]
+            batches.append(Batch(own, (count * devices, length)))
     if longest := [n for n in lengths if n > shortest]:
         raise ValueError(f"a text has {max(longest)} tokens; the longest row holds {shortest}")
     return batches

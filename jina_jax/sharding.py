@@ -65,20 +65,18 @@ def _arranged(devices: list[Any], data: int, fsdp: int) -> np.ndarray:
     return mesh_utils.create_device_mesh((data, fsdp), devices)
 
 
-def spec(path: str) -> PartitionSpec:
-    """How the parameter of that path is split."""
-    axis = SPLIT.get(path)
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
-
-
 def specs(tree: Any) -> Any:
-    """How the leaves of a tree are split: those below the path of a parameter, such as its optimizer state, as the parameter."""
+    """How the leaves of a tree are split. One below the path of a parameter, such as its optimizer state, is split as it is."""
 
-    def of(keys: tuple[Any, ...], _: Any) -> PartitionSpec:
-        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
-        return spec(names[-1]) if names else PartitionSpec()
+    def spec(keys: tuple[Any, ...], _: Any) -> PartitionSpec:
+        axis = _split_axis(".".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)))
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _split_axis(path: str) -> int | None:
+    return next((axis for name, axis in SPLIT.items() if path == name or path.endswith("." + name)), None)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -88,22 +86,29 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has, on the devices, split as `specs` says."""
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
 
-    def put(x: Any, sharding: NamedSharding) -> Array:
-        if mesh.is_multi_process:
-            host = np.asarray(x)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has, whole on every device."""
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def split_rows(batch: Any, mesh: Mesh) -> Any:
+    """A batch that every process has, split over the devices. What has no axis is on all of them."""
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, BATCH if x.ndim else PartitionSpec())), batch)
+
+
+def join_rows(batch: Any, mesh: Mesh) -> Any:
+    """A batch of which every process has its own rows, split over the devices."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x), batch)
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-
-    return jax.tree.map(put, tree, shardings(tree, mesh))
-
-
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """The rows of this process, on its devices."""
-    sharding = NamedSharding(mesh, BATCH)
-    if mesh.is_multi_process:
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
-    return jax.device_put(batch, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def check_divides(config: ModelConfig, mesh: Mesh) -> None:
@@ -176,7 +181,7 @@ PADDING = {"tokens.table": 0.0, "mlm_head.bias": -1e30}
 
 
 def pad_vocabulary(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """With rows of zeros behind the table, and a bias that keeps them from being predicted. They stay as they are in training."""
+    """With rows of zeros behind the table, and a bias that keeps them from being predicted. Training leaves them as they are."""
     padded = dict(arrays)
     for path, value in PADDING.items():
         if path in arrays:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import dump_json
 from jina_jax.model import Encoder
-from jina_jax.sharding import make_mesh, place, place_batch, shardings
+from jina_jax.sharding import join_rows, make_mesh, place, shardings
 
 from .checkpoints import Checkpoint, Saver, differences, latest, remove_unfinished, restore
 from .config import Stage, TrainConfig, to_dict
@@ -124,7 +124,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
             turn = next_stage(config, done)
             track = tracks[turn]
             kind, batch = next(track.reader)
-            states[turn], metrics = track.steps[kind](states[turn], track.frozen, place_batch(batch, mesh))
+            states[turn], metrics = track.steps[kind](states[turn], track.frozen, join_rows(batch, mesh))
             done[turn] += 1
             step, tokens = sum(done), int((batch.segments > 0).sum())
             flops = tokens * track.flops_per_token

@@ -106,9 +106,7 @@ def masked_language_loss(
     def share(encoder: Encoder, chunk: Batch) -> Array:
         assert encoder.mlm_head is not None
         table = encoder.tokens.table[...]
-        mean = masked_lm(
-            states(encoder, chunk), chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk
-        )
+        mean = masked_lm(states(encoder, chunk), chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk)
         return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1)
 
     return _over_chunks(share, encoder, batch, stage).sum()
