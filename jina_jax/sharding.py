@@ -181,7 +181,7 @@ PADDING = {"tokens.table": 0.0, "mlm_head.bias": -1e30}
 
 
 def pad_vocabulary(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """With rows of zeros behind the table, and a bias that keeps them from being predicted. Training leaves them as they are."""
+    """With rows of zeros behind the table, and a bias that keeps them from being predicted. Training does not change them."""
     padded = dict(arrays)
     for path, value in PADDING.items():
         if path in arrays:

@@ -1,8 +1,5 @@
 """Losses against plain loops in float64, against sentence-transformers and torch; and their memory."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -318,13 +315,6 @@ def test_bad_arguments_of_masked_lm_are_named(unchecked, masked, options, name):
 def test_scores_are_one_for_each_row(unchecked, batch):
     with pytest.raises(ValueError, match="score"):
         cosent(batch["q"], batch["p"], np.ones(N + 1), temperature=0.1)
-
-
-def test_shards_add_up_on_eight_devices():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "oracles" / "sharded_losses.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.stdout == "equal\n", done.stderr
 
 
 def test_memory_grows_linearly_with_the_rows():

@@ -57,9 +57,8 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
     encoder = _with_overrides(encoder, start)
     for stage in config.stages:
         if stage.length > encoder.config.max_tokens:
-            raise ValueError(
-                f"stage {stage.name}: length {stage.length} is above the model's {encoder.config.max_tokens} tokens"
-            )
+            most = encoder.config.max_tokens
+            raise ValueError(f"stage {stage.name}: length {stage.length} is above the model's {most} tokens")
     if config.stages[0].adapters:
         return _with_new_adapters(encoder, config, key), tokenizer
     encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base

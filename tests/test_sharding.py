@@ -1,0 +1,79 @@
+"""On eight simulated devices everything is as on one. Whole runs on meshes are in test_loop.py."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from jina_jax import ModelConfig
+from jina_jax.losses import masked_lm
+from jina_jax.model import abstract_variables, from_parts, variables
+from jina_jax.sharding import SPLIT, check_divides, make_mesh, pad_vocabulary, specs, unpad_vocabulary
+
+
+@pytest.mark.parametrize("program", ["sharded_losses", "embedder_on_meshes"])
+def test_eight_devices_are_one_device(program):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": paths}
+    command = [sys.executable, str(ROOT / "tests" / "oracles" / f"{program}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_the_large_parameters_are_split_and_nothing_else():
+    config = ModelConfig(mlm_head=True, pooler=True, tasks=("a", "b"))
+    shapes = {path: variable.shape for path, variable in abstract_variables(config).items()}
+    large = {path for path, shape in shapes.items() if np.prod(shape) > 10_000_000}
+    assert large == set(SPLIT)
+    for path, spec in specs(shapes | {path: 0 for path in shapes}).items():
+        assert tuple(spec) == ((None,) * SPLIT[path] + ("fsdp",) if path in SPLIT else ()), path
+
+
+def test_the_optimizers_state_is_split_as_the_parameters():
+    tree = ({"layers.qkv.kernel": 0, "layers.qkv.bias": 0}, [{"tokens.table": 0}], 0)
+    kernels, table, count = specs(tree)
+    assert tuple(kernels["layers.qkv.kernel"]) == (None, "fsdp") and tuple(kernels["layers.qkv.bias"]) == ()
+    assert tuple(table[0]["tokens.table"]) == ("fsdp",) and tuple(count) == ()
+
+
+def test_a_padded_vocabulary_changes_neither_loss_nor_gradients(make_encoder):
+    encoder = make_encoder(mlm_head=True)
+    rng, d = np.random.default_rng(0), encoder.config.hidden_size
+    states = jnp.asarray(rng.standard_normal((2, 9, d)), jnp.float32)
+    labels = jnp.asarray(rng.integers(-1, 300, (2, 9)), jnp.int32)
+    arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+
+    def loss(changed):
+        head = from_parts(encoder.config, arrays | changed, dtype=jnp.float32).mlm_head
+        return masked_lm(states, labels, changed["tokens.table"], head, max_masked=18)
+
+    plain = {path: arrays[path] for path in ("tokens.table", "mlm_head.bias")}
+    padded = pad_vocabulary(plain)
+    assert padded["tokens.table"].shape == (512, d) and padded["mlm_head.bias"].shape == (512,)
+    (value, gradients), (want, want_gradients) = (jax.value_and_grad(loss)(given) for given in (padded, plain))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for path, gradient in unpad_vocabulary(gradients, encoder.config).items():
+        np.testing.assert_allclose(gradient, want_gradients[path], rtol=1e-5, atol=1e-7, err_msg=path)
+        assert not gradients[path][300:].any()
+    restored = unpad_vocabulary(padded, encoder.config)
+    assert all(np.array_equal(restored[path], x) for path, x in plain.items())
+
+
+def test_sizes_that_do_not_divide_are_named(unchecked):
+    class Six:
+        shape = {"fsdp": 6}
+
+    with pytest.raises(
+        ValueError, match="fsdp = 6 .* does not divide hidden_size 1024, mlp_size 4096, the padded vocabulary 256"
+    ):
+        check_divides(ModelConfig(), Six())
+
+
+def test_a_mesh_of_more_devices_than_there_are():
+    with pytest.raises(ValueError, match="mesh 1 x 100 needs 100 devices; there are 1"):
+        make_mesh(fsdp=100)
