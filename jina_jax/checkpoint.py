@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from .config import ConfigError, ModelConfig, dump_json
 from .lora import AdapterScale
 from .model import Encoder, abstract_variables, from_arrays, variables
+from .processes import is_first, of_first
 from .remote import is_remote, publish
 from .tensor_files import CheckpointError, read_json
 
@@ -40,16 +42,20 @@ def is_checkpoint(directory: Path) -> bool:
 def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Writes a checkpoint; `directory`, local or remote (`gs://...`), must not exist yet, or be empty.
 
+    Several processes do this together, and each has the whole encoder.
+
     Raises:
         FileExistsError: there is something already.
     """
     with written_whole(directory) as target:
-        arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
-        ocp.save(str(target.absolute() / _ARRAYS), arrays)
-        (target / "config.json").write_text(dump_json(encoder.config.to_dict()), "utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        seal(target)
+        arrays = {path: np.asarray(variable.get_value()) for path, variable in variables(encoder).items()}
+        with all_processes():
+            ocp.save(str(target.absolute() / _ARRAYS), arrays)
+        if is_first():
+            (target / "config.json").write_text(dump_json(encoder.config.to_dict()), "utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(target)
+            seal(target)
 
 
 def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None) -> Encoder:
@@ -77,25 +83,38 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
         path: jax.ShapeDtypeStruct(
             variable.shape,
             stored[path].dtype if param_dtype is None or isinstance(variable, AdapterScale) else jnp.dtype(param_dtype),
-            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
         )
         for path, variable in expected.items()
     }
-    arrays = ocp.load(str(directory.absolute() / _ARRAYS), targets)
+    with all_processes():
+        arrays = ocp.load(str(directory.absolute() / _ARRAYS), targets)
     return from_arrays(config, arrays, dtype=stored["tokens.table"].dtype if dtype is None else dtype)
+
+
+def all_processes() -> ocp.Context:
+    """Inside, Orbax's processes meet at the coordinator. Unnamed, they would meet on the devices, in between training steps."""
+    everyone = set(range(jax.process_count()))
+    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone))
 
 
 @contextlib.contextmanager
 def written_whole(directory: str | Path) -> Iterator[Path]:
     """A new directory that appears under its name only when everything in it has been written; nothing is left on failure.
 
-    A remote one, which cannot be renamed in one step, is copied with its manifest last.
+    A remote one, which cannot be renamed in one step, is copied with its manifest last. Of several processes the first makes
+    it, and gives it its name when it leaves; they all write into the same one.
 
     Raises:
         FileExistsError: `directory` exists and is not empty.
     """
+    if not is_first():
+        yield Path(of_first(f"write {directory}", str))
+        return
     check_free(directory)
     if is_remote(directory):
+        if jax.process_count() > 1:
+            raise ValueError(f"several processes cannot write {directory} together; give a directory that they share")
         with tempfile.TemporaryDirectory(prefix="jina-jax-") as scratch:
             yield Path(scratch)
             publish(Path(scratch), directory, last=MANIFEST)
@@ -105,6 +124,7 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     # Random, not the process id: in containers that one repeats, and a killed run leaves its directory behind.
     partial = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
+    of_first(f"write {directory}", lambda: str(partial.absolute()))
     try:
         yield partial
         if directory.exists():

@@ -206,11 +206,11 @@ def _disk_full() -> None:
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
-    "killed before the arrays": lambda number: _before(checkpoints.ocp, "save", number, _die),
+    "killed before the arrays": lambda number: _before(checkpoints.ocp, "save_async", number, _die),
     "killed behind the arrays": lambda number: _before(checkpoints, "seal", number, _die),
     "killed before the rename": lambda number: _before(Path, "rename", number, _die),
     "killed while old ones are removed": lambda number: _before(shutil, "rmtree", number, _die),
     "killed before the model is saved": lambda number: _before(loop, "save_checkpoint", number, _die),
-    "disk full": lambda number: _before(checkpoints.ocp, "save", number, _disk_full),
+    "disk full": lambda number: _before(checkpoints.ocp, "save_async", number, _disk_full),
 }
 """By name: what happens at the n-th save."""

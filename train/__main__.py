@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from jina_jax import processes
 from jina_jax.cli import Program
 
 from .config import load_config
@@ -20,7 +21,10 @@ def main(config: Path, workdir: Path, overrides: tuple[str, ...]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy, level in (("absl", logging.CRITICAL), ("orbax", logging.CRITICAL), ("jax", logging.WARNING)):
         logging.getLogger(noisy).setLevel(level)  # Orbax logs, with tracebacks, what it raises as well
-    model = train(load_config(config, overrides), workdir, progress=True)
+    loaded = load_config(config, overrides)
+    processes.start()
+    with processes.failing_together():
+        model = train(loaded, workdir, progress=True)
     if model is not None:
         click.echo(f"model: {model}")
 

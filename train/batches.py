@@ -120,18 +120,36 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
     return encode
 
 
-def collate(examples: Sequence[Example], encode: Encode, shape: Shape, devices: int, pad_id: int) -> Batch:
-    """One batch; each device's share of the examples is packed into rows of its own."""
-    share = len(examples) // devices
-    parts = [encode(examples[i * share : (i + 1) * share]) for i in range(devices)]
+def collate(
+    examples: Sequence[Example],
+    encode: Encode,
+    shape: Shape,
+    devices: int,
+    pad_id: int,
+    agreed: Callable[[int], int] = lambda rows: rows,
+) -> Batch:
+    """One batch; each device's share of the examples is packed into rows of its own.
+
+    Args:
+        examples: of this process.
+        encode: from `text_encoder`.
+        shape: from `batch_shape`.
+        devices: of this process.
+        pad_id: of the model.
+        agreed: the most rows that a device of any process needs, from the most that one of this process does.
+    """
+    # Every d-th, as every p-th example is this process's: on as many devices, any number of processes makes the same shares.
+    shares = [examples[device::devices] for device in range(devices)]
+    parts = [encode(share) for share in shares]
     most = packing.max_texts(shape.row_length)
     plans = [packing.best_fit([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
-    rows = next(count for count in shape.row_counts if count >= max(map(len, plans)))
+    needed = agreed(max(map(len, plans)))
+    rows = next(count for count in shape.row_counts if count >= needed)
     packed = [_packed(part, plan, (rows, shape.row_length), pad_id) for part, plan in zip(parts, plans, strict=True)]
     arrays = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
     arrays["places"] = arrays["places"].reshape(len(examples), -1)
-    scores = np.array([example.score for example in examples], np.float32)
-    groups = np.array([_group(example) for example in examples], np.int32)
+    scores = np.array([example.score for share in shares for example in share], np.float32)
+    groups = np.array([_group(example) for share in shares for example in share], np.int32)
     return Batch(**arrays, scores=scores, groups=groups)
 
 

@@ -4,6 +4,7 @@ A checkpoint is a directory with a manifest (`jina_jax/checkpoint.py`) named aft
 where the data stood; what a run only reads is told apart by its fingerprint.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,8 +16,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jina_jax.checkpoint import seal, verify, written_whole
+from jina_jax.checkpoint import all_processes, seal, verify, written_whole
 from jina_jax.config import dump_json
+from jina_jax.processes import is_first, of_first
 from jina_jax.tensor_files import CheckpointError, read_json
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 
 class Saver:
-    """Saves in the background, one at a time.
+    """Saves in the background, one at a time; each process writes what its devices hold.
 
     A failed save is raised by the next call; what was saved before it stays.
     """
@@ -45,10 +47,13 @@ class Saver:
         self._running: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
-        """Begins a save. The arrays are copied first, since the next step takes over their buffers."""
+        """Begins a save. The arrays are copied to the host first, since the next step takes over their buffers."""
         self.wait()
-        arrays = {name: np.array(leaf) for name, leaf in _by_name(tree).items()}
-        self._running = step, self._pool.submit(self._write, step, arrays, run)
+        stack = contextlib.ExitStack()
+        target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
+        with all_processes():
+            arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
+        self._running = step, self._pool.submit(self._finish, stack, target, arrays, run)
 
     def wait(self) -> None:
         """Returns when the last save is on disk; OSError where it is not."""
@@ -65,23 +70,41 @@ class Saver:
         """Lets a save under way end."""
         self._pool.shutdown()
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], run: dict[str, Any]) -> None:
-        with written_whole(self._directory / f"{step:08d}") as target:
-            ocp.save(str(target.absolute() / _ARRAYS), arrays)
+    def _finish(self, stack: contextlib.ExitStack, target: Path, arrays: ocp.AsyncResponse, run: dict[str, Any]) -> None:
+        with stack:
+            arrays.result()
+            if not is_first():
+                return
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
         for _, old in _saved(self._directory)[: -self._keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))  # never half a checkpoint under its name
 
 
+def _copied(tree: Any) -> dict[str, Any]:
+    """By name, on this host. Of arrays that several hosts share, Orbax copies each host's part before it returns."""
+    return {name: np.array(leaf) if leaf.is_fully_addressable else leaf for name, leaf in _by_name(tree).items()}
+
+
 def latest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed."""
+    """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed.
+
+    The first process looks, and tells the others.
+    """
+    step = of_first("newest checkpoint", lambda: str(_newest(directory)))
+    if step == "None":
+        return None
+    saved = directory / f"{int(step):08d}"
+    return Checkpoint(int(step), saved, read_json(saved / _RUN))
+
+
+def _newest(directory: Path) -> int | None:
     remove_unfinished(directory)
     numbered = _saved(directory)
     for step, saved in reversed(numbered):
         try:
             verify(saved)
-            return Checkpoint(step, saved, read_json(saved / _RUN))
+            return step
         except (CheckpointError, OSError) as error:
             aside = saved.with_name(f"damaged-{saved.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -114,7 +137,8 @@ def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
     wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
     if wrong:
         raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
-    arrays = ocp.load(path, wanted)
+    with all_processes():
+        arrays = ocp.load(path, wanted)
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
 
 

@@ -6,7 +6,8 @@ from a number sees what it would have seen. Batch i holds the same records howev
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jina_jax.config import ModelConfig
+from jina_jax.processes import first_alone
 
-from .batches import Batch, batch_shape, collate, text_encoder
+from .batches import Batch, Shape, batch_shape, collate, text_encoder
 from .config import Dataset, Stage
 from .datasets import RecordFiles, RecordSource, open_dataset, prepare_records
-from .examples import example_maker, texts_per_example
+from .examples import Example, example_maker, texts_per_example
 from .records import Record
+
+Agreed = Callable[[str, int, int], int]
 
 
 def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
-    """The stage's datasets; files of records are turned into TFDS datasets under `workdir` once.
+    """The stage's datasets; files of records are turned into TFDS datasets under `workdir` once, by the first process.
 
     Raises:
         ValueError: a dataset is empty, damaged, or has malformed records; the message says where.
         FileNotFoundError: there is none.
     """
-    return [open_dataset(_prepared(dataset, workdir), dataset.kind, dataset.split) for dataset in stage.datasets]
+    with first_alone(f"datasets/{stage.name}"):
+        prepared = [_prepared(dataset, workdir) for dataset in stage.datasets]
+    return [open_dataset(path, dataset.kind, dataset.split) for path, dataset in zip(prepared, stage.datasets, strict=True)]
 
 
 def batches(
@@ -43,6 +49,7 @@ def batches(
     devices: int = 1,
     process: int = 0,
     processes: int = 1,
+    agreed: Agreed = lambda name, number, rows: rows,
 ) -> grain.MapDataset[tuple[str, Batch]]:
     """This process's part of every batch of a stage, with the kind of its records, by number, without end.
 
@@ -54,6 +61,7 @@ def batches(
         seed: of the order of records and of everything drawn.
         devices: of this process.
         process, processes: which of how many.
+        agreed: (name, number, value) -> the largest value of all processes; batches need as many rows in all of them.
 
     Raises:
         ValueError: the batch does not divide by the devices.
@@ -77,16 +85,13 @@ def batches(
                 .repeat()
                 .random_map(lambda record, rng, make=make: make(record, rng))
             )
-            parts.append(
-                examples[process::processes]
-                .batch(share, drop_remainder=True, batch_fn=list)
-                .map(
-                    lambda examples, kind=dataset.kind, shape=shape: (
-                        kind,
-                        collate(examples, encode, shape, devices, config.pad_id),
-                    )
-                )
-            )
+            batched = examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
+            name = f"{stage.name}/{index}/{number}"
+
+            def collated(batch: int, examples: list[Example], kind: str = dataset.kind, shape: Shape = shape, name: str = name):
+                return kind, collate(examples, encode, shape, devices, config.pad_id, partial(agreed, name, batch))
+
+            parts.append(batched.map_with_index(collated))
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
 
 

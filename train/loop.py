@@ -12,18 +12,21 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import dump_json
 from jina_jax.model import Encoder
+from jina_jax.processes import barrier, first_alone, is_first, largest
 from jina_jax.sharding import join_rows, make_mesh, place, shardings
 
 from .checkpoints import Checkpoint, Saver, differences, latest, remove_unfinished, restore
@@ -77,8 +80,10 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         ValueError, OSError: the configuration, the data or the disk.
     """
     # ---- model, mesh and data
-    workdir.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(workdir)
+    with first_alone("workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        remove_unfinished(workdir)
     checkpoint = latest(workdir / "checkpoints")
     if checkpoint is None and is_checkpoint(workdir / "model"):
         raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
@@ -88,15 +93,22 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     for stage in config.stages:
         sources = open_datasets(stage, workdir)
         records.append([_contents(source) for source in sources])
-        stream = batches(stage, sources, encoder.config, tokenizer, seed=config.seed, devices=mesh.size)
+        stream = partial(batches, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
-            first = (stream[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
-            encoder = with_token_frequencies(encoder, first)  # type: ignore[arg-type]
+            whole = stream()  # whatever the processes
+            labels = (whole[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
+            encoder = with_token_frequencies(encoder, labels)  # type: ignore[arg-type]
+        own = stream(
+            devices=mesh.size // jax.process_count(),
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            agreed=largest,
+        )
         model, trained, frozen = parts(encoder, stage)
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        tracks.append(Track(stage, place(frozen, mesh), reader(stream, config.read_threads), steps, flops))
+        tracks.append(Track(stage, place(frozen, mesh), reader(own, config.read_threads), steps, flops))
         states.append(initial_state(stage, trained, mesh))
 
     # ---- restore
@@ -105,7 +117,8 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     if checkpoint is not None:
         states, done = _resumed(checkpoint, identity, states, tracks, mesh)
         logger.info("resumed %s at step %d", workdir, checkpoint.step)
-    (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
+    if is_first():
+        (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
 
     # ---- loop
     saver = Saver(workdir / "checkpoints", config.keep)
@@ -117,7 +130,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         contextlib.closing(writer),
         contextlib.closing(saver),
         _stop_signal() as stopped,
-        tqdm(total=config.steps, initial=sum(done), unit="step", disable=None if progress else True) as bar,
+        tqdm(total=config.steps, initial=sum(done), unit="step", disable=None if progress and is_first() else True) as bar,
     ):
         stopping = False
         while sum(done) < config.steps and not stopping:
@@ -126,10 +139,9 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
             kind, batch = next(track.reader)
             states[turn], metrics = track.steps[kind](states[turn], track.frozen, join_rows(batch, mesh))
             done[turn] += 1
-            step, tokens = sum(done), int((batch.segments > 0).sum())
-            flops = tokens * track.flops_per_token
-            unread.append(Done(step, track.stage, done[turn], metrics, tokens, batch.segments.size, flops))
-            stopping = stopped.is_set()
+            step, slots = sum(done), batch.segments.size * jax.process_count()
+            unread.append(Done(step, track.stage, done[turn], metrics, slots, track.flops_per_token))
+            stopping = stopped(step)
             save = step % config.checkpoint_every == 0 or step == config.steps or stopping
             if save or step % config.log_every == 0:
                 for number, name, numbers in summaries(read(unread), time.perf_counter() - began, peak):
@@ -149,9 +161,17 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
     # ---- the finished model
     if not is_checkpoint(workdir / "model"):
         for track, state in zip(tracks, states, strict=True):
-            encoder = with_trained(encoder, track.stage, jax.device_put(state.parameters, jax.devices()[0]))
+            encoder = with_trained(encoder, track.stage, _on_one_device(state.parameters, mesh))
         save_checkpoint(workdir / "model", encoder, tokenizer)
+    barrier("the model is saved")
     return workdir / "model"
+
+
+def _on_one_device(arrays: Arrays, mesh: Mesh) -> Arrays:
+    """Whole arrays on the first device of each process."""
+    if mesh.is_multi_process:
+        arrays = {path: multihost_utils.process_allgather(x, tiled=True) for path, x in arrays.items()}
+    return jax.device_put(arrays, jax.local_devices()[0])
 
 
 def next_stage(config: TrainConfig, done: list[int]) -> int:
@@ -191,14 +211,17 @@ def _resumed(
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set when the process is asked to end; only the main thread can listen."""
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop behind a step because the job was asked to end (SIGTERM): in all processes behind the same one."""
+    if jax.process_count() > 1:  # JAX has caught the signal since the processes met, and agrees on the step
+        yield multihost_utils.reached_preemption_sync_point
+        return
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
+    if threading.current_thread() is not threading.main_thread():  # only that one can listen
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
-        yield stopped
+        yield lambda step: stopped.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jina_jax.processes import is_first
+
 from .config import Stage
 from .optimizer import learning_rate
 from .step import Metrics
@@ -30,9 +32,9 @@ class Done(NamedTuple):
     own_step: int
     """Of the stage, from 1."""
     metrics: Metrics
-    tokens: int
     slots: int
-    flops: float
+    """Of tokens, padding included."""
+    flops_per_token: float
 
 
 def read(steps: Sequence[Done]) -> list[Done]:
@@ -59,14 +61,15 @@ def summaries(steps: Sequence[Done], seconds: float, peak: float | None) -> Iter
         seconds: that they took together.
         peak: FLOP/s of all devices, where known; None leaves the share of it out.
     """
-    tokens = sum(step.tokens for step in steps)
+    tokens = sum(int(step.metrics.tokens) for step in steps)
     speed = {
         "steps_per_second": len(steps) / seconds,
         "tokens_per_second": tokens / seconds,
         "padding": 1 - tokens / sum(step.slots for step in steps),
     }
     if peak is not None:
-        speed["peak_share"] = sum(step.flops for step in steps) / seconds / peak
+        flops = sum(int(step.metrics.tokens) * step.flops_per_token for step in steps)
+        speed["peak_share"] = flops / seconds / peak
     for stage in dict.fromkeys(step.stage for step in steps):
         own = [step for step in steps if step.stage is stage]
         numbers = {
@@ -80,10 +83,13 @@ def summaries(steps: Sequence[Done], seconds: float, peak: float | None) -> Iter
 class MetricsWriter:
     """Appends to `metrics.jsonl`, one object a line, and to TensorBoard's event files.
 
-    A run that goes on from a step drops the lines behind it: they are written again.
+    A run that goes on from a step drops the lines behind it: they are written again. Of several processes the first writes.
     """
 
     def __init__(self, workdir: Path, step: int):
+        self._board = None
+        if not is_first():
+            return
         self._path = workdir / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         partial = self._path.with_suffix(".partial")
@@ -92,13 +98,16 @@ class MetricsWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:
+        if self._board is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "stage": stage} | numbers) + "\n")
         for name, number in numbers.items():
             self._board.add_scalar(f"{stage}/{name}", number, step)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -36,6 +36,7 @@ class Metrics(NamedTuple):
     loss: Array
     grad_norm: Array
     """Before clipping."""
+    tokens: Array
 
 
 Step = Callable[[State, Arrays, Batch], tuple[State, Metrics]]
@@ -75,20 +76,21 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
 
     def step(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
-        def loss(parameters: Arrays) -> Array:
+        def loss_of(parameters: Arrays) -> Array:
             arrays = frozen | parameters
             if split:
                 arrays = sharding.gather_outside_layers(arrays, dtype)
             return loss_share(from_parts(config, arrays, dtype=dtype), batch)
 
         # The shares are summed after the gradient: inside it, the transpose of psum would be another psum.
-        share, gradients = jax.value_and_grad(loss)(state.parameters)
+        share, gradients = jax.value_and_grad(loss_of)(state.parameters)
         gradients = sharding.sum_gradients(gradients)
         norm = sharding.global_norm(gradients)
         clipped = jax.tree.map(lambda x: x * jnp.minimum(1, stage.clip_norm / norm), gradients)
         updates, optimizer_state = transform.update(clipped, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        return State(parameters, optimizer_state), Metrics(jax.lax.psum(share, AXES), norm)  # type: ignore[arg-type]
+        loss, tokens = jax.lax.psum((share, (batch.segments > 0).sum()), AXES)
+        return State(parameters, optimizer_state), Metrics(loss, norm, tokens)  # type: ignore[arg-type]
 
     def compiled(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
         of_state = sharding.specs(state)

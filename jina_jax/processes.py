@@ -1,0 +1,167 @@
+"""Several processes as one program: start-up, agreement on small things, and one end for all when one fails.
+
+JAX's collectives run on the devices, in the order of the steps. What is agreed on here goes through the coordinator instead, so
+that any thread may do it at any time. All of it does nothing in a program of one process.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import distributed  # the coordinator's client has no public name
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 20
+"""A process that has not been heard of for so long is dead, and the others end."""
+
+WAIT_SECONDS = 600
+"""The longest that processes may be apart, such as while one of them writes a checkpoint."""
+
+KEPT = 10_000
+
+_FAILED = "jina-jax/failed/"
+
+
+def start() -> bool:
+    """Joins the other processes of this job; True where there are any. To be called before anything asks for JAX's devices.
+
+    They are found by, in this order:
+      * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+      * Slurm, if the job step has several tasks;
+      * a Cloud TPU, as a JobSet on GKE (multislice too) or as virtual machines.
+
+    Raises:
+        ValueError: the environment names processes and leaves something out.
+    """
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        count, number = _whole("JAX_NUM_PROCESSES"), _whole("JAX_PROCESS_ID")
+        if not 0 <= number < count:
+            raise ValueError(f"JAX_PROCESS_ID must be in 0..{count - 1}, not {number}")
+        _initialize(num_processes=count, process_id=number)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or _on_cloud_tpu():
+        _initialize()
+    return jax.process_count() > 1
+
+
+def _initialize(**arguments: Any) -> None:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+
+
+def _whole(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _on_cloud_tpu() -> bool:
+    """On GKE the environment lists the hosts. Virtual machines ask Google's metadata server, which notebooks do not have."""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") or os.environ.get("COLAB_RELEASE_TAG"):
+        return False
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts is not None:
+        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def barrier(name: str) -> None:
+    """Returns when every process is here.
+
+    Raises:
+        RuntimeError: not all of them came.
+    """
+    if client := _client():
+        client.wait_at_barrier(_numbered(name), WAIT_SECONDS * 1000)
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """The first process is inside alone, the others after it: they find what it has made."""
+    if not is_first():
+        barrier(name)
+    yield
+    if is_first():
+        barrier(name)
+
+
+def of_first(name: str, value: Callable[[], str]) -> str:
+    """The value that the first process computes, in every process."""
+    client = _client()
+    if client is None:
+        return value()
+    key = _numbered(name)
+    if is_first():
+        client.key_value_set(key, value())
+    return client.blocking_key_value_get(key, WAIT_SECONDS * 1000)
+
+
+def largest(name: str, number: int, value: int) -> int:
+    """The largest of the processes' values of that name and number. What was agreed on KEPT numbers ago is forgotten."""
+    client = _client()
+    if client is None:
+        return value
+    place = f"jina-jax/{name}/{number}/"
+    client.key_value_set(f"{place}{jax.process_index()}", str(value), allow_overwrite=True)
+    found = [client.blocking_key_value_get(f"{place}{i}", WAIT_SECONDS * 1000) for i in range(jax.process_count())]
+    client.key_value_delete(f"jina-jax/{name}/{number - KEPT}/{jax.process_index()}")
+    return max(map(int, found))
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """An error inside ends all processes with its message. Without this the others would wait for the lost one."""
+    client = _client()
+    if client is None:
+        yield
+        return
+    threading.Thread(target=_watch, args=(client,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        message = f"process {jax.process_index()}: {error}"
+        with contextlib.suppress(Exception):
+            client.key_value_set(f"{_FAILED}{jax.process_index()}", message)
+            time.sleep(2 * _LOOK_SECONDS)  # the coordinator may be this process: the others must have read it
+        logger.error("error: %s", message)
+        os._exit(1)  # the usual way waits for the others
+
+
+_LOOK_SECONDS = 1.0
+
+
+def _watch(client: Any) -> None:
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        try:
+            failed = client.key_value_dir_get(_FAILED)
+        except Exception:  # the coordinator is gone: JAX says so, and ends this process
+            return
+        if failed:
+            logger.error("error: another process failed; %s", "; ".join(message for _, message in failed))
+            os._exit(1)
+
+
+def _numbered(name: str) -> str:
+    """A name is used up when the processes have met under it. They all use it equally often, so a count makes another one."""
+    _uses[name] += 1
+    return f"jina-jax/{name}/{_uses[name]}"
+
+
+_uses: dict[str, int] = defaultdict(int)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what one alone should write."""
+    return jax.process_index() == 0
+
+
+def _client() -> Any:
+    return distributed.global_state.client if jax.process_count() > 1 else None
