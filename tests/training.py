@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
 from jina_jax import ModelConfig
+from jina_jax.processes import failing_together, start
 from train import checkpoints, loop
 from train.config import Dataset, Stage, Start, TrainConfig
 from train.datasets import prepare_records
@@ -138,30 +140,61 @@ class Runs:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server finds `training` by it
             forkserver.ensure_running()
 
-    def start(self, workdir: Path, fault: tuple[str, int] | None = None, **changes: Any) -> Any:
+    def start(
+        self, workdir: Path, fault: tuple[str, int] | None = None, *, job: dict[str, str] | None = None, **changes: Any
+    ) -> Any:
+        """A process; `job` is the environment by which it finds the others of its job."""
         workdir.mkdir(parents=True, exist_ok=True)
-        arguments = replace(self.config, **changes), workdir, fault, *self._options
+        arguments = replace(self.config, **changes), workdir, fault, job or {}, *self._options
         process = self._context.Process(target=_child, args=arguments)
         process.start()
         return process
 
+    def start_job(
+        self, workdir: Path, count: int, faults: dict[int, tuple[str, int]] | None = None, **changes: Any
+    ) -> list[Any]:
+        """So many processes that work together."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        return [
+            self.start(workdir, (faults or {}).get(number), job=job | {"JAX_PROCESS_ID": str(number)})
+            for number in range(count)
+        ]
+
     def finish(self, workdir: Path, fault: tuple[str, int] | None = None, **changes: Any) -> int:
         """Runs until it ends by itself; the exit code, negative for a signal's number."""
-        process = self.start(workdir, fault, **changes)
-        process.join(240)
-        if process.exitcode is None:
-            process.kill()
-        assert process.exitcode is not None, "the run hangs"
-        return process.exitcode
+        return exit_codes([self.start(workdir, fault, **changes)])[0]
 
 
-def log_of(workdir: Path) -> str:
-    """What the runs in a directory have said."""
-    return (workdir / "run.log").read_text("utf-8")
+def exit_codes(processes: list[Any], seconds: float = 240) -> list[int]:
+    """Of processes that end by themselves; negative for a signal's number."""
+    for process in processes:
+        process.join(seconds)
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "the run hangs"
+    return [process.exitcode for process in processes]
 
 
-def _child(config: TrainConfig, workdir: Path, fault: tuple[str, int] | None, cache: Path, pause: float, devices: int) -> None:
-    output = (workdir / "run.log").open("a", encoding="utf-8")
+def log_of(workdir: Path, process: int = 0) -> str:
+    """What the runs in a directory have said; of a job, one of its processes."""
+    return (workdir / f"run-{process}.log").read_text("utf-8")
+
+
+def _child(
+    config: TrainConfig,
+    workdir: Path,
+    fault: tuple[str, int] | None,
+    job: dict[str, str],
+    cache: Path,
+    pause: float,
+    devices: int,
+) -> None:
+    output = (workdir / f"run-{job.get('JAX_PROCESS_ID', 0)}.log").open("a", encoding="utf-8")
+    os.environ.update(job)
     os.dup2(output.fileno(), sys.stdout.fileno())
     os.dup2(output.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=output, force=True)
@@ -175,7 +208,9 @@ def _child(config: TrainConfig, workdir: Path, fault: tuple[str, int] | None, ca
         if fault:
             FAULTS[fault[0]](fault[1])
         try:
-            loop.train(config, workdir, progress=False)
+            start()
+            with failing_together():
+                loop.train(config, workdir, progress=False)
         except (ValueError, OSError) as error:
             logging.error("error: %s", error)
             output.flush()
@@ -198,6 +233,10 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _raise() -> None:
+    raise ValueError("something is wrong here")
+
+
 def _disk_full() -> None:
     """From here on no file takes more than 16 KiB: what writes more gets an error from the operating system."""
     import resource
@@ -211,6 +250,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "killed before the rename": lambda number: _before(Path, "rename", number, _die),
     "killed while old ones are removed": lambda number: _before(shutil, "rmtree", number, _die),
     "killed before the model is saved": lambda number: _before(loop, "save_checkpoint", number, _die),
+    "killed in a step": lambda number: _before(loop, "join_rows", number, _die),
+    "wrong in a step": lambda number: _before(loop, "join_rows", number, _raise),
     "disk full": lambda number: _before(checkpoints.ocp, "save_async", number, _disk_full),
 }
 """By name: what happens at the n-th save."""

@@ -1,0 +1,110 @@
+"""Several processes on this machine, with real collectives between them, are one process with as many devices."""
+
+import time
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+pytest.importorskip("tensorflow_datasets")
+from jina_jax import processes
+from train.config import Mesh
+from train.metrics import read_metrics
+from training import Runs, assert_identical, exit_codes, log_of, run_config, saved_arrays, stages, write_datasets
+
+DEVICES = 4
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    return write_datasets(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def runs_of(datasets, tmp_path_factory):
+    def make(*names: str, devices: int, **fields) -> Runs:
+        # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
+        made = stages(datasets, steps=4, epsilon=1e-2, batch_size=16, chunk_rows=2, row_shapes=3)
+        config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=2, **fields)
+        return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, devices=devices)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "fsdp"),
+    [(("mlm",), (2,), 2), (("pairs",), (2, 4), 1), (("retrieval", "separation"), (2,), 4)],
+)
+def test_several_processes_are_one(runs_of, tmp_path, names, counts, fsdp):
+    whole = tmp_path / "one"
+    assert runs_of(*names, devices=DEVICES, mesh=Mesh(fsdp=fsdp)).finish(whole) == 0, log_of(whole)
+    want, lines = saved_arrays(whole), read_metrics(whole)
+    for count in counts:
+        workdir = tmp_path / str(count)
+        job = runs_of(*names, devices=DEVICES // count, mesh=Mesh(fsdp=fsdp)).start_job(workdir, count)
+        assert exit_codes(job) == [0] * count, log_of(workdir)
+        for key in ("loss", "grad_norm", "padding"):
+            np.testing.assert_allclose([x[key] for x in read_metrics(workdir)], [x[key] for x in lines], rtol=1e-5)
+        for name, array in saved_arrays(workdir).items():
+            np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=name)
+        assert (workdir / "model" / "manifest.json").exists()
+
+
+def test_a_killed_process_ends_the_others_and_the_restart_goes_on(runs_of, tmp_path):
+    runs = runs_of("pairs", devices=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert exit_codes(runs.start_job(whole, 2)) == [0, 0], log_of(whole)
+    began = time.monotonic()
+    codes = exit_codes(runs.start_job(killed, 2, faults={1: ("killed in a step", 4)}), seconds=120)
+    assert codes[1] == -9 and codes[0] not in (0, None)
+    assert time.monotonic() - began < 60 + 30  # the run itself included
+    assert "process" in log_of(killed) and not (killed / "model").exists()
+    assert exit_codes(runs.start_job(killed, 2)) == [0, 0], log_of(killed)
+    assert "resumed" in log_of(killed)
+    assert_identical(saved_arrays(killed), saved_arrays(whole))
+
+
+def test_an_error_in_one_process_is_every_processs_error(runs_of, tmp_path):
+    job = runs_of("pairs", devices=1).start_job(tmp_path, 2, faults={1: ("wrong in a step", 2)})
+    assert exit_codes(job, seconds=90) == [1, 1]
+    assert "error: another process failed; process 1: something is wrong here" in log_of(tmp_path, 0)
+    assert "error: process 1: something is wrong here" in log_of(tmp_path, 1)
+
+
+def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
+    """Four devices in two processes, then one device: the batches are the same, and so is the result."""
+    assert runs_of("pairs", devices=1).finish(tmp_path / "whole") == 0
+    moved = tmp_path / "moved"
+    faults = {number: ("killed in a step", 3) for number in range(2)}
+    first = runs_of("pairs", devices=2, mesh=Mesh(fsdp=2)).start_job(moved, 2, faults)
+    assert exit_codes(first) == [-9, -9]
+    assert runs_of("pairs", devices=1).finish(moved) == 0, log_of(moved)
+    assert "resumed" in log_of(moved)
+    want = saved_arrays(tmp_path / "whole")
+    for name, array in saved_arrays(moved).items():
+        np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({}, "JAX_NUM_PROCESSES must be a whole number, not ''"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be a whole number, not 'one'"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID must be in 0..1, not 2"),
+    ],
+)
+def test_an_incomplete_environment_is_named(monkeypatch, job, message):
+    for name, value in ({"JAX_COORDINATOR_ADDRESS": "localhost:1"} | job).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        processes.start()
+
+
+def test_alone_there_is_nobody_to_wait_for(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert not processes.start() and jax.process_count() == 1
+    processes.barrier("anything")
+    assert processes.largest("rows", 3, 5) == 5 and processes.of_first("name", lambda: "value") == "value"
