@@ -17,6 +17,7 @@ from train.config import Dataset, Stage, Start, TrainConfig
 
 DATASETS = "runs/quickstart/datasets/debian_packages"
 DIMS = (32, 64, 128, 256)
+DIM_WEIGHTS = (3.0, 1.0, 1.0, 1.0)
 
 MODEL = ModelConfig(
     vocab_size=16_000,
@@ -38,9 +39,9 @@ def mlm() -> TrainConfig:
             Stage(
                 name="mlm",
                 objective="mlm",
-                datasets=(Dataset(f"{DATASETS}/texts/1.0.0", "text", by_language=True, language_exponent=0.5),),
-                steps=150,
-                warmup_steps=15,
+                datasets=(Dataset(f"{DATASETS}/texts/1.0.0", "text"),),
+                steps=80,
+                warmup_steps=25,
                 batch_size=64,
                 length=128,
                 row_length=128,
@@ -63,15 +64,16 @@ def pairs() -> TrainConfig:
                     Dataset(f"{DATASETS}/pairs/1.0.0", "pair", by_language=True, language_exponent=0.5),
                     Dataset(f"{DATASETS}/translations/1.0.0", "pair", by_language=True, language_exponent=0.5),
                 ),
-                steps=550,
+                steps=480,
                 warmup_steps=50,
                 batch_size=128,
                 length=64,
                 row_length=128,
                 row_shapes=6,
-                learning_rate=1e-3,
+                learning_rate=1.5e-3,
                 temperature=0.05,
                 dims=DIMS,
+                dim_weights=DIM_WEIGHTS,
             ),
         ),
     )
