@@ -122,25 +122,29 @@ def check_divides(config: ModelConfig, mesh: Mesh) -> None:
 # ---- inside a shard_map
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole(part: Array, axis: int, dtype: DTypeLike) -> Array:
     """A parameter made whole from the parts on the `fsdp` axis, in the part's own dtype but with the precision of `dtype`.
 
     It travels in `dtype`. Its gradient is summed over the devices in the part's dtype, float32, and comes back as parts:
     the transpose that JAX knows would sum in `dtype`.
     """
+    return _whole(part, axis, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(part: Array, axis: int, dtype: DTypeLike) -> Array:
     return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True).astype(part.dtype)
 
 
 def _whole_forward(part: Array, axis: int, dtype: DTypeLike) -> tuple[Array, None]:
-    return whole(part, axis, dtype), None
+    return _whole(part, axis, dtype), None
 
 
 def _whole_backward(axis: int, dtype: DTypeLike, _: None, gradient: Array) -> tuple[Array]:
     return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
-whole.defvjp(_whole_forward, _whole_backward)
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def gather_layer(layer: Layer, dtype: DTypeLike) -> Layer:

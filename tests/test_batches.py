@@ -60,13 +60,14 @@ def test_every_text_is_where_places_says(data, sizes, lengths, row_shapes):
     examples = [Example(tuple(names[i * texts : (i + 1) * texts]), score=i / 7) for i in range(count)]
     shape = batch_shape(texts * per_device, plan)
     batch = collate(examples, fake_encode, shape, devices, PAD)
+    shared = [example for device in range(devices) for example in examples[device::devices]]
 
     rows = len(batch.tokens) // devices
     assert rows in shape.row_counts and batch.tokens.shape == (rows * devices, row_length)
     assert batch.places.shape == (count, texts)
     for i, places in enumerate(batch.places.tolist()):
         device = i // per_device
-        for text, place in zip(examples[i].texts, places, strict=True):
+        for text, place in zip(shared[i].texts, places, strict=True):
             token, size = map(int, text.split(","))
             assert 0 <= place < rows * max_texts(row_length)  # of its own device
             row, slot = device * rows + place // max_texts(row_length), place % max_texts(row_length)
@@ -81,7 +82,7 @@ def test_every_text_is_where_places_says(data, sizes, lengths, row_shapes):
     for i, places in enumerate(batch.places):
         held[i // per_device, places] = True
     assert held.sum() == count * texts and (batch.tasks.reshape(devices, -1)[~held] == -1).all()
-    np.testing.assert_array_equal(batch.scores, np.array([i / 7 for i in range(count)], np.float32))
+    np.testing.assert_array_equal(batch.scores, np.array([example.score for example in shared], np.float32))
 
 
 @given(
@@ -223,7 +224,7 @@ def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
     for i, places in enumerate(batch.places.tolist()):
         texts = [tokenizer.decode(tokens_at(batch, place, i // 8, 2), skip_special_tokens=True) for place in places]
         numbers.append({text[-9:] for text in texts})
-        assert all(text.endswith(examples[i].suffix) for text in texts)
+        assert all(text.endswith(examples[i % 8 * 2 + i // 8].suffix) for text in texts)
     assert all(len(each) == 1 for each in numbers) and len(set.union(*numbers)) == 16
 
 

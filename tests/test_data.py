@@ -115,7 +115,32 @@ def test_processes_share_a_batch(processes, stream, texts_of):
 def test_devices_share_a_batch(devices, stream, texts_of):
     whole, shared = stream(stage()), stream(stage(), devices=devices)
     for number in range(10):
-        assert texts_of(shared[number][1], devices) == texts_of(whole[number][1])
+        every = texts_of(whole[number][1])
+        assert texts_of(shared[number][1], devices) == [text for device in range(devices) for text in every[device::devices]]
+
+
+def test_as_many_devices_have_the_same_shares_in_any_number_of_processes(stream, texts_of):
+    one, two = stream(stage(), devices=4), [stream(stage(), devices=2, process=i, processes=2) for i in range(2)]
+    for number in range(5):
+        whole = texts_of(one[number][1], 4)
+        parts = [texts_of(part[number][1], 2) for part in two]
+        shares = [part[i : i + 2] for part in parts for i in (0, 2)]
+        assert sorted(shares) == sorted(whole[i : i + 2] for i in (0, 2, 4, 6))
+
+
+def test_all_processes_have_as_many_rows(stream):
+    """As `agreed` says, here with a process elsewhere that needs more rows than this one."""
+    asked = []
+
+    def agreed(name, number, rows):
+        asked.append((name, number, rows))
+        return 5
+
+    plan = stage(row_shapes=8)
+    alone, together = stream(plan), stream(plan, agreed=agreed)
+    shapes = [len(together[number][1].tokens) for number in range(3)]
+    assert all(rows >= 5 for rows in shapes) and shapes != [len(alone[number][1].tokens) for number in range(3)]
+    assert [(name, number) for name, number, _ in asked] == [("s/0/0", number) for number in range(3)]
 
 
 def test_what_is_drawn_does_not_depend_on_the_processes(stream, texts_of):

@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
-    {"config", "packing", "quantize", "tensor_files", "remote"},
+    {"config", "packing", "processes", "quantize", "tensor_files", "remote"},
     {"lora"},
     {"attention"},
     {"weights", "model"},
+    {"sharding"},
     {"adapters", "inference", "losses", "peft_adapter", "checkpoint", "tokenizer"},
     {"torch_checkpoint", "sources"},
     {"embedder"},

@@ -15,15 +15,15 @@ from transformers import get_linear_schedule_with_warmup
 
 from jina_jax import Encoder
 from jina_jax.config import ModelConfig
-from jina_jax.model import from_arrays, variables
+from jina_jax.model import from_parts, variables
+from jina_jax.sharding import join_rows, make_mesh, place
 from train.config import Dataset, Stage
-from train.config import Mesh as MeshSizes
 from train.data import batches, open_datasets
 from train.flops import peak_flops, training_flops
 from train.objectives import objective
-from train.optimizer import learning_rate, optimizer
+from train.optimizer import clipped, learning_rate, optimizer
 from train.start import parts
-from train.step import all_finite, initial_state, make_mesh, make_step, place, replicate
+from train.step import all_finite, initial_state, make_step
 from training import KINDS, compiled_once, stages, write_datasets
 
 STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS}, steps=6, warmup_steps=2, weight_decay=0.3)
@@ -91,7 +91,8 @@ def test_updates_are_those_of_torch():
     state = transform.init(parameters)
     for size in (1e-3, 10.0, 0.05, 1.0):  # clipped and not
         gradients = {path: jnp.asarray(size * rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
-        updates, state = transform.update(gradients, state, parameters)
+        norm = jnp.sqrt(sum(jnp.square(x).sum() for x in gradients.values()))
+        updates, state = transform.update(clipped(gradients, norm, stage), state, parameters)
         parameters = {path: x + updates[path] for path, x in parameters.items()}
         reference.step(gradients)
         reference.assert_has(parameters)
@@ -118,18 +119,18 @@ def test_a_step_is_torchs_update_by_the_gradient_of_the_loss(name, kind, make_en
     stage = replace(stages(write_datasets(tmp_path), steps=6, warmup_steps=2, weight_decay=0.3)[name], epsilon=1e-3)
     encoder = make_encoder(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, tasks=stage.adapters)
     config, trained, frozen = parts(encoder, stage)
-    mesh = make_mesh(MeshSizes(data=1))
+    mesh = make_mesh(data=1)
     step = make_step(stage, kind, config, "float32", mesh)
-    state, reference = replicate(initial_state(stage, trained), mesh), Torch(stage, trained)
+    state, reference = initial_state(stage, trained, mesh), Torch(stage, trained)
     stream = batches(stage, open_datasets(stage, tmp_path), encoder.config, tokenizer, seed=0)
     loss = objective(stage, kind)
     differentiated = jax.jit(
-        jax.value_and_grad(lambda some, batch: loss(from_arrays(config, frozen | some, dtype=jnp.float32), batch))
+        jax.value_and_grad(lambda some, batch: loss(from_parts(config, frozen | some, dtype=jnp.float32), batch))
     )
     for number in range(3):
         _, batch = stream[number]
         value, gradients = differentiated({path: jnp.array(x) for path, x in state.parameters.items()}, batch)
-        state, metrics = step(state, replicate(frozen, mesh), place(batch, mesh))
+        state, metrics = step(state, place(frozen, mesh), join_rows(batch, mesh))
         norm = reference.step(gradients)
         np.testing.assert_allclose([metrics.loss, metrics.grad_norm], [value, norm], rtol=1e-5)
         reference.assert_has(state.parameters)

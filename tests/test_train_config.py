@@ -153,7 +153,7 @@ def test_overrides_are_checked_together():
         ("start.source=None", "start: give either source, a checkpoint, or model"),
         ("start.rope_theta=inf", "start.rope_theta: "),
         ("dtype=float16", "dtype: Input should be 'float32' or 'bfloat16'"),
-        ("mesh.fsdp=2", "mesh.fsdp: Input should be 1"),
+        ("mesh.fsdp=0", "mesh.fsdp: Input should be greater than or equal to 1"),
         ("read_threads=-1", "read_threads: "),
     ],
 )

@@ -1,6 +1,8 @@
 """AdamW with a linear schedule."""
 
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from .config import Stage
 
@@ -21,6 +23,12 @@ def optimizer(stage: Stage) -> optax.GradientTransformation:
     split; clipping, which needs the norm of all gradients, is in the step."""
     b1, b2 = stage.betas
     return optax.adamw(learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed)
+
+
+def clipped(gradients: dict[str, Array], norm: Array, stage: Stage) -> dict[str, Array]:
+    """Gradients whose norm is the stage's `clip_norm` at most, given the norm that they have."""
+    factor = jnp.minimum(1, stage.clip_norm / norm)
+    return {path: x * factor for path, x in gradients.items()}
 
 
 def _decayed(parameters: dict) -> dict[str, bool]:

@@ -19,7 +19,7 @@ from jina_jax.sharding import AXES
 from .batches import Batch
 from .config import Stage
 from .objectives import objective
-from .optimizer import optimizer
+from .optimizer import clipped, optimizer
 from .start import Arrays
 
 
@@ -86,8 +86,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         share, gradients = jax.value_and_grad(loss_of)(state.parameters)
         gradients = sharding.sum_gradients(gradients)
         norm = sharding.global_norm(gradients)
-        clipped = jax.tree.map(lambda x: x * jnp.minimum(1, stage.clip_norm / norm), gradients)
-        updates, optimizer_state = transform.update(clipped, state.optimizer, state.parameters)
+        updates, optimizer_state = transform.update(clipped(gradients, norm, stage), state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         loss, tokens = jax.lax.psum((share, (batch.segments > 0).sum()), AXES)
         return State(parameters, optimizer_state), Metrics(loss, norm, tokens)  # type: ignore[arg-type]
