@@ -81,7 +81,14 @@ def pairs() -> TrainConfig:
 
 def adapters() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/quickstart/pairs/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
+        start=Start(
+            source="runs/quickstart/pairs/model",
+            rope_theta=20_000.0,
+            lora_rank=4,
+            lora_alpha=1.0,
+            # Titles have five tokens: the published instructions, of ten, would be most of a query's mean.
+            instructions=(("retrieval.query", ""), ("retrieval.passage", "")),
+        ),
         checkpoint_every=50,
         stages=(
             Stage(
@@ -89,9 +96,9 @@ def adapters() -> TrainConfig:
                 objective="retrieval",
                 adapters=("retrieval.query", "retrieval.passage"),
                 datasets=(Dataset("runs/quickstart/triplets.jsonl", "triplet"),),
-                negatives=2,
+                negatives=1,
                 temperature=0.05,
-                **_sizes(steps=70, batch_size=48, length=64),
+                **_sizes(steps=80, batch_size=96, length=64),
             ),
             Stage(
                 name="text_matching",
@@ -99,7 +106,7 @@ def adapters() -> TrainConfig:
                 adapters=("text-matching",),
                 datasets=(Dataset(f"{DATASETS}/scored/1.0.0", "scored_pair", by_language=True),),
                 temperature=1.0,
-                **_sizes(steps=70, batch_size=64, length=96),
+                **_sizes(steps=50, batch_size=64, length=96),
             ),
             Stage(
                 name="classification",
@@ -108,15 +115,15 @@ def adapters() -> TrainConfig:
                 datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
                 negatives=3,
                 temperature=0.05,
-                **_sizes(steps=70, batch_size=32, length=64),
+                **_sizes(steps=50, batch_size=32, length=64),
             ),
             Stage(
                 name="separation",
                 objective="separation",
                 adapters=("separation",),
                 datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
-                temperature=0.5,
-                **_sizes(steps=70, batch_size=48, length=64),
+                temperature=0.3,
+                **_sizes(steps=50, batch_size=48, length=64),
             ),
         ),
     )
@@ -129,7 +136,7 @@ def _sizes(steps: int, batch_size: int, length: int) -> dict:
         "batch_size": batch_size,
         "length": length,
         "row_length": 128,
-        "row_shapes": 3,
-        "learning_rate": 1e-3,
+        "row_shapes": 2,
+        "learning_rate": 2e-3,
         "dims": DIMS,
     }
