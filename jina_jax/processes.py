@@ -28,6 +28,7 @@ WAIT_SECONDS = 600
 KEPT = 10_000
 
 _FAILED = "jina-jax/failed/"
+_LOOK_SECONDS = 1.0
 
 
 def start() -> bool:
@@ -126,27 +127,37 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        message = f"process {jax.process_index()}: {error}"
-        with contextlib.suppress(Exception):
-            client.key_value_set(f"{_FAILED}{jax.process_index()}", message)
-            time.sleep(2 * _LOOK_SECONDS)  # the coordinator may be this process: the others must have read it
-        logger.error("error: %s", message)
-        os._exit(1)  # the usual way waits for the others
-
-
-_LOOK_SECONDS = 1.0
+        if not _report_failed(client):  # else this error is no more than what another one's looks like from here
+            message = f"process {jax.process_index()}: {error}"
+            logger.error("error: %s", message)
+            with contextlib.suppress(Exception):
+                client.key_value_set(f"{_FAILED}{jax.process_index()}", message)
+        _end()
 
 
 def _watch(client: Any) -> None:
     while True:
         time.sleep(_LOOK_SECONDS)
-        try:
-            failed = client.key_value_dir_get(_FAILED)
-        except Exception:  # the coordinator is gone: JAX says so, and ends this process
-            return
-        if failed:
-            logger.error("error: another process failed; %s", "; ".join(message for _, message in failed))
-            os._exit(1)
+        if _report_failed(client):
+            _end()
+
+
+def _report_failed(client: Any) -> bool:
+    """Whether a process has failed, and said so."""
+    try:
+        failed = client.key_value_dir_get(_FAILED)
+    except Exception:  # the coordinator is gone, or ending: JAX says so
+        return False
+    if failed:
+        logger.error("error: another process failed; %s", "; ".join(message for _, message in failed))
+    return bool(failed)
+
+
+def _end() -> None:
+    """Ends the process at once: the usual way waits for the others. The first one, which is the coordinator, ends last."""
+    if is_first():
+        time.sleep(3 * _LOOK_SECONDS)
+    os._exit(1)
 
 
 def _numbered(name: str) -> str:

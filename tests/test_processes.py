@@ -26,7 +26,7 @@ def runs_of(datasets, tmp_path_factory):
     def make(*names: str, devices: int, **fields) -> Runs:
         # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
         made = stages(datasets, steps=4, epsilon=1e-2, batch_size=16, chunk_rows=2, row_shapes=3)
-        config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=2, **fields)
+        config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=1, **fields)
         return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, devices=devices)
 
     return make
@@ -34,7 +34,12 @@ def runs_of(datasets, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("names", "counts", "fsdp"),
-    [(("mlm",), (2,), 2), (("pairs",), (2, 4), 1), (("retrieval", "separation"), (2,), 4)],
+    [
+        (("pairs",), (2,), 2),
+        pytest.param(("pairs",), (2, 4), 1, marks=pytest.mark.slow),
+        pytest.param(("mlm",), (2, 4), 2, marks=pytest.mark.slow),
+        pytest.param(("retrieval", "separation"), (2, 4), 4, marks=pytest.mark.slow),
+    ],
 )
 def test_several_processes_are_one(runs_of, tmp_path, names, counts, fsdp):
     whole = tmp_path / "one"
@@ -72,13 +77,14 @@ def test_an_error_in_one_process_is_every_processs_error(runs_of, tmp_path):
     assert "error: process 1: something is wrong here" in log_of(tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
     """Four devices in two processes, then one device: the batches are the same, and so is the result."""
     assert runs_of("pairs", devices=1).finish(tmp_path / "whole") == 0
     moved = tmp_path / "moved"
-    faults = {number: ("killed in a step", 3) for number in range(2)}
+    faults = {number: ("killed in a step", 4) for number in range(2)}
     first = runs_of("pairs", devices=2, mesh=Mesh(fsdp=2)).start_job(moved, 2, faults)
-    assert exit_codes(first) == [-9, -9]
+    assert 0 not in exit_codes(first)
     assert runs_of("pairs", devices=1).finish(moved) == 0, log_of(moved)
     assert "resumed" in log_of(moved)
     want = saved_arrays(tmp_path / "whole")

@@ -96,7 +96,9 @@ def run_config(*of_run: Stage, **fields: Any) -> TrainConfig:
 def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Parameters and optimizer of a run's last checkpoint."""
     last = sorted(path for path in (workdir / "checkpoints").glob("[0-9]*"))[-1]
-    return {name: np.asarray(array) for name, array in ocp.load(str(last.absolute() / "arrays")).items()}
+    stored, one = ocp.metadata(str(last.absolute() / "arrays")).metadata, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    whole = {name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=one) for name, array in stored.items()}
+    return {name: np.asarray(array) for name, array in ocp.load(str(last.absolute() / "arrays"), whole).items()}
 
 
 def assert_identical(got: dict[str, Any], want: dict[str, Any]) -> None:
