@@ -125,7 +125,7 @@ def _train_peer(scratch: Path, dtype: str, steps: int) -> list[float]:
         model=model,
         args=arguments,
         train_dataset=rows.select_columns(["anchor", "positive"]),  # type: ignore[union-attr]
-        loss=MatryoshkaLoss(model, ranking, matryoshka_dims=list(stage.dims)),
+        loss=MatryoshkaLoss(model, ranking, matryoshka_dims=list(stage.dims), matryoshka_weights=list(stage.dim_weights)),
         callbacks=[Clock()],
     ).train()
     return [end - begin for begin, end in itertools.pairwise(ends)]

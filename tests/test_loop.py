@@ -1,5 +1,6 @@
 """Whole runs: stages side by side and by themselves, over several devices, in bfloat16, and the program's errors."""
 
+import fcntl
 import itertools
 import json
 import random
@@ -155,6 +156,15 @@ def test_eight_devices_are_one_device(datasets, tmp_path, tmp_path_factory, name
             np.testing.assert_allclose([line[key] for line in read_metrics(workdir)], [line[key] for line in one], rtol=1e-5)
         for name, array in saved_arrays(workdir).items():
             np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=f"{workdir.name} {name}")
+
+
+def test_a_directory_takes_one_run_at_a_time(datasets, tmp_path):
+    config = run_config(stages(datasets, steps=1)["pairs"])
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ResumeError, match="another process is training in .*; wait for it"):
+            train(config, tmp_path, progress=False)
+    assert train(config, tmp_path, progress=False) == tmp_path / "model"
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_an_error(datasets, tmp_path, tmp_path_factory):

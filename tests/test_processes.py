@@ -1,6 +1,9 @@
 """Several processes on this machine, with real collectives between them, are one process with as many devices."""
 
+import os
+import signal
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -23,11 +26,11 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs_of(datasets, tmp_path_factory):
-    def make(*names: str, devices: int, **fields) -> Runs:
+    def make(*names: str, devices: int, steps: int = 4, pause: float = 0.0, **fields) -> Runs:
         # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
-        made = stages(datasets, steps=4, epsilon=1e-2, batch_size=16, chunk_rows=2, row_shapes=3)
+        made = stages(datasets, steps=steps, epsilon=1e-2, batch_size=16, chunk_rows=2, row_shapes=3)
         config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=1, **fields)
-        return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, devices=devices)
+        return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, pause, devices)
 
     return make
 
@@ -68,6 +71,26 @@ def test_a_killed_process_ends_the_others_and_the_restart_goes_on(runs_of, tmp_p
     assert exit_codes(runs.start_job(killed, 2)) == [0, 0], log_of(killed)
     assert "resumed" in log_of(killed)
     assert_identical(saved_arrays(killed), saved_arrays(whole))
+
+
+@pytest.mark.slow
+def test_processes_stop_behind_the_same_step_when_one_is_asked_to_end(runs_of, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert exit_codes(runs_of("pairs", devices=1, steps=30).start_job(whole, 2)) == [0, 0], log_of(whole)
+    job = runs_of("pairs", devices=1, steps=30, pause=0.5).start_job(stopped, 2)
+    wait_for(lambda: len(read_metrics(stopped)) >= 3)
+    os.kill(job[1].pid, signal.SIGTERM)
+    assert exit_codes(job) == [0, 0], log_of(stopped)
+    assert "stopped at step" in log_of(stopped, 0) and not (stopped / "model").exists()
+    assert exit_codes(runs_of("pairs", devices=1, steps=30).start_job(stopped, 2)) == [0, 0], log_of(stopped)
+    assert_identical(saved_arrays(stopped), saved_arrays(whole))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
 
 
 def test_an_error_in_one_process_is_every_processs_error(runs_of, tmp_path):

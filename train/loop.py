@@ -7,6 +7,7 @@ WORKDIR/model/           the finished model, for Embedder.load
 """
 
 import contextlib
+import fcntl
 import logging
 import signal
 import threading
@@ -75,13 +76,18 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         The directory of the finished model; None where SIGTERM stopped the run after a save.
 
     Raises:
-        ResumeError: `workdir` holds another run; the message lists the differences.
+        ResumeError: `workdir` holds another run, and the message lists the differences; or another process is at work in it.
         TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
         ValueError, OSError: the configuration, the data or the disk.
     """
-    # ---- model, mesh and data
     with first_alone("workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
+    with _only_run(workdir) if is_first() else contextlib.nullcontext():
+        return _train(config, workdir, progress)
+
+
+def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
+    # ---- model, mesh and data
     if is_first():
         remove_unfinished(workdir)
     checkpoint = latest(workdir / "checkpoints")
@@ -172,6 +178,17 @@ def _on_one_device(arrays: Arrays, mesh: Mesh) -> Arrays:
     if mesh.is_multi_process:
         arrays = {path: multihost_utils.process_allgather(x, tiled=True) for path, x in arrays.items()}
     return jax.device_put(arrays, jax.local_devices()[0])
+
+
+@contextlib.contextmanager
+def _only_run(workdir: Path) -> Iterator[None]:
+    """Two processes that train in one directory would each remove what the other writes. The lock goes with its process."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(f"another process is training in {workdir}; wait for it, or give another --workdir") from error
+        yield
 
 
 def next_stage(config: TrainConfig, done: list[int]) -> int:
