@@ -64,7 +64,7 @@ def test_a_killed_process_ends_the_others_and_the_restart_goes_on(runs_of, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert exit_codes(runs.start_job(whole, 2)) == [0, 0], log_of(whole)
     began = time.monotonic()
-    codes = exit_codes(runs.start_job(killed, 2, faults={1: ("killed in a step", 4)}), seconds=120)
+    codes = exit_codes(runs.start_job(killed, 2, faults={1: ("dies in a step", 4)}), seconds=120)
     assert codes[1] == -9 and codes[0] not in (0, None)
     assert time.monotonic() - began < 60 + 30  # the run itself included
     assert "process" in log_of(killed) and not (killed / "model").exists()
@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
     """Four devices in two processes, then one device: the batches are the same, and so is the result."""
     assert runs_of("pairs", devices=1).finish(tmp_path / "whole") == 0
     moved = tmp_path / "moved"
-    faults = {number: ("killed in a step", 4) for number in range(2)}
+    faults = {number: ("dies in a step", 4) for number in range(2)}
     first = runs_of("pairs", devices=2, mesh=Mesh(fsdp=2)).start_job(moved, 2, faults)
     assert 0 not in exit_codes(first)
     assert runs_of("pairs", devices=1).finish(moved) == 0, log_of(moved)

@@ -38,7 +38,9 @@ def two_steps(monkeypatch):
     for name in ("mlm", "pairs", "adapters"):
         config = getattr(presets, name)()
         stages = tuple(
-            replace(stage, steps=2, warmup_steps=1, batch_size=4, dims=(8, 32) if stage.dims else (), row_shapes=1)
+            replace(
+                stage, steps=2, warmup_steps=1, batch_size=4, dims=(8, 32) if stage.dims else (), dim_weights=(), row_shapes=1
+            )
             for stage in config.stages
         )
         start = replace(config.start, model=model) if config.start.model else config.start

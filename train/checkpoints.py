@@ -49,11 +49,14 @@ class Saver:
     def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
         """Begins a save. The arrays are copied to the host first, since the next step takes over their buffers."""
         self.wait()
-        stack = contextlib.ExitStack()
-        target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
-        with all_processes():
-            arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
-        self._running = step, self._pool.submit(self._finish, stack, target, arrays, run)
+        try:
+            with contextlib.ExitStack() as stack:
+                target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
+                with all_processes():
+                    arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
+                self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, arrays, run)
+        except Exception as error:
+            raise _not_saved(step, error) from error
 
     def wait(self) -> None:
         """Returns when the last save is on disk; OSError where it is not."""
@@ -61,10 +64,8 @@ class Saver:
             (step, running), self._running = self._running, None
             try:
                 running.result()
-            except Exception as error:  # Orbax has many ways to say that a disk is full
-                raise OSError(
-                    f"the checkpoint of step {step} was not saved; those before it are as they were: {error}"
-                ) from error
+            except Exception as error:
+                raise _not_saved(step, error) from error
 
     def close(self) -> None:
         """Lets a save under way end."""
@@ -79,6 +80,11 @@ class Saver:
             seal(target)
         for _, old in _saved(self._directory)[: -self._keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))  # never half a checkpoint under its name
+
+
+def _not_saved(step: int, error: Exception) -> OSError:
+    """Orbax has many ways to say that a disk is full."""
+    return OSError(f"the checkpoint of step {step} was not saved; those before it are as they were: {error}")
 
 
 def _copied(tree: Any) -> dict[str, Any]:
