@@ -94,8 +94,9 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
 def all_processes() -> ocp.Context:
     """Inside, Orbax's processes meet at the coordinator. Unnamed, they would meet on the devices, in between training steps."""
-    everyone = set(range(jax.process_count()))
-    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone))
+    context = ocp.Context()
+    context.multiprocessing.active_processes = set(range(jax.process_count()))
+    return context
 
 
 @contextlib.contextmanager

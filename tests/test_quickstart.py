@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from configs import quickstart as presets
 from jina_jax import Embedder
-from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from train import quickstart
 from train.corpus import BUNDLED, SPLITS
 
@@ -61,7 +60,7 @@ def test_the_quickstart_leaves_a_model_and_a_report_and_goes_on_where_it_was(tmp
     model = Embedder.load(workdir / "model")
     assert model.config.tasks == ("retrieval.query", "retrieval.passage", "text-matching", "classification", "separation")
     assert model.config.rope_theta == 20_000
-    assert dict(model.config.prompts) == {task: PUBLISHED_INSTRUCTIONS[task] for task in model.config.tasks}
+    assert dict(model.config.prompts) == {task: "" for task in model.config.tasks}
     base, tuned = Embedder.load(workdir / "pairs" / "model"), model
     assert base.config.rope_theta == 10_000
     np.testing.assert_array_equal(base.encoder.tokens.table[...], tuned.encoder.tokens.table[...])
