@@ -9,6 +9,7 @@ import hashlib
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,8 +133,17 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
             directory.rmdir()
         partial.rename(directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
+
+
+def _remove(directory: Path) -> None:
+    """Removes what a failed save has left. Orbax's writers fail one by one, and one of them may make the directory again."""
+    for _ in range(10):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.5)
+        if not directory.exists():
+            return
 
 
 def check_free(directory: str | Path) -> None:
