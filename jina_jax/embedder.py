@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from . import packing
 from .adapters import fold_adapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
-from .inference import embed_rows, embed_rows_over, encode_rows, encode_rows_over
+from .inference import embed_rows, encode_rows
 from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sharding import replicate, split_rows
@@ -239,7 +238,7 @@ class Embedder:
     def _sentence_embeddings(self, inputs: Inputs, batch_size: int, progress: Any) -> Float[np.ndarray, "n d"]:
         out = np.zeros((len(inputs.token_ids), self.config.hidden_size), np.float32)
         with progress:
-            for rows, pooled in _one_ahead(self._computed(self._program(embed_rows, embed_rows_over), inputs, batch_size)):
+            for rows, pooled in _one_ahead(self._computed(embed_rows, inputs, batch_size)):
                 packing.scatter(np.asarray(pooled), rows, out)
                 progress.update(int((rows.texts >= 0).sum()))
         return out
@@ -247,15 +246,12 @@ class Embedder:
     def _token_states(self, inputs: Inputs, batch_size: int, progress: Any) -> list[Float[np.ndarray, "t d"]]:
         out: list[np.ndarray] = [np.zeros((0, 0))] * len(inputs.token_ids)
         with progress:
-            for rows, states in _one_ahead(self._computed(self._program(encode_rows, encode_rows_over), inputs, batch_size)):
+            for rows, states in _one_ahead(self._computed(encode_rows, inputs, batch_size)):
                 for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
                     own = rows.segments[row] == slot + 1
                     out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
                 progress.update(int((rows.texts >= 0).sum()))
         return out
-
-    def _program(self, on_one_device: Any, over_mesh: Any) -> Any:
-        return on_one_device if self.mesh is None else partial(over_mesh, self.mesh)
 
     def _computed(self, compute: Any, inputs: Inputs, batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
         """Every batch of the call with its result, which may still be under way."""
@@ -269,10 +265,10 @@ class Embedder:
                     tasks = np.where(rows.texts < 0, -1, inputs.tasks[rows.texts])
                 else:
                     tasks = None if encoder is self.encoder else np.int32(0)
-                inputs_of_batch = rows.tokens, rows.segments, rows.positions, tasks
+                arrays = rows.tokens, rows.segments, rows.positions, tasks
                 if self.mesh is not None:
-                    inputs_of_batch = split_rows(inputs_of_batch, self.mesh)
-                yield rows, compute(encoder, *inputs_of_batch)
+                    arrays = split_rows(arrays, self.mesh)
+                yield rows, compute(encoder, *arrays, mesh=self.mesh)
 
     def _groups(self, inputs: Inputs) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""

@@ -1,5 +1,6 @@
 """The compiled programs of the embedder: packed rows to token states, and to one vector for each text."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,70 +16,48 @@ from .packing import max_texts
 from .sharding import AXES, BATCH
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="mesh")
 def encode_rows(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
     segments: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b t d"]:
-    """Token states of packed rows, compiled once for each shape."""
-    return _encode(encoder, tokens, segments, positions, tasks)
+    """Token states of packed rows, compiled once for each shape. Over a mesh every process gets all of them."""
+    return _over(mesh, _encode)(encoder, tokens, segments, positions, tasks)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="mesh")
 def embed_rows(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
     segments: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b g d"]:
-    """Mean of each text of packed rows, before normalisation, compiled once for each shape."""
-    return _embed(encoder, tokens, segments, positions, tasks)
+    """Mean of each text of packed rows, before normalisation; otherwise as `encode_rows`."""
+    return _over(mesh, _embed)(encoder, tokens, segments, positions, tasks)
 
 
-@partial(jax.jit, static_argnames="mesh")
-def encode_rows_over(
-    mesh: Mesh,
-    encoder: Encoder,
-    tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
-) -> Float[Array, "b t d"]:
-    """`encode_rows` with rows split over a mesh; every process gets all of the result."""
-    return _over(mesh, _encode, encoder, tokens, segments, positions, tasks)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def embed_rows_over(
-    mesh: Mesh,
-    encoder: Encoder,
-    tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
-) -> Float[Array, "b g d"]:
-    """`embed_rows` with rows split over a mesh; every process gets all of the result."""
-    return _over(mesh, _embed, encoder, tokens, segments, positions, tasks)
-
-
-def _over(mesh: Mesh, compute: Any, encoder: Encoder, *inputs: Any) -> Array:
-    """Parameters are on every device: in half precision the published model has 1.1 GB."""
+def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Array]:
+    """With rows split over a mesh, and parameters on every device: in half precision the published model has 1.1 GB."""
+    if mesh is None:
+        return compute
 
     def part(encoder: Encoder, *inputs: Any) -> Array:
         result = compute(encoder, *inputs)
         return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
 
-    return jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), *(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)),
-        out_specs=PartitionSpec() if mesh.is_multi_process else BATCH,
-        check_vma=False,
-    )(encoder, *inputs)
+    def whole(encoder: Encoder, *inputs: Any) -> Array:
+        of_inputs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
+        of_result = PartitionSpec() if mesh.is_multi_process else BATCH
+        split = jax.shard_map(part, mesh=mesh, in_specs=(PartitionSpec(), *of_inputs), out_specs=of_result, check_vma=False)
+        return split(encoder, *inputs)
+
+    return whole
 
 
 def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:
