@@ -1,10 +1,10 @@
 """Command line: `jina-jax embed`."""
 
-import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,16 @@ except ImportError:
 import jax
 import numpy as np
 
+from . import bulk
 from .embedder import Embedder
 from .quantize import PRECISIONS
+from .remote import is_remote
+from .sources import find_model
+from .whole_file import whole_file as whole_file
 
 MAX_CACHE_BYTES = 10 * 2**30
+NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
+PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
 
 
 class Program(click.Command):
@@ -54,17 +60,6 @@ def _remove_half_written(cache: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file that appears under its name only when it has been written to the end; nothing is left on failure."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @click.group(cls=Programs)
 @click.version_option(package_name="jina-jax")
 def main() -> None:
@@ -72,18 +67,43 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(allow_dash=True, path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
 @click.option("--task", help="Adapter; default: the base model.")
 @click.option("--dim", type=int, help="Leading dimensions to keep; default: all.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
 @click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
-@click.option("--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), or - for JSON lines.")
-def embed(file: Path, model: str, task: str | None, dim: int | None, precision: Any, batch_size: int, output: str) -> None:
-    """Embed the lines of FILE (UTF-8, one text each), or of standard input with -."""
+@click.option(
+    "--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards."
+)
+@click.option("--field", help="DIR/: field or column with the text; outer.inner for one inside another.  [default: text]")
+@click.option("--id-field", help="DIR/: the one with the id; default: FILE:NUMBER of the row.")
+@click.option("--shard-rows", type=int, help=f"DIR/: rows of a shard.  [default: {bulk.SHARD_ROWS}]")
+@click.option("--num-processes", type=int, default=1, envvar=["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS"], help=NUM_PROCESSES)
+@click.option("--process-id", type=int, envvar=["JAX_PROCESS_ID", "SLURM_PROCID"], help=PROCESS_ID)
+def embed(files: Sequence[str], model: str, output: str, num_processes: int, process_id: int | None, **options: Any) -> None:
+    """Embed the lines of one file (UTF-8, one text each), or of standard input with -.
+
+    With --output DIR/ embed the rows of many files (.txt, .jsonl, both also as .gz or .xz, and .parquet) as Parquet shards.
+    Started again, after whatever end, it goes on. Several processes, each with its own --process-id, share the shards.
+    """
+    if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
+        _embed_files(files, model, output, num_processes, process_id, options)
+        return
+    of_directory = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
+    if given := [f"--{name.replace('_', '-')}" for name, value in of_directory.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: only with --output DIR/")
+    if len(files) > 1:
+        raise ValueError("several files are embedded with --output DIR/")
+    _embed_lines(Path(files[0]), model, output, **options)
+
+
+def _embed_lines(
+    file: Path, model: str, output: str, task: str | None, dim: int | None, precision: Any, batch_size: int
+) -> None:
     suffix = Path(output).suffix
     if output != "-" and suffix not in (".npy", ".parquet"):
-        raise ValueError(f"--output must end in .npy or .parquet, or be -, not {output!r}")
+        raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {Path(output).parent}")
     if output != "-" and Path(output).is_dir():
@@ -104,6 +124,34 @@ def embed(file: Path, model: str, task: str | None, dim: int | None, precision: 
         else:
             _write_parquet(target, texts, embeddings)
     click.echo(f"{output}: {len(texts)} embeddings of {embeddings.shape[1]} dimensions", err=True)
+
+
+def _embed_files(
+    files: Sequence[str], model: str, output: str, processes: int, process: int | None, given: dict[str, Any]
+) -> None:
+    if is_remote(output):
+        raise ValueError(f"--output must be a directory that all processes see as a local one, not {output}")
+    if process is None and processes > 1:
+        raise ValueError("--num-processes needs a --process-id for each of them")
+    process = process or 0
+    options = bulk.Options(**{name: value for name, value in given.items() if value is not None})
+    bulk.check_arguments(files, options, process, processes)
+    on_terminal = sys.stderr.isatty()
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger(bulk.__name__).setLevel(logging.WARNING if on_terminal else logging.INFO)
+    directory = find_model(model)
+    done = bulk.embed_files(
+        bulk.load_here(directory),
+        bulk.model_fingerprint(directory),
+        files,
+        Path(output),
+        options,
+        process=process,
+        processes=processes,
+        progress=on_terminal,
+    )
+    state = "complete" if done.complete else f"process {process} of {processes} has done its part; others have not yet"
+    click.echo(f"{output}: {done.rows} rows in {done.shards} shards; {state}", err=True)
 
 
 def _lines(file: Path) -> list[str]:

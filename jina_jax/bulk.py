@@ -1,0 +1,388 @@
+"""Bulk embedding: the rows of many files as Parquet shards, by any number of processes, each of which may end at any moment.
+
+OUTPUT/part-00000.parquet     a shard: rows of the input, in its order
+OUTPUT/_manifest.json         what all of it is; written last
+OUTPUT/_run/                  what a restart needs: the run, the inputs as they were counted, the hash of each finished shard
+
+Which rows a shard has follows from the files alone, and how they are batched from the shard alone: the shards are the same
+whatever the processes, which never talk. Names with an underscore are passed over by what reads a directory of Parquet files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .config import dump_json
+from .embedder import Embedder
+from .quantize import Precision
+from .sharding import make_mesh
+from .tensor_files import read_json
+from .text_files import RowError, check_file, parquet, read_rows
+from .whole_file import whole_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "jina-jax embeddings"
+VERSION = 1
+MANIFEST = "_manifest.json"
+RUN = "_run"
+
+SHARD_ROWS = 32_768
+CALL_ROWS = 4096
+"""Rows of a shard embedded in one call. It bounds memory, and is large enough to fill packed rows well."""
+
+MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
+
+
+class OutputError(ValueError):
+    """The output directory holds something else; the message lists what differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the embeddings depend on beside model and input; as in `Embedder.encode` and `text_files.read_rows`."""
+
+    task: str | None = None
+    dim: int | None = None
+    precision: Precision = "float32"
+    batch_size: int = 32
+    field: str = "text"
+    id_field: str | None = None
+    shard_rows: int = SHARD_ROWS
+    """The last shard may have fewer."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows must be at least 1, not {self.shard_rows}")
+        if self.precision in ("int8", "uint8"):
+            raise ValueError(
+                f"{self.precision} takes its ranges from all embeddings, which are never together here; "
+                "write float32 and quantise what you read, or take binary or ubinary"
+            )
+
+
+class Shard(NamedTuple):
+    """Rows first..end of all rows of the input."""
+
+    number: int
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:05d}"
+
+
+class Result(NamedTuple):
+    """What is there when a process has done its part."""
+
+    rows: int
+    shards: int
+    complete: bool
+    """Whether all shards are there and the manifest is written, or other processes are still at work."""
+
+
+def load_here(directory: Path) -> Embedder:
+    """The model on all devices of this host.
+
+    Raises:
+        ValueError: they are part of a larger slice, which runs as one program and not as processes on their own.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this host is one of {jax.process_count()} of a TPU slice; to use it alone set TPU_PROCESS_BOUNDS=1,1,1 and "
+            "TPU_CHIPS_PER_PROCESS_BOUNDS to its chips, such as 2,2,1"
+        )
+    devices = jax.local_devices()
+    return Embedder.load(directory, mesh=make_mesh(devices=devices) if len(devices) > 1 else None)
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 over the files of a model."""
+    paths = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
+    if (directory / "manifest.json") in paths:  # it has the hashes of all others
+        paths = [directory / "manifest.json"]
+    hashes = [f"{path.relative_to(directory).as_posix()} {_sha256(path)}" for path in paths]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def embed_files(
+    embedder: Embedder,
+    fingerprint: str,
+    files: Sequence[str],
+    output: Path,
+    options: Options,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = False,
+) -> Result:
+    """Embeds this process's shards of all rows of `files`: those of its number modulo `processes` that are not there yet.
+
+    Args:
+        embedder: on this process's own devices.
+        fingerprint: of its model.
+        files: as `text_files.read_rows` takes them.
+        output: a directory that all processes share, new or of this very run.
+        options: the same in all processes.
+        process: number of this one, from 0.
+        processes: how many there are. Another number than before is fine.
+        progress: show a bar.
+
+    Raises:
+        OutputError: `output` holds another run.
+        ValueError, OSError: an argument, an input or the disk. What is finished stays, and a later call goes on from there.
+    """
+    check_arguments(files, options, process, processes)
+    schema = _schema_of(embedder, options)
+    run = _open_output(output)
+    inputs = _surveyed(files, run, options, process, processes, progress)
+    identity = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
+        "options": dataclasses.asdict(options),
+        "inputs": [{key: known[key] for key in ("file", "bytes", "rows", "sha256")} for known in inputs],
+    }
+    _claim(output, identity)
+    schema = schema.insert(0, _id_column(inputs))
+
+    shards = list(shards_of(sum(known["rows"] for known in inputs), options.shard_rows))
+    own = shards[process::processes]
+    _remove_partial(output, own)
+    todo = [shard for shard in own if not _is_finished(output, shard)]
+    if todo:
+        (output / MANIFEST).unlink(missing_ok=True)
+    rows = _rows(inputs, todo, options)
+    with _progress_bar("Embedding", shards[-1].end if shards else 0, "text", progress) as bar:
+        bar.update(_rows_done(output, shards))
+        for shard in todo:
+            began = time.perf_counter()
+            _write_shard(output, shard, embedder, islice(rows, shard.end - shard.first), options, schema, bar)
+            bar.n = _rows_done(output, shards)  # those of other processes, too
+            bar.refresh()
+            speed = (shard.end - shard.first) / (time.perf_counter() - began)
+            logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, bar.total, speed)
+    return Result(sum(known["rows"] for known in inputs), len(shards), _finish(output, identity, shards))
+
+
+def check_arguments(files: Sequence[str], options: Options, process: int, processes: int) -> None:
+    """What can be told at once, before a model is loaded."""
+    if not files:
+        raise ValueError("there are no files to embed")
+    if twice := sorted(file for file, count in Counter(files).items() if count > 1):
+        raise ValueError(f"files are given twice: {twice}")
+    if not 0 <= process < processes:
+        raise ValueError(f"the number of a process must be in 0..{processes - 1}, not {process}")
+    for file in files:
+        check_file(file, options.id_field)
+    parquet()
+
+
+def shards_of(rows: int, shard_rows: int) -> Iterator[Shard]:
+    for number, first in enumerate(range(0, rows, shard_rows)):
+        yield Shard(number, first, min(first + shard_rows, rows))
+
+
+# ---- the run and its inputs
+
+
+def _open_output(output: Path) -> Path:
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file, not a directory")
+    if output.exists() and any(output.iterdir()) and not (output / RUN).is_dir():
+        raise FileExistsError(f"{output} is not empty and holds no embeddings of this program; choose another directory")
+    (output / RUN).mkdir(parents=True, exist_ok=True)
+    return output / RUN
+
+
+def _surveyed(
+    files: Sequence[str], run: Path, options: Options, process: int, processes: int, progress: bool
+) -> list[dict[str, Any]]:
+    """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
+    found: dict[int, dict[str, Any]] = {}
+    begin = len(files) * process // processes
+    with _progress_bar("Reading", len(files), "file", progress) as bar:
+        for i in (*range(begin, len(files)), *range(begin)):
+            found[i] = _input(files[i], run / f"input-{i:05d}.json", options)
+            bar.update()
+    return [found[i] for i in range(len(files))]
+
+
+def _input(file: str, record: Path, options: Options) -> dict[str, Any]:
+    """What is known of a file, from the record where that is of the file as it is now. Every row is checked."""
+    stat = Path(file).stat()
+    now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
+    known = _record(record)
+    if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
+        return known
+    digest, rows, types = _sha256(Path(file)), 0, set()
+    for row in read_rows(file, options.field, options.id_field):
+        rows += 1
+        types.add("string" if isinstance(row.id, str) else "int64")
+    known = now | {"rows": rows, "sha256": digest, "id_types": sorted(types)}
+    _write(record, known)
+    return known
+
+
+def _claim(output: Path, identity: dict[str, Any]) -> None:
+    """Marks the output as this run's. OutputError where it is another's."""
+    file = output / RUN / "run.json"
+    if not file.exists():
+        _write(file, identity)
+    if changed := _differences(read_json(file), json.loads(json.dumps(identity))):
+        raise OutputError(
+            f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
+            "Give the same files, model and options, or another directory"
+        )
+
+
+def _differences(saved: Any, now: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, as "options.dim: 256 -> 512"."""
+    if isinstance(saved, list) and isinstance(now, list):
+        saved, now = dict(enumerate(saved)), dict(enumerate(now))
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return [] if saved == now else [f"{place}: {json.dumps(saved)} -> {json.dumps(now)}"]
+    keys = [*saved, *(key for key in now if key not in saved)]
+    return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
+
+
+def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Any]:
+    """Rows of the shards, in one pass over the files that have any."""
+    base = 0
+    for known in inputs:
+        end = base + known["rows"]
+        ranges = [(max(s.first, base) - base, min(s.end, end) - base) for s in shards if s.first < end and s.end > base]
+        if ranges:
+            yield from read_rows(known["file"], options.field, options.id_field, ranges)
+        base = end
+
+
+# ---- shards
+
+
+def _schema_of(embedder: Embedder, options: Options) -> Any:
+    """Of the embeddings; ValueError where an option is not valid for the model."""
+    import pyarrow as pa
+
+    none = _encoded(embedder, [], options)
+    return pa.schema([("embedding", pa.list_(pa.from_numpy_dtype(none.dtype), none.shape[1]))])
+
+
+def _id_column(inputs: list[dict[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
+    if len(first) > 1:
+        raise RowError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
+    return pa.field("id", pa.int64() if "int64" in first else pa.string())
+
+
+def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarray:
+    return embedder.encode(
+        texts,
+        options.task,
+        truncate_dim=options.dim,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        show_progress_bar=False,
+    )
+
+
+def _write_shard(
+    output: Path, shard: Shard, embedder: Embedder, rows: Iterator[Any], options: Options, schema: Any, bar: Any
+) -> None:
+    import pyarrow as pa
+
+    path, written = output / f"{shard.name}.parquet", 0
+    with whole_file(path) as target:
+        with parquet().ParquetWriter(target, schema, use_dictionary=False) as writer:
+            while batch := list(islice(rows, CALL_ROWS)):
+                embeddings = _encoded(embedder, [row.text for row in batch], options)
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+                writer.write_table(pa.table([pa.array([row.id for row in batch]), vectors], schema=schema))
+                written += len(batch)
+                bar.update(len(batch))
+        if written != shard.end - shard.first:
+            raise RowError(f"an input has become shorter: {shard.name} got {written} rows of {shard.end - shard.first}")
+        record = {"rows": written, "bytes": target.stat().st_size, "sha256": _sha256(target)}
+    _write(_record_of(output, shard), record)
+
+
+def _is_finished(output: Path, shard: Shard) -> bool:
+    """Whether a shard is there as it was written."""
+    path, record = output / f"{shard.name}.parquet", _record(_record_of(output, shard))
+    if not record or not path.exists():
+        return False
+    if path.stat().st_size == record.get("bytes") and _sha256(path) == record.get("sha256"):
+        return True
+    logger.warning("%s is damaged, and made again", path)
+    _record_of(output, shard).unlink()
+    return False
+
+
+def _remove_partial(output: Path, shards: list[Shard]) -> None:
+    """What killed processes left of these shards."""
+    own = {shard.name for shard in shards}
+    for partial in output.glob(".part-*.partial-*"):
+        if partial.name[1:].partition(".")[0] in own:
+            partial.unlink(missing_ok=True)
+
+
+def _rows_done(output: Path, shards: list[Shard]) -> int:
+    there = {path.stem for path in (output / RUN).glob("part-*.json")}
+    return sum(shard.end - shard.first for shard in shards if shard.name in there)
+
+
+def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:
+    """Writes the manifest if all shards are there. Whichever process comes last finds them all."""
+    listed = []
+    for shard in shards:
+        path, record = output / f"{shard.name}.parquet", _record(_record_of(output, shard))
+        if not record or not path.exists() or path.stat().st_size != record.get("bytes"):
+            return False
+        listed.append({"file": path.name} | record)
+    rows = sum(known["rows"] for known in identity["inputs"])
+    _write(output / MANIFEST, identity | {"rows": rows, "shards": listed})
+    return True
+
+
+def _record_of(output: Path, shard: Shard) -> Path:
+    return output / RUN / f"{shard.name}.json"
+
+
+# ---- files
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(dump_json(fields), "utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _progress_bar(name: str, total: int, unit: str, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=name, unit=unit, disable=not show)
