@@ -22,20 +22,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .config import dump_json
 from .embedder import Embedder
 from .quantize import Precision
 from .sharding import make_mesh
+from .shards import (
+    RUN,
+    Shard,
+    is_finished,
+    read_if_good,
+    record_if_there,
+    remove_unfinished,
+    rows_done,
+    schema,
+    sha256,
+    shards_of,
+    write_json,
+    write_shard,
+)
 from .tensor_files import read_json
-from .text_files import RowError, check_file, parquet, read_rows
-from .whole_file import whole_file
+from .text_files import Row, RowError, check_file, parquet, read_rows
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "jina-jax embeddings"
 VERSION = 1
 MANIFEST = "_manifest.json"
-RUN = "_run"
 
 SHARD_ROWS = 32_768
 CALL_ROWS = 4096
@@ -71,18 +82,6 @@ class Options:
             )
 
 
-class Shard(NamedTuple):
-    """Rows first..end of all rows of the input."""
-
-    number: int
-    first: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"part-{self.number:05d}"
-
-
 class Result(NamedTuple):
     """What is there when a process has done its part."""
 
@@ -112,7 +111,7 @@ def model_fingerprint(directory: Path) -> str:
     paths = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
     if (directory / "manifest.json") in paths:  # it has the hashes of all others
         paths = [directory / "manifest.json"]
-    hashes = [f"{path.relative_to(directory).as_posix()} {_sha256(path)}" for path in paths]
+    hashes = [f"{path.relative_to(directory).as_posix()} {sha256(path)}" for path in paths]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -144,36 +143,30 @@ def embed_files(
         ValueError, OSError: an argument, an input or the disk. What is finished stays, and a later call goes on from there.
     """
     check_arguments(files, options, process, processes)
-    schema = _schema_of(embedder, options)
-    run = _open_output(output)
-    inputs = _surveyed(files, run, options, process, processes, progress)
-    identity = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
-        "options": dataclasses.asdict(options),
-        "inputs": [{key: known[key] for key in ("file", "bytes", "rows", "sha256")} for known in inputs],
-    }
+    no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
+    _open_output(output)
+    inputs = _surveyed(files, output, options, process, processes, progress)
+    identity = _identity(embedder, fingerprint, options, inputs)
     _claim(output, identity)
-    schema = schema.insert(0, _id_column(inputs))
 
-    shards = list(shards_of(sum(known["rows"] for known in inputs), options.shard_rows))
+    total = sum(known["rows"] for known in inputs)
+    shards = shards_of(total, options.shard_rows)
     own = shards[process::processes]
-    _remove_partial(output, own)
-    todo = [shard for shard in own if not _is_finished(output, shard)]
+    remove_unfinished(output, own)
+    todo = [shard for shard in own if not is_finished(output, shard)]
     if todo:
         (output / MANIFEST).unlink(missing_ok=True)
-    rows = _rows(inputs, todo, options)
-    with _progress_bar("Embedding", shards[-1].end if shards else 0, "text", progress) as bar:
-        bar.update(_rows_done(output, shards))
+    rows, of = _rows(inputs, todo, options), schema(_id_type(inputs), no_embeddings)
+    with _progress_bar("Embedding", total, "text", progress) as bar:
+        bar.update(rows_done(output, shards))
         for shard in todo:
             began = time.perf_counter()
-            _write_shard(output, shard, embedder, islice(rows, shard.end - shard.first), options, schema, bar)
-            bar.n = _rows_done(output, shards)  # those of other processes, too
+            write_shard(output, shard, of, _embedded(embedder, islice(rows, shard.rows), options, bar))
+            bar.n = rows_done(output, shards)  # those of other processes, too
             bar.refresh()
-            speed = (shard.end - shard.first) / (time.perf_counter() - began)
-            logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, bar.total, speed)
-    return Result(sum(known["rows"] for known in inputs), len(shards), _finish(output, identity, shards))
+            speed = shard.rows / (time.perf_counter() - began)
+            logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, total, speed)
+    return Result(total, len(shards), _finish(output, identity, shards))
 
 
 def check_arguments(files: Sequence[str], options: Options, process: int, processes: int) -> None:
@@ -189,32 +182,26 @@ def check_arguments(files: Sequence[str], options: Options, process: int, proces
     parquet()
 
 
-def shards_of(rows: int, shard_rows: int) -> Iterator[Shard]:
-    for number, first in enumerate(range(0, rows, shard_rows)):
-        yield Shard(number, first, min(first + shard_rows, rows))
-
-
 # ---- the run and its inputs
 
 
-def _open_output(output: Path) -> Path:
+def _open_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file, not a directory")
     if output.exists() and any(output.iterdir()) and not (output / RUN).is_dir():
         raise FileExistsError(f"{output} is not empty and holds no embeddings of this program; choose another directory")
     (output / RUN).mkdir(parents=True, exist_ok=True)
-    return output / RUN
 
 
 def _surveyed(
-    files: Sequence[str], run: Path, options: Options, process: int, processes: int, progress: bool
+    files: Sequence[str], output: Path, options: Options, process: int, processes: int, progress: bool
 ) -> list[dict[str, Any]]:
     """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
     found: dict[int, dict[str, Any]] = {}
     begin = len(files) * process // processes
     with _progress_bar("Reading", len(files), "file", progress) as bar:
         for i in (*range(begin, len(files)), *range(begin)):
-            found[i] = _input(files[i], run / f"input-{i:05d}.json", options)
+            found[i] = _input(files[i], output / RUN / f"input-{i:05d}.json", options)
             bar.update()
     return [found[i] for i in range(len(files))]
 
@@ -223,23 +210,41 @@ def _input(file: str, record: Path, options: Options) -> dict[str, Any]:
     """What is known of a file, from the record where that is of the file as it is now. Every row is checked."""
     stat = Path(file).stat()
     now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
-    known = _record(record)
+    known = read_if_good(record)
     if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
         return known
-    digest, rows, types = _sha256(Path(file)), 0, set()
+    digest, rows, types = sha256(Path(file)), 0, set()
     for row in read_rows(file, options.field, options.id_field):
         rows += 1
         types.add("string" if isinstance(row.id, str) else "int64")
     known = now | {"rows": rows, "sha256": digest, "id_types": sorted(types)}
-    _write(record, known)
+    write_json(record, known)
     return known
+
+
+def _id_type(inputs: list[dict[str, Any]]) -> str:
+    first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
+    if len(first) > 1:
+        raise RowError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
+    return next(iter(first), "string")
+
+
+def _identity(embedder: Embedder, fingerprint: str, options: Options, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a restart must agree with."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
+        "options": dataclasses.asdict(options),
+        "inputs": [{key: known[key] for key in ("file", "bytes", "rows", "sha256")} for known in inputs],
+    }
 
 
 def _claim(output: Path, identity: dict[str, Any]) -> None:
     """Marks the output as this run's. OutputError where it is another's."""
     file = output / RUN / "run.json"
     if not file.exists():
-        _write(file, identity)
+        write_json(file, identity)
     if changed := _differences(read_json(file), json.loads(json.dumps(identity))):
         raise OutputError(
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
@@ -257,7 +262,7 @@ def _differences(saved: Any, now: Any, place: str = "") -> list[str]:
     return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
 
 
-def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Any]:
+def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Row]:
     """Rows of the shards, in one pass over the files that have any."""
     base = 0
     for known in inputs:
@@ -268,24 +273,14 @@ def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -
         base = end
 
 
-# ---- shards
+# ---- embedding
 
 
-def _schema_of(embedder: Embedder, options: Options) -> Any:
-    """Of the embeddings; ValueError where an option is not valid for the model."""
-    import pyarrow as pa
-
-    none = _encoded(embedder, [], options)
-    return pa.schema([("embedding", pa.list_(pa.from_numpy_dtype(none.dtype), none.shape[1]))])
-
-
-def _id_column(inputs: list[dict[str, Any]]) -> Any:
-    import pyarrow as pa
-
-    first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
-    if len(first) > 1:
-        raise RowError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
-    return pa.field("id", pa.int64() if "int64" in first else pa.string())
+def _embedded(embedder: Embedder, rows: Iterator[Row], options: Options, bar: Any) -> Iterator[tuple[list, np.ndarray]]:
+    """Ids and embeddings of rows, a call's worth at a time."""
+    while batch := list(islice(rows, CALL_ROWS)):
+        yield [row.id for row in batch], _encoded(embedder, [row.text for row in batch], options)
+        bar.update(len(batch))
 
 
 def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarray:
@@ -299,87 +294,14 @@ def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarr
     )
 
 
-def _write_shard(
-    output: Path, shard: Shard, embedder: Embedder, rows: Iterator[Any], options: Options, schema: Any, bar: Any
-) -> None:
-    import pyarrow as pa
-
-    path, written = output / f"{shard.name}.parquet", 0
-    with whole_file(path) as target:
-        with parquet().ParquetWriter(target, schema, use_dictionary=False) as writer:
-            while batch := list(islice(rows, CALL_ROWS)):
-                embeddings = _encoded(embedder, [row.text for row in batch], options)
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-                writer.write_table(pa.table([pa.array([row.id for row in batch]), vectors], schema=schema))
-                written += len(batch)
-                bar.update(len(batch))
-        if written != shard.end - shard.first:
-            raise RowError(f"an input has become shorter: {shard.name} got {written} rows of {shard.end - shard.first}")
-        record = {"rows": written, "bytes": target.stat().st_size, "sha256": _sha256(target)}
-    _write(_record_of(output, shard), record)
-
-
-def _is_finished(output: Path, shard: Shard) -> bool:
-    """Whether a shard is there as it was written."""
-    path, record = output / f"{shard.name}.parquet", _record(_record_of(output, shard))
-    if not record or not path.exists():
-        return False
-    if path.stat().st_size == record.get("bytes") and _sha256(path) == record.get("sha256"):
-        return True
-    logger.warning("%s is damaged, and made again", path)
-    _record_of(output, shard).unlink()
-    return False
-
-
-def _remove_partial(output: Path, shards: list[Shard]) -> None:
-    """What killed processes left of these shards."""
-    own = {shard.name for shard in shards}
-    for partial in output.glob(".part-*.partial-*"):
-        if partial.name[1:].partition(".")[0] in own:
-            partial.unlink(missing_ok=True)
-
-
-def _rows_done(output: Path, shards: list[Shard]) -> int:
-    there = {path.stem for path in (output / RUN).glob("part-*.json")}
-    return sum(shard.end - shard.first for shard in shards if shard.name in there)
-
-
 def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:
     """Writes the manifest if all shards are there. Whichever process comes last finds them all."""
-    listed = []
-    for shard in shards:
-        path, record = output / f"{shard.name}.parquet", _record(_record_of(output, shard))
-        if not record or not path.exists() or path.stat().st_size != record.get("bytes"):
-            return False
-        listed.append({"file": path.name} | record)
-    rows = sum(known["rows"] for known in identity["inputs"])
-    _write(output / MANIFEST, identity | {"rows": rows, "shards": listed})
+    records = [record_if_there(output, shard) for shard in shards]
+    if not all(records):
+        return False
+    listed = [{"file": shard.file(output).name} | record for shard, record in zip(shards, records, strict=True)]
+    write_json(output / MANIFEST, identity | {"rows": sum(shard.rows for shard in shards), "shards": listed})
     return True
-
-
-def _record_of(output: Path, shard: Shard) -> Path:
-    return output / RUN / f"{shard.name}.json"
-
-
-# ---- files
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
-    try:
-        return read_json(path) if path.exists() else {}
-    except ValueError:
-        return {}
-
-
-def _write(path: Path, fields: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(dump_json(fields), "utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _progress_bar(name: str, total: int, unit: str, show: bool) -> Any:

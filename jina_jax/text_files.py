@@ -15,6 +15,9 @@ KINDS = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 1024
 """Rows of a Parquet file decoded at once."""
 
+PARQUET_BUFFER = 2**20
+"""Bytes of a column read ahead. Without it a row group, which may be a whole file, is read at once."""
+
 EVERYTHING = ((0, None),)
 
 
@@ -119,7 +122,7 @@ def _parquet_rows(
 
     columns = list(dict.fromkeys([field] if id_field is None else [field, id_field]))
     try:
-        with pq.ParquetFile(file) as source:
+        with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER) as source:
             for name in columns:
                 if not {name, name.partition(".")[0]} & set(source.schema_arrow.names):
                     raise RowError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")

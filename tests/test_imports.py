@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
-    {"lora"},
+    {"lora", "shards"},
     {"attention"},
     {"weights", "model"},
     {"sharding"},
@@ -26,7 +26,7 @@ LEVELS = [
 ALLOWED = {  # heavy packages, and the files that may import them
     "torch": {"tensor_files.py", "torch_reference.py", "verify.py"},
     "click": {"cli.py", "__main__.py", "quickstart.py", "mine.py", "evaluate.py", "prepare.py"},
-    "pyarrow": {"bulk.py", "cli.py", "text_files.py", "records.py"},
+    "pyarrow": {"cli.py", "shards.py", "text_files.py", "records.py"},
     "optax": {"optimizer.py", "step.py"},
     "grain": {"data.py", "loop.py"},
     "tensorflow": set(),
