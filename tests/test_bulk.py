@@ -465,14 +465,14 @@ def test_killed_at_any_point_it_goes_on_and_every_row_is_there_once(embedder, mo
 @pytest.mark.slow
 def test_the_corpus_by_two_processes_killed_ten_times(model, tmp_path):
     corpus, chance = ROOT / "data" / "debian_packages.jsonl.xz", random.Random(20_261_125)
-    log = (tmp_path / "log.txt").open("a")
 
     def start(output: Path, process: int = 0, processes: int = 1) -> subprocess.Popen:
         options = ["--field", "text.en.body", "--id-field", "id", "--task", "classification", "--shard-rows", "250"]
         job = ["--num-processes", str(processes), "--process-id", str(process)]
         arguments = [corpus, "--model", model, "--output", f"{output}/", *options, *job]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-        return subprocess.Popen([sys.executable, "-m", "jina_jax.cli", "embed", *arguments], env=environment, stderr=log)
+        with (tmp_path / "log.txt").open("a") as log:
+            return subprocess.Popen([sys.executable, "-m", "jina_jax.cli", "embed", *arguments], env=environment, stderr=log)
 
     def done(output: Path) -> int:
         return len(list(output.glob("_run/part-*.json")))
