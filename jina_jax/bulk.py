@@ -13,8 +13,9 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +162,9 @@ def embed_files(
         bar.update(rows_done(output, shards))
         for shard in todo:
             began = time.perf_counter()
-            write_shard(output, shard, of, _embedded(embedder, islice(rows, shard.rows), options, bar))
+            # The first shard goes call by call: it compiles, and folds the adapter. Then one call is tokenised during another.
+            batches = _embedded(embedder, islice(rows, shard.rows), options, bar, calls=1 if shard is todo[0] else 2)
+            write_shard(output, shard, of, batches)
             bar.n = rows_done(output, shards)  # those of other processes, too
             bar.refresh()
             speed = shard.rows / (time.perf_counter() - began)
@@ -175,6 +178,8 @@ def check_arguments(files: Sequence[str], options: Options, process: int, proces
         raise ValueError("there are no files to embed")
     if twice := sorted(file for file, count in Counter(files).items() if count > 1):
         raise ValueError(f"files are given twice: {twice}")
+    if processes < 1:
+        raise ValueError(f"there must be at least 1 process, not {processes}")
     if not 0 <= process < processes:
         raise ValueError(f"the number of a process must be in 0..{processes - 1}, not {process}")
     for file in files:
@@ -276,11 +281,22 @@ def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -
 # ---- embedding
 
 
-def _embedded(embedder: Embedder, rows: Iterator[Row], options: Options, bar: Any) -> Iterator[tuple[list, np.ndarray]]:
-    """Ids and embeddings of rows, a call's worth at a time."""
-    while batch := list(islice(rows, CALL_ROWS)):
-        yield [row.id for row in batch], _encoded(embedder, [row.text for row in batch], options)
-        bar.update(len(batch))
+def _embedded(
+    embedder: Embedder, rows: Iterator[Row], options: Options, bar: Any, *, calls: int
+) -> Iterator[tuple[list[str | int], np.ndarray]]:
+    """Ids and embeddings of rows, a call's worth at a time and in order; so many calls are under way at once."""
+    running: deque[tuple[list[str | int], Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(calls) as pool:
+        while True:
+            if batch := list(islice(rows, CALL_ROWS)):
+                call = pool.submit(_encoded, embedder, [row.text for row in batch], options)
+                running.append(([row.id for row in batch], call))
+            if not running:
+                return
+            if not batch or len(running) == calls:
+                ids, call = running.popleft()
+                yield ids, call.result()
+                bar.update(len(ids))
 
 
 def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarray:

@@ -122,7 +122,7 @@ def _parquet_rows(
 
     columns = list(dict.fromkeys([field] if id_field is None else [field, id_field]))
     try:
-        with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER) as source:
+        with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as source:
             for name in columns:
                 if not {name, name.partition(".")[0]} & set(source.schema_arrow.names):
                     raise RowError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -72,8 +73,9 @@ def short_calls(monkeypatch):
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """What a run is judged by: shards, and the manifest."""
-    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    """What a run is judged by: shards, and the manifest. Nothing half-written is beside them."""
+    assert not list(output.glob(".part-*"))
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file() and path.name[0] != "."}
 
 
 # ---- what is written
@@ -169,6 +171,40 @@ def test_rows_are_read_as_a_stream(tmp_path):
     assert [row.text for row in itertools.islice(rows, 2)] == ["one", "two"]
     with pytest.raises(RowError, match="a.jsonl:3: not JSON"):
         next(rows)
+
+
+def test_no_file_is_held_in_memory(tmp_path):
+    """30 MB in one file, and in one row group of it."""
+    texts = [f"{number} " * 150 for number in range(40_000)]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet", use_dictionary=False, compression="none")
+    del texts
+    assert (tmp_path / "a.txt").stat().st_size > 30e6 and pq.read_metadata(tmp_path / "b.parquet").num_row_groups == 1
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(str(tmp_path / "a.txt"), "text")) == 40_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    before = pa.total_allocated_bytes()
+    assert max(pa.total_allocated_bytes() - before for _ in read_rows(str(tmp_path / "b.parquet"), "text")) < 5e6
+
+
+def test_an_error_on_the_way_leaves_whole_shards_and_nothing_else(embedder, files, tmp_path, monkeypatch):
+    encode, calls = Embedder.encode, itertools.count()
+
+    def failing(*arguments, **options):
+        if next(calls) == 1 + 3 + 2:  # one call is for the options
+            raise OSError("the device is gone")
+        return encode(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "encode", failing)
+        with pytest.raises(OSError, match="the device is gone"):
+            embed_files(embedder, "model", files, tmp_path / "out", OPTIONS)
+    assert list(contents(tmp_path / "out")) == ["part-00000.parquet"]
+    embed_files(embedder, "model", files, tmp_path / "clean", OPTIONS)
+    assert embed_files(embedder, "model", files, tmp_path / "out", OPTIONS).complete
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "record missing", "record cut", "record of another"])
@@ -325,7 +361,7 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
         ({"files": ["gs://bucket/a.txt"]}, "gs://bucket/a.txt is remote"),
         ({"id_field": "id"}, "a.txt is plain text, which has no field 'id'"),
         ({"process": 2, "processes": 2}, "must be in 0..1, not 2"),
-        ({"process": 0, "processes": 0}, "must be in 0..-1, not 0"),
+        ({"process": 0, "processes": 0}, "at least 1 process, not 0"),
         ({"task": "translation"}, "unknown task 'translation'"),
         ({"dim": 24}, "truncate_dim 24"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -462,6 +498,27 @@ def test_killed_at_any_point_it_goes_on_and_every_row_is_there_once(embedder, mo
     assert contents(output) == contents(tmp_path / "clean")
 
 
+def _start(arguments: list[object], directory: Path, **environment: str) -> subprocess.Popen:
+    """The command in a process of its own."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache"), "JAX_PLATFORMS": "cpu"} | environment
+    with (directory / "log.txt").open("a") as log:
+        return subprocess.Popen([sys.executable, "-m", "jina_jax.cli", "embed", *arguments], env=environment, stderr=log)
+
+
+@pytest.mark.slow
+def test_a_process_uses_all_devices_of_its_host(embedder, model, files, tmp_path):
+    def run(name: str, count: int) -> dict[str, bytes]:
+        arguments = [*files, "--model", model, "--task", "classification", "--dim", "16", "--shard-rows", "10"]
+        arguments += ["--output", f"{tmp_path / name}/", "--num-processes", str(count), "--process-id"]
+        job = [_start([*arguments, str(i)], tmp_path, JAX_NUM_CPU_DEVICES="2") for i in range(count)]
+        assert [process.wait() for process in job] == [0] * count, (tmp_path / "log.txt").read_text()
+        return contents(tmp_path / name)
+
+    assert run("one", 1) == run("two", 2)
+    embeddings = pq.read_table(tmp_path / "one")["embedding"].to_pylist()
+    np.testing.assert_allclose(embeddings, embedder.encode(TEXTS, "classification", truncate_dim=16), atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_corpus_by_two_processes_killed_ten_times(model, tmp_path):
     corpus, chance = ROOT / "data" / "debian_packages.jsonl.xz", random.Random(20_261_125)
@@ -469,10 +526,7 @@ def test_the_corpus_by_two_processes_killed_ten_times(model, tmp_path):
     def start(output: Path, process: int = 0, processes: int = 1) -> subprocess.Popen:
         options = ["--field", "text.en.body", "--id-field", "id", "--task", "classification", "--shard-rows", "250"]
         job = ["--num-processes", str(processes), "--process-id", str(process)]
-        arguments = [corpus, "--model", model, "--output", f"{output}/", *options, *job]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-        with (tmp_path / "log.txt").open("a") as log:
-            return subprocess.Popen([sys.executable, "-m", "jina_jax.cli", "embed", *arguments], env=environment, stderr=log)
+        return _start([corpus, "--model", model, "--output", f"{output}/", *options, *job], tmp_path)
 
     def done(output: Path) -> int:
         return len(list(output.glob("_run/part-*.json")))
