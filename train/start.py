@@ -45,24 +45,39 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
             the model can have.
         FileNotFoundError: a path does not exist.
     """
-    start, key = config.start, jax.random.key(config.seed)
+    start = config.start
     if start.source is None:
         assert start.model is not None and start.tokenizer is not None
-        directory, encoder = Path(start.tokenizer), _fresh(replace(start.model, mlm_head=False, tasks=()), key)
+        directory, encoder = Path(start.tokenizer), _fresh(fresh_sizes(start.model), jax.random.key(config.seed))
     else:
         directory = find_model(start.source)
         read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
         encoder = read(directory, dtype=jnp.float32, param_dtype=jnp.float32)
     tokenizer = load_tokenizer(Path(start.tokenizer) if start.tokenizer else directory, encoder.config)
-    encoder = _with_overrides(encoder, start)
+    return for_stages(encoder, config), tokenizer
+
+
+def fresh_sizes(model: ModelConfig) -> ModelConfig:
+    """Of a model with random weights: its stages bring adapters and head."""
+    return replace(model, mlm_head=False, tasks=())
+
+
+def for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
+    """The source's model with what `config.start` changes, and with every adapter and head that the stages need.
+
+    Raises:
+        ValueError: a stage has longer texts than the model can have.
+    """
+    key = jax.random.key(config.seed)
+    encoder = _with_overrides(encoder, config.start)
     for stage in config.stages:
         if stage.length > encoder.config.max_tokens:
             most = encoder.config.max_tokens
             raise ValueError(f"stage {stage.name}: length {stage.length} is above the model's {most} tokens")
     if config.stages[0].adapters:
-        return _with_new_adapters(encoder, config, key), tokenizer
+        return _with_new_adapters(encoder, config, key)
     encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
-    return _with_head(encoder, config.stages[0].objective == "mlm", key), tokenizer
+    return _with_head(encoder, config.stages[0].objective == "mlm", key)
 
 
 def parts(encoder: Encoder, stage: Stage) -> Parts:
