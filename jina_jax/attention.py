@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from .kernels.rows import attend_rows, serves
 from .lora import precision
 
 LONGEST_PLAIN_ROW = 1024
@@ -54,15 +55,33 @@ def attention(
 ) -> Float[Array, "b t d"]:
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
+    On TPU rows of up to 1,024 tokens go to the kernel of `kernels/rows.py` if the heads have 64 numbers and are an even count.
+    Everything else is computed by XLA: rows of up to 1,024 tokens at once, longer ones in blocks. A gradient by the tables
+    exists in the latter two alone.
+
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
         segments: 0 = padding; tokens of equal segment see each other.
         tables: rotary angles, or None for a model with absolute positions.
         num_heads: d = n * h.
     """
-    # A kernel for a backend goes here: it takes the same arguments and is chosen by backend and row length.
-    form = plain_attention if qkv.shape[2] <= LONGEST_PLAIN_ROW else chunked_attention
+    if qkv.shape[2] > LONGEST_PLAIN_ROW:
+        form = chunked_attention
+    elif platform() == "tpu" and serves(qkv, num_heads):
+        form = attend_rows
+    else:
+        form = plain_attention
     return form(qkv, segments, tables, num_heads=num_heads)
+
+
+def platform() -> str:
+    """Kind of device the program is being traced for: that of the mesh around it, else the default.
+
+    The mesh is what counts when a program for TPUs is compiled ahead of time on a machine without one. The choice is made here,
+    and not when the program is lowered, because a choice at lowering keeps the residuals of every branch for the gradient.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def plain_attention(

@@ -1,0 +1,1 @@
+"""Pallas kernels, one file each. Each computes what a plain function of JAX defines, and is tested against it."""
