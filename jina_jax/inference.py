@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from .attention import platform
 from .model import Encoder, pool
 from .packing import max_texts
 from .sharding import AXES, BATCH
@@ -65,7 +66,7 @@ def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Ar
 
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:
-    if encoder.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+    if encoder.dtype != jnp.bfloat16 or platform() != "cpu":
         return encoder(*inputs)
     # XLA's CPU backend turns a bfloat16 array that is sliced in a loop into float32 first: a copy of all layers, at each call.
     # Their bits as integers it leaves alone. For inference only: there is no gradient through this.

@@ -26,7 +26,7 @@ LEVELS = [
 
 ALLOWED = {  # heavy packages, and the files that may import them
     "torch": {"tensor_files.py", "torch_reference.py", "verify.py"},
-    "click": {"cli.py", "__main__.py", "quickstart.py", "mine.py", "evaluate.py", "prepare.py"},
+    "click": {"cli.py", "__main__.py", "quickstart.py", "mine.py", "evaluate.py", "prepare.py", "compile.py"},
     "pyarrow": {"cli.py", "shards.py", "text_files.py", "records.py"},
     "optax": {"optimizer.py", "step.py"},
     "grain": {"data.py", "loop.py"},
