@@ -80,6 +80,13 @@ b"}}
   ROOT %custom-call.2 = s32[128] custom-call(%all-gather.11), custom_call_target="AsyncCollectiveDone"
 }}
 
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {{
+  %input = f32[64,8]{{1,0}} parameter(0)
+  %all-reduce.1 = f32[64,8]{{1,0}} all-reduce(%input), channel_id=4, replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%sum
+  %index = u32[] constant(0)
+  ROOT %part = f32[16,8]{{1,0}} dynamic-slice(%all-reduce.1, %index, %index), dynamic_slice_sizes={{16,8}}
+}}
+
 ENTRY %main (start: (s32[], bf16[8,16])) -> f32[100] {{
   %start = (s32[], bf16[8,16]) parameter(0)
   %while.1 = (s32[], bf16[8,16]) while(%start), condition=%outer_condition, body=%outer_body
@@ -87,6 +94,8 @@ ENTRY %main (start: (s32[], bf16[8,16])) -> f32[100] {{
   %async.1 = (s32[8], s32[128]) fusion(%numbers), kind=kCustom, calls=%starts
   %async.2 = s32[128] fusion(%numbers), kind=kCustom, calls=%async_collective_fusion.1, {CYCLES % 7}
   %async.3 = s32[128] fusion(%numbers), kind=kCustom, calls=%ends
+  %kernel = f32[64,8]{{1,0}} constant(0)
+  %scattered = f32[16,8]{{1,0}} fusion(%kernel), kind=kCustom, calls=%all-reduce-scatter.1
   %gradient = f32[100]{{0}} constant(0)
   %bias = f32[4]{{0}} constant(0)
   ROOT %psum = (f32[100]{{0}}, f32[4]{{0}}) all-reduce(%gradient, %bias), channel_id=3, replica_groups={{}}, to_apply=%sum
@@ -105,6 +114,7 @@ def test_collectives_are_counted_with_their_bytes():
         Collective("all-gather", 4, count=3, bytes=3 * 256 * 16 * 2),
         Collective("all-gather", 16, count=1, bytes=16 * 8 * 4),  # its three fusions are one
         Collective("all-reduce", 0, count=1, bytes=(100 + 4) * 4),
+        Collective("reduce-scatter", 4, count=1, bytes=64 * 8 * 4),
     )
 
 

@@ -84,7 +84,8 @@ def cost(text: str) -> Cost:
         if match := _CYCLES.search(instruction.text):
             cycles[_kind(instruction, inside)] += times * int(match[1])
         for within, collective in _collectives(program, computation, instruction):
-            key = _plain(collective.operation), _group(collective)
+            scattered = within.startswith("all-reduce-scatter")  # one fusion that sums and keeps a part of the sum
+            key = "reduce-scatter" if scattered else _plain(collective.operation), _group(collective)
             counts[key] += times
             sizes[key] += times * _payload(collective, program[within])
     found = tuple(Collective(*key, counts[key], sizes[key]) for key in sorted(counts))
