@@ -214,6 +214,17 @@ def test_class_tuples(seed, record, negatives):
     assert len(example.texts) == texts_per_example(stage("classification", negatives=negatives), "labelled_text")
 
 
+def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
+    plan = stage("classification", same_class="masked")
+    make = example_maker(plan, "labelled_text", LABELLED)
+    examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
+    assert not any(example.suffix for example in examples)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 1, PAD)
+    together = batch.groups[:, None] == batch.groups[None, :]
+    labels = np.array([record.label for record in LABELLED[:16]])
+    assert (together == (labels[:, None] == labels[None, :])).all()
+
+
 def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
     plan = stage("classification", length=24)
     make = example_maker(plan, "labelled_text", LABELLED)

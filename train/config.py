@@ -83,6 +83,9 @@ class Stage:
     """How much the loss at each of `dims` counts; () = 1 each."""
     negatives: Annotated[int, Field(ge=0)] = 0
     """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
+    same_class: Literal["numbered", "masked"] = "numbered"
+    """What keeps tuples of one class from being negatives of one another (classification): a number that ends all texts of a
+    tuple, which the model learns to read, as in the paper; or the loss, which leaves them out."""
     mask_rate: Share = 0.3
     weight_decay: NotNegative = 0.01
     betas: tuple[Share, Share] = (0.9, 0.98)

@@ -49,11 +49,11 @@ def example_maker(stage: Stage, kind: str, source: Sequence[Record]) -> Maker:
         case "scored_pair":
             return _scored
         case "labelled_text" if stage.objective == "classification":
-            classes = Classes(source)
-            return lambda record, rng: _class_tuple(record, rng, classes, stage.negatives)
+            classes, told_apart = Classes(source), {"numbered": _numbered, "masked": _masked_class}[stage.same_class]
+            return lambda record, rng: told_apart(_class_tuple(record, rng, classes, stage.negatives), record, rng)
         case "labelled_text":
             classes = Classes(source)
-            return lambda record, rng: _class_tuple(record, rng, classes, 1)._replace(suffix="")
+            return lambda record, rng: _class_tuple(record, rng, classes, 1)
     raise ValueError(f"no examples are made of {kind} records")
 
 
@@ -121,7 +121,17 @@ def _scored(record: ScoredPair, _: np.random.Generator) -> Example:
 
 
 def _class_tuple(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
-    """A text, another of its class, and texts of other classes. All end in one number that no other tuple has, so that texts of
-    the same class in another tuple are told apart by it and do no harm as negatives."""
-    texts = (record.text, classes.same(record, rng).text, *(other.text for other in classes.others(record, negatives, rng)))
-    return Example(texts, suffix=f" {rng.integers(10**9):09d}")
+    """A text, another of its class, and texts of other classes."""
+    others = classes.others(record, negatives, rng)
+    return Example((record.text, classes.same(record, rng).text, *(other.text for other in others)))
+
+
+def _numbered(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
+    """All texts end in one number that no other tuple has, so that texts of the same class in another tuple are told apart by
+    it and do no harm as negatives."""
+    return example._replace(suffix=f" {rng.integers(10**9):09d}")
+
+
+def _masked_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
+    """Tuples of one class are one group."""
+    return example._replace(group=f"class {record.label}")
