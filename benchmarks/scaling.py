@@ -1,0 +1,168 @@
+"""What the TPU compiler says of every configuration of the paper on four slices: the tables of docs/scaling.md.
+
+    python -m benchmarks.scaling                     # every program that is not in the results yet: a minute or more for each
+    python -m benchmarks.scaling pairs_short@v5e-16  # again
+    python -m benchmarks.scaling --table             # compile nothing, write the tables
+
+Each program is compiled ahead of time by `python -m train.compile`, in a process of its own; no TPU is needed. Results are
+kept after each one. Needs: pip install -e '.[train,tpu]'
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from jina_jax.config import dump_json
+from train.config import load_config
+
+from .machine import machine, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+DOCUMENT = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- tables of benchmarks/scaling.py -->", "<!-- end of tables -->"
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+STAGES = ("mlm_short", "mlm_long", "pairs_short", "pairs_long", "retrieval", "text_matching", "classification", "separation")
+"""In the order of the recipe. configs/adapters.py runs the programs of the last four."""
+
+SLICES = {"v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-128": "v5p:4x4x4", "v6e-256": "v6e:16x16"}
+
+SMALLER = {"mlm_long": "8x8", "retrieval": "8x16"}
+"""Part of 16 x 16 chips that the batch divides by: of 64 texts, and of 128 tuples."""
+
+
+class Row(NamedTuple):
+    config: str
+    slice: str
+    settings: tuple[str, ...] = ()
+    """Fields that differ from the configuration's."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.config}@{self.slice}" + "".join(f" {setting}" for setting in self.settings)
+
+    @property
+    def topology(self) -> str:
+        topology = SLICES[self.slice]
+        return topology.replace("16x16", SMALLER.get(self.config, "16x16"))
+
+
+ONE_DIM = "stages.0.dims=()"
+"""The loss at the full dimension alone: compiles in half the time, and is otherwise the same program."""
+
+ROWS = (
+    *(Row(config, slice_) for slice_ in SLICES for config in STAGES),
+    Row("pairs_short", "v5e-16", (ONE_DIM,)),
+    Row("pairs_short", "v5e-16", (ONE_DIM, "mesh.fsdp=4")),
+    Row("pairs_short", "v5e-16", (ONE_DIM, "mesh.fsdp=16")),
+    Row("pairs_short", "v5e-16", (ONE_DIM, "stages.0.batch_size=1024")),  # 64 pairs a chip, as the next one
+    Row("pairs_short", "v5e-256", (ONE_DIM,)),
+)
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--table", is_flag=True, help="Compile nothing.")
+def main(names: tuple[str, ...], table: bool) -> None:
+    """Compile the programs NAMES, or all that have no result yet, and write the tables."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"rows": {}}
+    by_name = {row.name: row for row in ROWS}
+    if unknown := [name for name in names if name not in by_name]:
+        raise click.UsageError(f"there are no rows {unknown}; there are {list(by_name)}")
+    for name in [] if table else names or [name for name in by_name if name not in results["rows"]]:
+        results["rows"][name] = _compiled(by_name[name])
+        results |= {"machine": machine(), "versions": versions(PACKAGES)}
+        RESULTS.write_text(dump_json(results), "utf-8")
+        click.echo(f"{name}: {results['rows'][name]['programs']}", err=True)
+    _write_tables(tables(results["rows"]))
+
+
+def tables(rows: dict[str, Any]) -> str:
+    """Markdown of the results: one table of programs, one of the recipe's hours, and the weak scaling."""
+    lines = [
+        "| program | slice | rows at once | HBM peak, GB | buffers, GB | step, s | sending, s | tokens/s | share of peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        for program in rows.get(row.name, {"programs": []})["programs"]:
+            lines.append(_line(row, program))
+    hours = ["| configuration | steps | " + " | ".join(SLICES) + " |", "|---|---|" + "---|" * len(SLICES)]
+    columns = [[_hours(rows, config, slice_) for config in STAGES] for slice_ in SLICES]
+    for config, *of_config in zip(STAGES, *columns, strict=True):
+        hours.append(f"| {config} | {_steps(config):,} | {_shown(of_config)} |")
+    hours.append(f"| all | | {_shown([None if None in column else sum(filter(None, column)) for column in columns])} |")
+    return "\n".join([*lines, "", "Hours, at the estimated step time:", "", *hours, *_weak_scaling(rows)])
+
+
+def _compiled(row: Row) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out.json"
+        settings = [argument for setting in row.settings for argument in ("--set", setting)]
+        command = [sys.executable, "-m", "train.compile", f"configs/{row.config}.py", "--topology", row.topology]
+        done = subprocess.run([*command, *settings, "--json", str(out)], cwd=ROOT, capture_output=True, text=True)
+        if not out.exists():
+            raise click.ClickException(f"{row.name}: {done.stderr[-2000:]}")
+        return {"topology": row.topology, "date": str(date.today())} | json.loads(out.read_text("utf-8"))
+
+
+def _line(row: Row, program: dict[str, Any]) -> str:
+    stage = load_config(ROOT / "configs" / f"{row.config}.py", row.settings).stages[0]
+    name = program["name"] if not row.settings else f"{program['name']}, {', '.join(row.settings)}"
+    cells = [name, row.topology, str(stage.chunk_rows or "all")]
+    if not program["fits"]:
+        return f"| {' | '.join(cells)} | does not fit: {program['reason']} | | | | | |"
+    memory = program["memory_bytes"]
+    cells += [
+        f"{memory['peak'] / 1e9:.1f}",
+        f"{(memory['arguments'] + memory['outputs'] - memory['aliased'] + memory['temporaries'] + memory['code']) / 1e9:.1f}",
+        f"{program['seconds']:.3f}",
+        f"{program['communication_seconds']:.3f}",
+        f"{program['tokens_per_second']:,.0f}",
+        f"{program['share_of_peak']:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _steps(config: str) -> int:
+    return load_config(ROOT / "configs" / f"{config}.py").steps
+
+
+def _hours(rows: dict[str, Any], config: str, slice_: str) -> float | None:
+    """Of all steps; those of several kinds of records come in equal shares, as near as the datasets' weights are equal."""
+    programs = rows.get(Row(config, slice_).name, {"programs": []})["programs"]
+    if not programs or not all(program["fits"] for program in programs):
+        return None
+    return _steps(config) * sum(program["seconds"] for program in programs) / len(programs) / 3600
+
+
+def _shown(hours: Sequence[float | None]) -> str:
+    return " | ".join("" if each is None else f"{each:,.1f}" for each in hours)
+
+
+def _weak_scaling(rows: dict[str, Any]) -> list[str]:
+    names = ROWS[-2].name, ROWS[-1].name
+    if not all(rows.get(name, {"programs": [{"fits": False}]})["programs"][0]["fits"] for name in names):
+        return []
+    few, many = (rows[name]["programs"][0]["seconds"] for name in names)
+    return [
+        "",
+        f"Weak scaling, 64 pairs a chip: {few:.3f} s a step on 16 chips (1,024 pairs), {many:.3f} s on 256 (16,384 pairs): "
+        f"{few / many:.1%}.",
+    ]
+
+
+def _write_tables(text: str) -> None:
+    before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
