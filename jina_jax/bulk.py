@@ -147,6 +147,7 @@ def embed_files(
     no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
     _open_output(output)
     inputs = _surveyed(files, output, options, process, processes, progress)
+    of = schema(_id_type(inputs), no_embeddings)
     identity = _identity(embedder, fingerprint, options, inputs)
     _claim(output, identity)
 
@@ -157,7 +158,7 @@ def embed_files(
     todo = [shard for shard in own if not is_finished(output, shard)]
     if todo:
         (output / MANIFEST).unlink(missing_ok=True)
-    rows, of = _rows(inputs, todo, options), schema(_id_type(inputs), no_embeddings)
+    rows = _rows(inputs, todo, options)
     with _progress_bar("Embedding", total, "text", progress) as bar:
         bar.update(rows_done(output, shards))
         for shard in todo:

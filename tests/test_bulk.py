@@ -350,6 +350,7 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
     options = Options(id_field=id_field)
     with pytest.raises(ValueError, match=message):
         embed_files(embedder, "model", [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")], tmp_path / "out", options)
+    assert not (tmp_path / "out" / "_run" / "run.json").exists()  # the directory is free for what is right
 
 
 @pytest.mark.parametrize(
