@@ -10,7 +10,6 @@ whatever the processes, which never talk. Names with an underscore are passed ov
 
 import dataclasses
 import hashlib
-import json
 import logging
 import time
 from collections import Counter, deque
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from .config import differences
 from .embedder import Embedder
 from .quantize import Precision
 from .sharding import make_mesh
@@ -251,21 +251,11 @@ def _claim(output: Path, identity: dict[str, Any]) -> None:
     file = output / RUN / "run.json"
     if not file.exists():
         write_json(file, identity)
-    if changed := _differences(read_json(file), json.loads(json.dumps(identity))):
+    if changed := differences(read_json(file), identity):
         raise OutputError(
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
             "Give the same files, model and options, or another directory"
         )
-
-
-def _differences(saved: Any, now: Any, place: str = "") -> list[str]:
-    """Where two JSON values differ, as "options.dim: 256 -> 512"."""
-    if isinstance(saved, list) and isinstance(now, list):
-        saved, now = dict(enumerate(saved)), dict(enumerate(now))
-    if not isinstance(saved, dict) or not isinstance(now, dict):
-        return [] if saved == now else [f"{place}: {json.dumps(saved)} -> {json.dumps(now)}"]
-    keys = [*saved, *(key for key in now if key not in saved)]
-    return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
 
 
 def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Row]:

@@ -248,6 +248,17 @@ def dump_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
+def differences(saved: Any, now: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
+    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
+    if isinstance(saved, list) and isinstance(now, list):
+        saved, now = dict(enumerate(saved)), dict(enumerate(now))
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return [] if saved == now else [f"{place}: {json.dumps(saved)} -> {json.dumps(now)}"]
+    keys = [*saved, *(key for key in now if key not in saved)]
+    return [line for key in keys for line in differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
+
+
 def _from_file(fields: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of values that may be of any type; JSON has neither tuples nor a difference between 1 and 1.0."""
     values = {name: _tuples(value) for name, value in fields.items()}

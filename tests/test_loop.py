@@ -242,14 +242,14 @@ def test_a_run_of_another_configuration_is_refused_with_the_differences(datasets
         return str(raised.value)
 
     assert "differs in: config.seed: 0 -> 1." in refused(seed=1)
-    assert "config.dtype: 'float32' -> 'bfloat16'" in refused(dtype="bfloat16")
+    assert 'config.dtype: "float32" -> "bfloat16"' in refused(dtype="bfloat16")
     assert "config.stages.0.learning_rate: 0.01 -> 0.5." in refused(stages=(replace(stage, learning_rate=0.5),))
     heavier = replace(stage, datasets=(replace(dataset, weight=2.0),))
     assert "config.stages.0.datasets.0.weight: 1.0 -> 2.0." in refused(stages=(heavier,))
     said = refused(start=replace(config.start, rope_theta=10_000.0))
-    assert "config.start.rope_theta: None -> 10000.0; model.rope_theta: 20000.0 -> 10000.0." in said
+    assert "config.start.rope_theta: null -> 10000.0; model.rope_theta: 20000.0 -> 10000.0." in said
     file.write_text("".join(json.dumps(record) + "\n" for record in records("pair", seed=1)), "utf-8")
-    assert "differs in: records.0.0: '40 records, " in refused()
+    assert 'differs in: records.0.0: "40 records, ' in refused()
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,11 @@ def test_a_run_of_another_configuration_is_refused_with_the_differences(datasets
         (["configs/pairs_short.py", "--set", "stages.0.steps=many"], "stages.0.steps"),
         (["configs/pairs_short.py", "--set", "stages.0.steps"], "path=value"),
         (["configs/pairs_short.py", "--set", "start.source=/nowhere/model"], "/nowhere/model"),
+        (["configs/pairs_short.py", "--workdir", "gs://bucket/run"], "gs://bucket/run"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, arguments, said):
-    result = CliRunner().invoke(main, [*arguments, "--workdir", str(tmp_path / "run")])
+    result = CliRunner().invoke(main, ["--workdir", str(tmp_path / "run"), *arguments])
     assert result.exit_code == 1
     assert said in result.output and result.output.count("\n") == 1 and result.output.startswith("Error: ")
 

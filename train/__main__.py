@@ -7,6 +7,7 @@ import click
 
 from jina_jax import processes
 from jina_jax.cli import Program
+from jina_jax.remote import is_remote
 
 from .config import load_config
 from .loop import train
@@ -14,17 +15,19 @@ from .loop import train
 
 @click.command(cls=Program)
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--workdir", type=click.Path(path_type=Path), required=True, help="The run's directory; an old run goes on.")
+@click.option("--workdir", required=True, help="The run's directory; an old run goes on.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Another value for a field: stages.0.steps=100")
-def main(config: Path, workdir: Path, overrides: tuple[str, ...]) -> None:
+def main(config: Path, workdir: str, overrides: tuple[str, ...]) -> None:
     """Train what CONFIG, a Python file of configs/, describes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy, level in (("absl", logging.CRITICAL), ("orbax", logging.CRITICAL), ("jax", logging.WARNING)):
         logging.getLogger(noisy).setLevel(level)  # Orbax logs, with tracebacks, what it raises as well
     loaded = load_config(config, overrides)
+    if is_remote(workdir):
+        raise ValueError(f"--workdir must be a directory that all processes see as a local one, not {workdir}")
     processes.start()
     with processes.failing_together():
-        model = train(loaded, workdir, progress=True)
+        model = train(loaded, Path(workdir), progress=True)
     if model is not None:
         click.echo(f"model: {model}")
 

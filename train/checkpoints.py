@@ -5,7 +5,6 @@ where the data stood; what a run only reads is told apart by its fingerprint.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,15 +155,3 @@ def _by_name(tree: Any) -> dict[str, Any]:
 def _saved(directory: Path) -> list[tuple[int, Path]]:
     found = [path for path in directory.glob("[0-9]*") if path.name.isdecimal()]
     return sorted((int(path.name), path) for path in found)
-
-
-def differences(saved: Any, now: Any, place: str = "") -> list[str]:
-    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
-    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
-    if isinstance(saved, dict) and isinstance(now, dict):
-        keys = saved.keys() | now.keys()
-        return [line for key in sorted(keys) for line in differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
-    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
-        pairs = enumerate(zip(saved, now, strict=True))
-        return [line for i, (old, new) in pairs for line in differences(old, new, f"{place}.{i}".strip("."))]
-    return [] if saved == now else [f"{place}: {saved!r} -> {now!r}"]

@@ -25,12 +25,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jina_jax.checkpoint import is_checkpoint, save_checkpoint
-from jina_jax.config import dump_json
+from jina_jax.config import differences, dump_json
 from jina_jax.model import Encoder
 from jina_jax.processes import barrier, first_alone, is_first, largest
 from jina_jax.sharding import join_rows, make_mesh, place, shardings
 
-from .checkpoints import Checkpoint, Saver, differences, latest, remove_unfinished, restore
+from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
 from .config import Stage, TrainConfig, to_dict
 from .data import batches, open_datasets, reader
 from .flops import peak_flops, training_flops
