@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("grain")
 from train.hlo_cost import Collective, HloError, array_bytes, cost, parse
-from train.kernel_bundles import bundles, count, kernel_bundles
+from train.kernel_bundles import bundles, count, cycles_of, kernel_bundles
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 PROGRAM = f"""HloModule jit_step, is_scheduled=true
@@ -156,16 +156,22 @@ LB: loop body
    0x3   : > { %v3 = vld }
    0x4 LB: >> { %v4 = vld }
    0x5   : >> { %p5 = scmp.ge.s32.totalorder %s5, 10 /* loop exit test */ }
+   0x6 CT: { %v = target of a jump }
    0x6   : > { %p6 = scmp.ge.s32.totalorder %s6, 34 /* loop exit test */ ;; %v = vld }
    0x7   :  { %v7 = vst } /* exit bundle: %ours.3 = custom-call(%x.1) */
 """
 
 
 def test_bundles_of_a_schedule(tmp_path):
-    assert [bundle.depth for bundle in bundles(SCHEDULE)] == [0, 1, 1, 2, 2, 1, 0]
-    want = 2 + (34 - 2) * (3 + 10 * 2)  # the grid's loop has two turns more than the grid
+    assert [bundle.depth for bundle in bundles(SCHEDULE)] == [0, 0, 1, 1, 2, 2, 0, 1, 0]
+    want = 3 + (34 - 2) * (4 + 10 * 2)  # the grid's loop has two turns more than the grid
     assert count(bundles(SCHEDULE)) == want
     (tmp_path / "1-ours.3-01-final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-ours.3-00-schedule-analysis_final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-fusion.1-01-final_bundles.txt").write_text(SCHEDULE.replace("custom-call", "fusion"))
     assert kernel_bundles(tmp_path) == {"ours.3": want}
+
+
+def test_a_kernel_without_a_schedule_takes_as_long_as_its_like():
+    known = {"ours.3": 7, "ours_backward.1": 9}
+    assert [cycles_of(name, known) for name in ("ours.3", "ours.4", "ours_backward.2", "other.1", "ours")] == [7, 7, 9, 0, 0]

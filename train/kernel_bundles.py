@@ -5,7 +5,7 @@ upper one where a part of the body is skipped at some steps of the grid.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +15,18 @@ DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*f
 PIPELINE_STEPS = 2
 """Turns of the loop over a kernel's grid beyond the steps of the grid, which fill and empty the pipeline of its copies."""
 
-_BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s*[A-Z]*\s*:([\s>]*)\{")
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)([A-Z\s]*):([\s>]*)\{")
 _EXIT = re.compile(r"scmp\.[gl][et]\.s32\.totalorder %\w+, (\d+) +/\* loop exit test \*/")
 _ENTRY = re.compile(r"/\* entry bundle: %([\w.\-]+) = custom-call\(")
 
 
 class Bundle(NamedTuple):
     depth: int
-    """Loops around it."""
+    """Loops around it, as the schedule marks them."""
+    begins: bool
+    """Whether it is the first of a loop."""
     exit: int | None
-    """Where it tests whether a loop ends: the count it compares with."""
+    """Where it tests whether its loop ends: the count it compares with."""
 
 
 def kernel_bundles(directory: Path) -> dict[str, int]:
@@ -36,28 +38,43 @@ def kernel_bundles(directory: Path) -> dict[str, int]:
     return found
 
 
+def cycles_of(instruction: str, known: Mapping[str, int]) -> int:
+    """Cycles of a kernel's call; 0 where there is no schedule of it.
+
+    The compiler does not schedule equal kernels twice: one without a schedule takes as long as the others of its name
+    (`row_attention.9` and `row_attention.8`).
+    """
+    name = instruction.rpartition(".")[0]
+    alike = [cycles for other, cycles in known.items() if name and other.rpartition(".")[0] == name]
+    return known.get(instruction) or max(alike, default=0)
+
+
 def bundles(schedule: str) -> list[Bundle]:
     """The bundles of a schedule as the compiler writes it."""
     found = []
     for line in schedule.splitlines():
         if match := _BUNDLE.match(line):
             test = _EXIT.search(line)
-            found.append(Bundle(match[1].count(">"), int(test[1]) if test else None))
+            found.append(Bundle(match[2].count(">"), "LB" in match[1].split(), int(test[1]) if test else None))
     return found
 
 
-def count(schedule: Sequence[Bundle], depth: int = 0) -> int:
-    """Cycles of bundles at some depth of loops: each loop inside counts as often as it turns. Neighbouring loops of one depth
-    are taken together, and turn as often as the last one."""
-    cycles, inner = 0, []
-    for bundle in [*schedule, Bundle(depth, None)]:
-        if bundle.depth > depth:
-            inner.append(bundle)
-            continue
-        if inner:
-            exits = [each.exit for each in inner if each.depth == depth + 1 and each.exit is not None]
-            turns = exits[-1] - (PIPELINE_STEPS if depth == 0 else 0) if exits else 1
-            cycles += max(turns, 1) * count(inner, depth + 1)
-            inner = []
-        cycles += 1
-    return cycles - 1  # the one that was put behind
+def count(schedule: Sequence[Bundle]) -> int:
+    """Cycles of a schedule, each loop as often as it turns; one without a test, once.
+
+    A loop goes from its first bundle to the first one behind its test that is marked as outside: inside, some are as well.
+    """
+    cycles = [0]  # of each open loop, behind that of what is outside
+    turns: list[int | None] = []
+    for bundle in [*schedule, Bundle(0, False, None)]:
+        while turns and turns[-1] is not None and bundle.depth < len(turns):
+            outer = len(turns) == 1
+            body = cycles.pop() * max((turns.pop() or 1) - (PIPELINE_STEPS if outer else 0), 1)
+            cycles[-1] += body
+        if bundle.begins:
+            cycles.append(0)
+            turns.append(None)
+        cycles[-1] += 1
+        if bundle.exit is not None and turns:
+            turns[-1] = bundle.exit
+    return sum(cycles) - 1  # the one that was put behind

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from .hlo_cost import Collective, cost
-from .kernel_bundles import DUMP_FLAGS, kernel_bundles
+from .kernel_bundles import DUMP_FLAGS, cycles_of, kernel_bundles
 from .tpu_chips import GIB, Topology, parse_topology, send_rate
 
 INSTALL = "pip install 'jina-jax[train,tpu]'"
@@ -141,7 +141,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
     if hlo:
         hlo.write_text(text, "utf-8")
     found = cost(text)
-    kernels = {name: {"calls": calls, "cycles": bundles.get(name, 0)} for name, calls in found.kernels.items()}
+    kernels = {name: {"calls": calls, "cycles": cycles_of(name, bundles)} for name, calls in found.kernels.items()}
     cycles = dict(found.cycles)
     if kernels:
         cycles["kernels"] = sum(kernel["calls"] * kernel["cycles"] for kernel in kernels.values())
