@@ -9,6 +9,7 @@ A row holds several texts (`packing.py`). The code is local: it knows no mesh. H
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,32 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
 
 
+class Normalised(NamedTuple):
+    """A LayerNorm that has its statistics and is still to be applied, by whoever reads it.
+
+    Between two layers this saves TPUs a pass over the states: the statistics are sums that the product before accumulates, and
+    the rest is computed as the products behind load their operand.
+    """
+
+    x: Float[Array, "*b d"]
+    mean: Float[Array, "*b 1"]
+    factor: Float[Array, "*b 1"]
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "*b d"]) -> "Normalised":
+        """x as it is."""
+        one = jnp.ones((*x.shape[:-1], 1), jnp.float32)
+        return cls(x, 0 * one, one, jnp.ones(x.shape[-1], jnp.float32), jnp.zeros(x.shape[-1], jnp.float32))
+
+    def value(self) -> Float[Array, "*b d"]:
+        """In float32."""
+        broadcast = (1,) * (self.x.ndim - 1) + (-1,)
+        scale, bias = self.scale.reshape(broadcast), self.bias.reshape(broadcast)
+        return (self.x.astype(jnp.float32) - self.mean) * (self.factor * scale) + bias
+
+
 class LayerNorm(nnx.Module):
     """Normalises the last axis, with float32 statistics from one pass over x: E[x^2] - E[x]^2, clamped at 0."""
 
@@ -39,13 +66,14 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Result in float32."""
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
-        broadcast = (1,) * (x.ndim - 1) + (-1,)
-        scale = self.scale[...].astype(jnp.float32).reshape(broadcast)
-        bias = self.bias[...].astype(jnp.float32).reshape(broadcast)
-        return (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        return self.deferred(x).value()
+
+    def deferred(self, x: Float[Array, "*b d"]) -> Normalised:
+        y = x.astype(jnp.float32)
+        mean = y.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return Normalised(x, mean, jax.lax.rsqrt(variance + self.epsilon), scale, bias)
 
 
 class Layer(nnx.Module):
@@ -66,15 +94,14 @@ class Layer(nnx.Module):
         self.down = dense(f, d)
         self.mlp_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, task: Task
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, before: Normalised, segments: Int[Array, "b t"], tables: RotaryTables | None, task: Task) -> Normalised:
+        x = before.value().astype(before.x.dtype)
         qkv = jnp.moveaxis(self.qkv(x, task), 2, 0)
         attended = attention(qkv, segments, tables, num_heads=self.num_heads)
         x = self.attention_norm(x + self.out(attended, task)).astype(x.dtype)
         # The barrier keeps TPU v6e from fusing both products and the GELU into one slow loop.
         hidden = jax.lax.optimization_barrier(gelu(self.up(x, task)).astype(x.dtype))
-        return self.mlp_norm(x + self.down(hidden, task)).astype(x.dtype)
+        return self.mlp_norm.deferred(x + self.down(hidden, task))
 
 
 class MLMHead(nnx.Module):
@@ -159,12 +186,13 @@ class Encoder(nnx.Module):
         task = tasks if tasks is None or tasks.ndim == 0 else task_of_tokens(tasks, segments)
         x, tables = self.embed(tokens, positions, task), self.rotary_tables(positions)
 
-        def step(x: Array, layer: Layer) -> tuple[Array, None]:
+        def step(x: Normalised, layer: Layer) -> tuple[Normalised, None]:
             return (gather(layer) if gather else layer)(x, segments, tables, task), None
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)  # in a scan nothing can be merged with the first pass
-        return jax.lax.scan(step, x, self.layers, unroll=self.config.unroll or 1)[0]
+        last, _ = jax.lax.scan(step, Normalised.of(x), self.layers, unroll=self.config.unroll or 1)
+        return last.value().astype(self.dtype)
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:
         """Input of the first layer."""
