@@ -134,8 +134,9 @@ def _steps(config: str) -> int:
 
 
 def _hours(rows: dict[str, Any], config: str, slice_: str) -> float | None:
-    """Of all steps; those of several kinds of records come in equal shares, as near as the datasets' weights are equal."""
-    programs = rows.get(Row(config, slice_).name, {"programs": []})["programs"]
+    """Of all steps. Kinds of records count the same; a stage that was compiled with one dimension alone goes by that."""
+    found = (rows.get(row.name) for row in (Row(config, slice_), Row(config, slice_, (ONE_DIM,))))
+    programs = next(filter(None, found), {"programs": []})["programs"]
     if not programs or not all(program["fits"] for program in programs):
         return None
     return _steps(config) * sum(program["seconds"] for program in programs) / len(programs) / 3600
