@@ -1,0 +1,167 @@
+"""What the TPU compiler makes of the encoder: estimated cycles of its programs on several chips, beside a naive port.
+
+    python -m benchmarks.tpu_estimate --json benchmarks/results/tpu_estimate.json
+
+Needs no TPU: the programs are compiled ahead of time, and their cycles are the compiler's estimates, loops counted as often as
+they turn, and the schedules of the Pallas kernels (`train.tpu_compiler`). Nothing is run, so waits for memory inside a kernel
+and stalls of the matrix unit are not seen. The naive port has the same products and the same mask, in bfloat16 and in a loop
+over layers: separate q, k and v, XLA's attention, rotation by halves, a float32 stream, LayerNorm in two passes, and
+`jax.nn.gelu`. Needs libtpu: pip install -e '.[train,tpu]'
+"""
+
+import json
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jina_jax import Encoder, ModelConfig
+from jina_jax.attention import RotaryTables, attention, rotary_tables
+from train.tpu_compiler import Slice, load_topology, measure
+
+from .machine import versions
+
+PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
+CONFIG = ModelConfig()
+KERNEL_ROWS = 16
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function, and the shapes of its arguments."""
+
+
+@click.command()
+@click.option("--topology", "names", multiple=True, default=TOPOLOGIES, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(names: tuple[str, ...], out: Path | None) -> None:
+    """Compile every program for one device of each topology, print a table, and write the numbers as JSON."""
+    programs = {
+        "forward 16 x 512": forward(16, 512),
+        "naive port 16 x 512": naive_forward(16, 512),
+        "attention, gradient, T = 384": attention_gradient(384),
+        "attention, gradient, T = 512": attention_gradient(512),
+    }
+    results = []
+    for name in names:
+        part = load_topology(name)
+        for label, program in programs.items():
+            results.append({"topology": name, "program": label, **_estimate(program, part)})
+            click.echo(f"{name:10} {label:30} {results[-1]['mcycles']:9.2f} Mcycles", err=True)
+    click.echo(_table(results))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"date": str(date.today()), "versions": versions(PACKAGES), "results": results}
+        out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def _estimate(program: Program, part: Slice) -> dict[str, Any]:
+    """Cycles of one run on one device, by kind of work, and of each call of a kernel."""
+    mesh = Mesh(np.array(part.devices)[:1], ("data",))
+    function, shapes = program
+    # Inside a shard_map the mesh says what the program is compiled for.
+    whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    found = measure(jax.jit(whole), arguments, part.topology)
+    return {
+        "mcycles": sum(found.cycles.values()) / 1e6,
+        "mcycles_by_kind": {kind: cycles / 1e6 for kind, cycles in found.cycles.items()},
+        "kernels": found.kernels,
+        "temporary_bytes": found.memory["temporaries"],
+        "compile_seconds": round(found.compile_seconds, 1),
+    }
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    """Mcycles of whole programs, and of the attention the cycles of a row and head."""
+    cycles = {(each["program"], each["topology"]): each["mcycles"] for each in results}
+    topologies = list(dict.fromkeys(each["topology"] for each in results))
+    lines = [f"{'':55}" + "".join(f"{name:>12}" for name in topologies)]
+    for program in dict.fromkeys(each["program"] for each in results):
+        kernel = program.startswith("attention")
+        scale, unit = (1e6 / KERNEL_ROWS / CONFIG.num_heads, "per row and head") if kernel else (1.0, "Mcycles")
+        cells = (f"{cycles[program, name] * scale:12.{0 if kernel else 1}f}" for name in topologies)
+        lines.append(f"{program + ', ' + unit:55}" + "".join(cells))
+    return "\n".join(lines)
+
+
+# ---- the programs
+
+
+def forward(b: int, t: int) -> Program:
+    """The encoder in bfloat16, without adapters."""
+    fresh = partial(Encoder, CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: fresh(rngs=nnx.Rngs(0))))
+    ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
+    return lambda state, *rows: nnx.merge(graphdef, state)(*rows), (state, ids, ids, ids)
+
+
+def attention_gradient(t: int) -> Program:
+    """Attention of 16 rows, forward and backward, from the fused projection to its gradient."""
+    shape = jax.ShapeDtypeStruct((3, KERNEL_ROWS, t, CONFIG.hidden_size), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((KERNEL_ROWS, t), jnp.int32)
+    d_out = jax.ShapeDtypeStruct(shape.shape[1:], jnp.bfloat16)
+
+    def gradient(qkv: Array, segments: Array, positions: Array, d_out: Array) -> Array:
+        tables = rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_theta)
+        return jax.vjp(lambda qkv: attention(qkv, segments, tables, num_heads=CONFIG.num_heads), qkv)[1](d_out)[0]
+
+    return gradient, (shape, ids, ids, d_out)
+
+
+def naive_forward(b: int, t: int) -> Program:
+    """The layers alone, as one would write them from the PyTorch model."""
+    d, f = CONFIG.hidden_size, CONFIG.mlp_size
+    kernels = {"q": (d, d), "k": (d, d), "v": (d, d), "out": (d, d), "up": (d, f), "down": (f, d)}
+    vectors = {f"{name}_bias": shape[1:] for name, shape in kernels.items()} | {
+        f"norm{i}_{part}": (d,) for i in (1, 2) for part in ("scale", "bias")
+    }
+    layers = {
+        name: jax.ShapeDtypeStruct((CONFIG.num_layers, *shape), jnp.bfloat16) for name, shape in (kernels | vectors).items()
+    }
+    ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
+
+    def run(layers: dict[str, Array], x: Array, segments: Array, positions: Array) -> Array:
+        tables = rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_theta)
+        return jax.lax.scan(lambda x, layer: (_naive_layer(layer, x, segments, tables), None), x, layers)[0]
+
+    return run, (layers, jax.ShapeDtypeStruct((b, t, d), jnp.float32), ids, ids)
+
+
+def _naive_layer(layer: dict[str, Array], x: Array, segments: Array, tables: RotaryTables) -> Array:
+    def dense(name: str, x: Array) -> Array:
+        product = jnp.matmul(x.astype(jnp.bfloat16), layer[name], preferred_element_type=jnp.float32)
+        return product + layer[f"{name}_bias"].astype(jnp.float32)
+
+    def norm(i: int, x: Array) -> Array:
+        y = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + CONFIG.layer_norm_eps)
+        return y * layer[f"norm{i}_scale"].astype(jnp.float32) + layer[f"norm{i}_bias"].astype(jnp.float32)
+
+    heads = (*x.shape[:2], CONFIG.num_heads, CONFIG.head_dim)
+    q, k, v = (dense(name, x).astype(jnp.bfloat16).reshape(heads) for name in "qkv")
+    q, k = _naive_rotation(q, tables), _naive_rotation(k, tables)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * CONFIG.head_dim**-0.5
+    scores = jnp.where(segments[:, None, :, None] == segments[:, None, None, :], scores, -1e30)
+    weights = jax.nn.softmax(scores, -1).astype(jnp.bfloat16)
+    attended = jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(x.shape)
+    x = norm(1, x + dense("out", attended))
+    return norm(2, x + dense("down", jax.nn.gelu(dense("up", x), approximate=False)))
+
+
+def _naive_rotation(x: Array, tables: RotaryTables) -> Array:
+    cos, sin = (jnp.concatenate([table, table], -1)[:, :, None] for table in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (x.astype(jnp.float32) * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+
+
+if __name__ == "__main__":
+    main()
