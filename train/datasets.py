@@ -50,7 +50,9 @@ class DebianPackages(tfds.core.GeneratorBasedBuilder):
     """The bundled corpus as records; each configuration is one of `CORPUS_RECORDS`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("texts", "pairs", "translations", "scored", "labelled")]
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name) for name in ("texts", "pairs", "translations", "searches", "scored", "labelled")
+    ]
 
     def __init__(self, *, file: Path = BUNDLED, **arguments: Any):
         self.file = file
@@ -95,6 +97,15 @@ def translation_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
                 yield Pair(anchor=english.title, positive=text.body, language=language, group=package.source)
 
 
+def search_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
+    """What retrieval is measured on: the title in English, and in one other language in turn, with the English body."""
+    for number, package in enumerate(packages):
+        languages = sorted(package.text)
+        for language in dict.fromkeys(("en", languages[number % len(languages)])):
+            title, body = package.text[language].title, package.text["en"].body
+            yield Pair(anchor=title, positive=body, language=language, group=package.source)
+
+
 def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[ScoredPair]:
     """Descriptions in one language, scored by the overlap of their packages' tags (Jaccard); half of them share a section."""
     rng = random.Random(0)
@@ -128,6 +139,7 @@ CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Reco
     "texts": ("text", plain_texts),
     "pairs": ("pair", title_body_pairs),
     "translations": ("pair", translation_pairs),
+    "searches": ("pair", search_pairs),
     "scored": ("scored_pair", tag_overlaps),
     "labelled": ("labelled_text", section_labels),
 }

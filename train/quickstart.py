@@ -8,24 +8,22 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from configs import quickstart as presets
 from jina_jax import Embedder
-from jina_jax.cli import Program, whole_file
+from jina_jax.cli import Program
 
 from .benchmark.scores import Score
 from .config import TrainConfig, from_dict, to_dict
-from .corpus import BUNDLED, Package, read_corpus
+from .corpus import BUNDLED, read_corpus
 from .datasets import CORPUS_RECORDS, prepare_corpus
 from .evaluate import evaluate, untrained
 from .loop import train
 from .metrics import FILE
-from .negatives import Selection, embedding_scores, mine
-from .records import Pair, write_records
 from .summary import write_summary
 
 HOME = "runs/quickstart"
@@ -39,10 +37,6 @@ SEARCHES = (
 """In English, German (a program that downloads files from the internet) and Japanese (a music player)."""
 
 
-MINED_CHARACTERS = 400
-"""Of a body, in hard negatives and their positives: more than training takes, and mined in half the time."""
-
-
 @click.command(cls=Program)
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(HOME), show_default=True)
 @click.option("--corpus", type=click.Path(path_type=Path), default=BUNDLED, help="Packages as in data/README.md.")
@@ -54,7 +48,6 @@ def main(workdir: Path, corpus: Path) -> None:
         prepare_corpus(name, workdir / "datasets", corpus)
     _train("Masked words", presets.mlm, workdir / "mlm", workdir)
     _train("Pairs", presets.pairs, workdir / "pairs", workdir)
-    _mine(workdir / "pairs" / "model", corpus, workdir / "triplets.jsonl")
     _train("Adapters", presets.adapters, workdir / "adapters", workdir)
     if not (workdir / "model").exists():
         shutil.copytree(workdir / "adapters" / "model", workdir / "model.partial", dirs_exist_ok=True)
@@ -76,31 +69,6 @@ def _train(title: str, preset: Callable[[], TrainConfig], directory: Path, workd
 def _moved(config: TrainConfig, workdir: Path) -> TrainConfig:
     """The preset for another working directory than the one it names."""
     return from_dict(json.loads(json.dumps(to_dict(config)).replace(f'"{HOME}/', f'"{workdir}/')))
-
-
-def _mine(model: Path, corpus: Path, triplets: Path) -> None:
-    """Hard negatives by the model of the pairs stage: a title in English, and one in another language, find English bodies."""
-    if triplets.exists():
-        return
-    _say("Hard negatives")
-    pairs = list(_retrieval_pairs(read_corpus(corpus, "train")))
-    # The best ranks hold packages that answer the query as well as its own does.
-    selection = Selection(num_negatives=4, range_min=5, range_max=50, sampling="random")
-    found = mine(pairs, embedding_scores(Embedder.load(model), batch_size=256), selection)
-    with whole_file(triplets) as target:
-        write_records(target, iter(found))
-
-
-def _retrieval_pairs(packages: list[Package]) -> Iterator[Pair]:
-    for number, package in enumerate(packages):
-        languages = sorted(package.text)
-        for language in {"en", languages[number % len(languages)]}:
-            yield Pair(
-                anchor=package.text[language].title,
-                positive=package.text["en"].body[:MINED_CHARACTERS],
-                language=language,
-                group=package.source,
-            )
 
 
 def _evaluate(workdir: Path, corpus: Path) -> None:
