@@ -42,7 +42,9 @@ def _temporaries(pairs: int, chunk: int | None) -> float:
     loss = partial(info_nce, temperature=0.05, dims=DIMS, chunk=chunk)
     embeddings = jax.ShapeDtypeStruct((pairs, WIDTH), jnp.float32)
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(embeddings, embeddings).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / 2**20
 
 
 if __name__ == "__main__":
