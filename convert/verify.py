@@ -10,7 +10,7 @@ import numpy as np
 from jina_jax import packing
 from jina_jax.embedder import Embedder
 from jina_jax.inference import encode_rows
-from jina_jax.model import Encoder, pool, task_of_tokens
+from jina_jax.model import Encoder, Normalised, pool, task_of_tokens
 from jina_jax.sources import find_model, model_kind
 from jina_jax.torch_checkpoint import read_torch_checkpoint
 
@@ -79,7 +79,7 @@ def _layer_outputs(encoder: Encoder, rows: packing.Rows, tasks: np.ndarray | Non
     task = None if tasks is None else task_of_tokens(jnp.asarray(tasks), jnp.asarray(rows.segments))
     tables = encoder.rotary_tables(jnp.asarray(rows.positions))
     yield np.asarray(encoder.embed(jnp.asarray(rows.tokens), jnp.asarray(rows.positions), task)), expected[0]
-    run = jax.jit(lambda layer, x: layer(x, jnp.asarray(rows.segments), tables, task))
+    run = jax.jit(lambda layer, x: layer(Normalised.of(x), jnp.asarray(rows.segments), tables, task).value())
     for index, (given, wanted) in enumerate(zip(expected[:-1], expected[1:], strict=True)):
         layer = jax.tree.map(lambda array, index=index: array[index], encoder.layers)
         yield np.asarray(run(layer, jnp.asarray(given))), wanted

@@ -217,7 +217,9 @@ def test_a_damaged_shard_is_made_again_and_no_other(embedder, files, tmp_path, c
         case "truncated":
             shard.write_bytes(shard.read_bytes()[:-100])
         case "flipped":
-            shard.write_bytes(shard.read_bytes()[:200] + b"\0" + shard.read_bytes()[201:])
+            damaged = bytearray(shard.read_bytes())
+            damaged[200] ^= 1
+            shard.write_bytes(damaged)
         case "missing":
             shard.unlink()
         case "record missing":
