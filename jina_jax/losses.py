@@ -79,8 +79,13 @@ def info_nce(
 
     def one_way(anchors: Array, positives: Array, candidates: _Candidates) -> Array:
         def losses(*rows: Array) -> Array:
-            terms = (weight * _contrast(*rows, candidates, temperature, dim) for dim, weight in prefixes)
-            return sum(terms, start=jnp.zeros(()))
+            def weighted(prefix: tuple[Array, Array]) -> Array:
+                dim, weight = prefix
+                return weight * _contrast(*rows, candidates, temperature, dim)
+
+            # A loop and not one program for each prefix: seven of them take the compiler as long as the encoder does.
+            dims, weights = (jnp.array(column) for column in zip(*prefixes, strict=True))
+            return jax.lax.map(weighted, (dims, weights)).sum(0)
 
         return _in_chunks(losses, (anchors, positives, group), chunk)
 
@@ -187,23 +192,28 @@ class _Candidates(NamedTuple):
 
 
 # Each prefix is checkpointed by itself: its logits are dropped before those of the next one are computed.
-@partial(jax.checkpoint, static_argnums=(4, 5))
-def _contrast(anchors: Array, positives: Array, group: Array, candidates: _Candidates, temperature: float, dim: int) -> Array:
+@partial(jax.checkpoint, static_argnums=(4,))
+def _contrast(anchors: Array, positives: Array, group: Array, candidates: _Candidates, temperature: float, dim: Array) -> Array:
     """-log of the positive's share for each anchor, on prefixes of length `dim`."""
-    anchors = _unit(anchors[:, :dim]) / temperature
+    anchors = _unit_prefix(anchors, dim) / temperature
     in_batch = candidates.valid[None] & (group[:, None] != candidates.group[None])
-    others = _log_sum(anchors, candidates.embeddings[:, :dim], in_batch)
+    others = _log_sum(anchors, _unit_prefix(candidates.embeddings, dim), in_batch)
     if candidates.negatives is not None:
         n, m, d = candidates.negatives.shape
         explicit = jnp.repeat(candidates.valid, m)[None]
-        others = jnp.logaddexp(others, _log_sum(anchors, candidates.negatives.reshape(n * m, d)[:, :dim], explicit))
+        others = jnp.logaddexp(others, _log_sum(anchors, _unit_prefix(candidates.negatives.reshape(n * m, d), dim), explicit))
     # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
-    return jax.nn.softplus(others - (anchors * _unit(positives[:, :dim])).sum(-1))
+    return jax.nn.softplus(others - (anchors * _unit_prefix(positives, dim)).sum(-1))
 
 
 def _log_sum(anchors: Array, candidates: Array, allowed: Array) -> Array:
     """log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
-    return jax.nn.logsumexp(jnp.where(allowed, contract(anchors, _unit(candidates).T), NEVER), axis=1)
+    return jax.nn.logsumexp(jnp.where(allowed, contract(anchors, candidates.T), NEVER), axis=1)
+
+
+def _unit_prefix(x: Array, dim: Array) -> Array:
+    """The prefix of length `dim`, normalised, with zeros behind it."""
+    return _unit(jnp.where(jnp.arange(x.shape[-1]) < dim, x, 0))
 
 
 def _unit(x: Array) -> Array:
