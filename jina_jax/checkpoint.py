@@ -80,11 +80,12 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
     wrong += [path for path in expected.keys() & stored.keys() if tuple(stored[path].shape) != expected[path].shape]
     if wrong:
         raise ConfigError(f"{directory}: config.json contradicts the arrays {wrong}")
+    here = jnp.zeros(()).sharding  # that of the default device, which jax.default_device may have changed
     targets = {
         path: jax.ShapeDtypeStruct(
             variable.shape,
             stored[path].dtype if param_dtype is None or isinstance(variable, AdapterScale) else jnp.dtype(param_dtype),
-            sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+            sharding=here,
         )
         for path, variable in expected.items()
     }

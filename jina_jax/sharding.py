@@ -69,13 +69,14 @@ def specs(tree: Any) -> Any:
     """How the leaves of a tree are split. One below the path of a parameter, such as its optimizer state, is split as it is."""
 
     def spec(keys: tuple[Any, ...], _: Any) -> PartitionSpec:
-        axis = _split_axis(".".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)))
+        axis = split_axis(".".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)))
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def _split_axis(path: str) -> int | None:
+def split_axis(path: str) -> int | None:
+    """The axis that `fsdp` splits of the parameter or optimizer state at this path, or None."""
     return next((axis for name, axis in SPLIT.items() if path == name or path.endswith("." + name)), None)
 
 

@@ -14,15 +14,46 @@ from jina_jax import ModelConfig
 from jina_jax.losses import masked_lm
 from jina_jax.model import abstract_variables, from_parts, variables
 from jina_jax.sharding import SPLIT, check_divides, make_mesh, pad_vocabulary, specs, unpad_vocabulary
+from training import free_address
 
 
 @pytest.mark.parametrize("program", ["sharded_losses", "embedder_on_meshes"])
 def test_eight_devices_are_one_device(program):
+    assert finished(started(8, program)) == "equal\n"
+
+
+@pytest.mark.slow
+def test_a_restore_takes_little_more_memory_than_its_arrays(tmp_path):
+    """From one device to eight, in one process and in two, and back: bit for bit (the program compares)."""
+    returned = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # glibc would keep what was freed, for later
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    finished(started(1, "restored_memory", "save", one, 1))
+    finished(started(8, "restored_memory", "save", eight, 8))
+    job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+    runs = [
+        started(1, "restored_memory", "restore", eight, 1, **returned),
+        started(8, "restored_memory", "restore", one, 8, **returned),
+        *(started(4, "restored_memory", "restore", one, 8, **returned, **job, JAX_PROCESS_ID=number) for number in "01"),
+    ]
+    on_one, *split = [float(finished(run)) for run in runs]
+    assert 1 < min(split) and max(split) < 1.5, split
+    assert 1 < on_one < 1.9  # a device that reads the whole table at once has it three times for a while
+
+
+def started(devices: int, program: str, *arguments: object, **environment: str) -> subprocess.Popen:
+    """A program of tests/oracles on so many simulated devices."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": paths}
-    command = [sys.executable, str(ROOT / "tests" / "oracles" / f"{program}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.stdout == "equal\n", done.stderr
+    of_jax = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": paths}
+    command = [sys.executable, str(ROOT / "tests" / "oracles" / f"{program}.py"), *map(str, arguments)]
+    environment = os.environ | of_jax | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+
+
+def finished(run: subprocess.Popen) -> str:
+    """What it printed."""
+    out, errors = run.communicate(timeout=500)
+    assert run.returncode == 0, errors
+    return out
 
 
 def test_the_large_parameters_are_split_and_nothing_else():

@@ -156,10 +156,7 @@ class Runs:
         self, workdir: Path, count: int, faults: dict[int, tuple[str, int]] | None = None, **changes: Any
     ) -> list[Any]:
         """So many processes that work together."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
         return [
             self.start(workdir, (faults or {}).get(number), job=job | {"JAX_PROCESS_ID": str(number)})
             for number in range(count)
@@ -168,6 +165,13 @@ class Runs:
     def finish(self, workdir: Path, fault: tuple[str, int] | None = None, **changes: Any) -> int:
         """Runs until it ends by itself; the exit code, negative for a signal's number."""
         return exit_codes([self.start(workdir, fault, **changes)])[0]
+
+
+def free_address() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def exit_codes(processes: list[Any], seconds: float = 240) -> list[int]:

@@ -19,9 +19,8 @@ from jina_jax.tensor_files import read_json
 from .batches import Batch, batch_shape
 from .config import Stage, TrainConfig, load_config
 from .examples import texts_per_example
-from .optimizer import optimizer
 from .start import Parts, for_stages, fresh_sizes, parts
-from .step import State
+from .step import State, abstract_state
 
 _XLM_R: dict[str, Any] = {"position_type": "absolute", "max_position_embeddings": 514}
 _SMALLER: dict[str, dict[str, Any]] = {
@@ -86,8 +85,7 @@ def abstract_parts(config: TrainConfig, sizes: ModelConfig) -> list[Parts]:
 
 def step_arguments(stage: Stage, kind: str, model: Parts, mesh: Mesh) -> tuple[State, Mapping[str, Any], Batch]:
     """Arguments of `make_step`'s step on the largest batch that the stage can have."""
-    state = State(model.trained, jax.eval_shape(optimizer(stage).init, model.trained))
-    return placed(state, mesh), placed(model.frozen, mesh), abstract_batch(stage, kind, mesh)
+    return placed(abstract_state(stage, model.trained), mesh), placed(model.frozen, mesh), abstract_batch(stage, kind, mesh)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

@@ -6,6 +6,7 @@ where the data stood; what a run only reads is told apart by its fingerprint.
 
 import contextlib
 import logging
+import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,15 @@ from orbax.checkpoint import v1 as ocp
 from jina_jax.checkpoint import all_processes, seal, verify, written_whole
 from jina_jax.config import dump_json
 from jina_jax.processes import is_first, of_first
+from jina_jax.sharding import split_axis
 from jina_jax.tensor_files import CheckpointError, read_json
 
 logger = logging.getLogger(__name__)
 
 _ARRAYS, _RUN = "arrays", "run.json"
+
+CHUNK_BYTES = 8 * 2**20
+"""Of the pieces that arrays are stored in: a part of an array is read from whole ones."""
 
 
 class Checkpoint(NamedTuple):
@@ -51,7 +56,7 @@ class Saver:
         try:
             with contextlib.ExitStack() as stack:
                 target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
-                with all_processes():
+                with _in_chunks():
                     arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
                 self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, arrays, run)
         except Exception as error:
@@ -142,9 +147,38 @@ def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
     wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
     if wrong:
         raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
-    with all_processes():
+    with _reading_at_once(max(CHUNK_BYTES, *(_bytes_to_read(leaf, stored[name]) for name, leaf in wanted.items())) + 1):
         arrays = ocp.load(path, wanted)
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
+
+
+def _in_chunks() -> ocp.Context:
+    """Arrays are stored in pieces along the axis that a mesh splits, so that a device reads its part alone."""
+    context = all_processes()
+    storage = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def of_array(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+        axis = split_axis(jax.tree_util.keystr(key, simple=True, separator="/").rpartition("/")[2])
+        return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=None if axis is None else (axis,))
+
+    context.array.saving.use_compression = False  # weights hardly get smaller, and it takes longer than to write them
+    context.array.saving.scoped_storage_options_creator = of_array  # type: ignore[assignment]
+    return context
+
+
+def _reading_at_once(most: int) -> ocp.Context:
+    """Orbax reads everything at the same time if it may, and holds every array twice meanwhile."""
+    context = all_processes()
+    context.memory.read_concurrent_bytes = most
+    return context
+
+
+def _bytes_to_read(leaf: jax.ShapeDtypeStruct, stored: Any) -> int:
+    """Of the stored pieces that one device's part of an array lies in, at most."""
+    assert leaf.sharding is not None
+    part, piece = leaf.sharding.shard_shape(leaf.shape), stored.storage_metadata.chunk_shape
+    pieces = [-(-n // size) + (n % size > 0) for n, size in zip(part, piece, strict=True)]
+    return math.prod(pieces) * math.prod(piece) * leaf.dtype.itemsize
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

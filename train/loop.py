@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jina_jax.adapters import base_arrays
 from jina_jax.checkpoint import is_checkpoint, save_checkpoint
 from jina_jax.config import differences, dump_json
 from jina_jax.model import Encoder
@@ -37,7 +38,7 @@ from .flops import peak_flops, training_flops
 from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
 from .records import Record
 from .start import Arrays, fingerprint, parts, starting_model, with_token_frequencies, with_trained
-from .step import State, Step, all_finite, initial_state, make_step
+from .step import State, Step, abstract_state, all_finite, initial_state, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,20 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
         ValueError, OSError: the configuration, the data or the disk.
     """
+    host = _host()
     with first_alone("workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    with _only_run(workdir) if is_first() else contextlib.nullcontext():
+    # The whole model is kept on the host, for the end: the memory of the devices is for what a step needs.
+    with _only_run(workdir) if is_first() else contextlib.nullcontext(), jax.default_device(host):
         return _train(config, workdir, progress)
+
+
+def _host() -> Any:
+    """The CPU as a device of JAX, which leaves it out where JAX_PLATFORMS names other platforms alone."""
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")  # too late, and an error below, once JAX is at work
+    return jax.local_devices(backend="cpu")[0]
 
 
 def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
@@ -95,6 +106,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     encoder, tokenizer = starting_model(config)
+    base: Arrays = {}
     tracks, states, records = [], [], []
     for stage in config.stages:
         sources = open_datasets(stage, workdir)
@@ -111,11 +123,13 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
             agreed=largest,
         )
         model, trained, frozen = parts(encoder, stage)
+        base = base or place({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
+        frozen = base | place({path: x for path, x in frozen.items() if path not in base}, mesh)  # stages share the base
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        tracks.append(Track(stage, place(frozen, mesh), reader(own, config.read_threads), steps, flops))
-        states.append(initial_state(stage, trained, mesh))
+        tracks.append(Track(stage, frozen, reader(own, config.read_threads), steps, flops))
+        states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
 
     # ---- restore
     identity = _identity(config, encoder) | {"records": records}
@@ -167,17 +181,17 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     # ---- the finished model
     if not is_checkpoint(workdir / "model"):
         for track, state in zip(tracks, states, strict=True):
-            encoder = with_trained(encoder, track.stage, _on_one_device(state.parameters, mesh))
+            encoder = with_trained(encoder, track.stage, _on_host(state.parameters, mesh))
         save_checkpoint(workdir / "model", encoder, tokenizer)
     barrier("the model is saved")
     return workdir / "model"
 
 
-def _on_one_device(arrays: Arrays, mesh: Mesh) -> Arrays:
-    """Whole arrays on the first device of each process."""
+def _on_host(arrays: Arrays, mesh: Mesh) -> Arrays:
+    """Whole arrays on the host of each process."""
     if mesh.is_multi_process:
         arrays = {path: multihost_utils.process_allgather(x, tiled=True) for path, x in arrays.items()}
-    return jax.device_put(arrays, jax.local_devices()[0])
+    return jax.device_put(arrays, _host())
 
 
 @contextlib.contextmanager

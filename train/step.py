@@ -1,6 +1,6 @@
 """One training step of a stage, as one compiled program over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,12 +47,17 @@ def all_finite(tree: Any) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
+def abstract_state(stage: Stage, trained: Mapping[str, Any]) -> State:
+    """The shapes of a stage's state, from its parameters or their shapes."""
+    shapes = jax.eval_shape(dict, trained)
+    return State(shapes, jax.eval_shape(optimizer(stage).init, shapes))
+
+
 def initial_state(stage: Stage, trained: Arrays, mesh: Mesh) -> State:
     """The parameters on the mesh, copied since a step takes them over, and the optimizer's beginning."""
     parameters = sharding.place(jax.tree.map(jnp.copy, trained), mesh)
-    state = State(parameters, jax.eval_shape(optimizer(stage).init, parameters))
-    empty = jax.jit(optimizer(stage).init, out_shardings=sharding.shardings(state.optimizer, mesh))
-    return State(parameters, empty(parameters))
+    begin = jax.jit(optimizer(stage).init, out_shardings=sharding.shardings(abstract_state(stage, trained).optimizer, mesh))
+    return State(parameters, begin(parameters))
 
 
 def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Mesh) -> Step:
