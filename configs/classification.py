@@ -37,7 +37,7 @@ def get_config() -> TrainConfig:
                 dims=(32, 64, 128, 256, 512, 768, 1024),
                 negatives=7,
                 chunk_rows=32,
-                remat=True,
+                remat="except_attention",
             ),
         ),
     )

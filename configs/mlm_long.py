@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
                 learning_rate=5e-5,
                 chunk_rows=1,
                 loss_chunk=2048,
-                remat=True,
+                remat="except_attention",
             ),
         ),
     )

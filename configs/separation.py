@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
                 temperature=0.02,
                 dims=(32, 64, 128, 256, 512, 768, 1024),
                 chunk_rows=32,
-                remat=True,
+                remat="except_attention",
             ),
         ),
     )

@@ -78,7 +78,8 @@ def _layer_outputs(encoder: Encoder, rows: packing.Rows, tasks: np.ndarray | Non
     """(ours, the reference's) output of the embedding and of each layer, each given the reference's input."""
     task = None if tasks is None else task_of_tokens(jnp.asarray(tasks), jnp.asarray(rows.segments))
     tables = encoder.rotary_tables(jnp.asarray(rows.positions))
-    yield np.asarray(encoder.embed(jnp.asarray(rows.tokens), jnp.asarray(rows.positions), task)), expected[0]
+    tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
+    yield np.asarray(encoder.embed(encoder.tokens.rows(tokens), tokens, positions, task)), expected[0]
     run = jax.jit(lambda layer, x: layer(Normalised.of(x), jnp.asarray(rows.segments), tables, task).value())
     for index, (given, wanted) in enumerate(zip(expected[:-1], expected[1:], strict=True)):
         layer = jax.tree.map(lambda array, index=index: array[index], encoder.layers)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from .kernels.rows import attend_rows, serves
+from .kernels.rows import ATTENDED, attend_rows, serves
 from .lora import precision
 
 LONGEST_PLAIN_ROW = 1024
@@ -92,7 +93,7 @@ def plain_attention(
     scores = _product("btnh,bsnh->bnts", q, k)
     own = segments[:, None, :, None] == segments[:, None, None, :]
     weights = jax.nn.softmax(jnp.where(own, scores, MASKED), axis=-1).astype(v.dtype)
-    return _product("bnts,bsnh->btnh", weights, v).astype(qkv.dtype).reshape(qkv.shape[1:])
+    return checkpoint_name(_product("bnts,bsnh->btnh", weights, v).astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENDED)
 
 
 def chunked_attention(
@@ -148,7 +149,7 @@ def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array):
         return (out / total[..., None]).swapaxes(1, 2).astype(q.dtype), highest + jnp.log(total)
 
     out, log_total = jax.lax.map(queries, (_blocks(q, QUERY_BLOCK), _blocks(segments, QUERY_BLOCK)))
-    out = _unblocked(out)
+    out, log_total = (checkpoint_name(x, ATTENDED) for x in (_unblocked(out), log_total))
     return out, (q, k, v, segments, out, log_total)
 
 

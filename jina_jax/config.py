@@ -21,6 +21,9 @@ SERVING_ROPE_THETA = 20_000.0
 
 PositionType = Literal["rope", "absolute"]
 Layout = Literal["original", "transformers"]
+Remat = Literal["none", "except_attention", "full"]
+"""What of a layer the gradient computes again, in place of keeping it: nothing; all but attention's result; or everything, from
+the layer's input."""
 
 _POSITION_TYPES: dict[str, PositionType] = {"rotary": "rope", "rope": "rope", "absolute": "absolute"}
 _MODEL_TYPES = ("xlm-roberta", "jina_embeddings_v3")

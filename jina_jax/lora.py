@@ -83,12 +83,34 @@ def _contract_forward(x: Array, kernel: Array, axis: int) -> tuple[Array, tuple[
 def _contract_backward(axis: int, operands: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, kernel = operands
     d_y, batch, outputs = d_y.astype(x.dtype), tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, d_y.ndim))
-    d_x = _dot(d_y, kernel.astype(x.dtype), outputs, tuple(i for i in range(kernel.ndim) if i != axis))
+    operand = kernel.astype(x.dtype)
+    if axis == 0:  # TPUs are slow at a transposed kernel that is still to be cut out of the stack of all layers
+        operand = jax.lax.optimization_barrier(operand)
+    d_x = _dot(d_y, operand, outputs, tuple(i for i in range(kernel.ndim) if i != axis))
     d_kernel = _dot(x, d_y, batch, batch) if axis == 0 else _dot(d_y, x, batch, batch)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_bias(y: Array, bias: Array, dtype: DTypeLike) -> Array:
+    """y [b, t, *o] + bias [*o] in `dtype`, where the gradient of y comes from a kernel and not from a product that could add it
+    up. The bias's gradient is a product with ones, accumulated in float32: the matrix unit is the fastest to do it on a TPU."""
+    return (y + bias[None, None]).astype(dtype)
+
+
+def _with_bias_forward(y: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, None]:
+    return _with_bias(y, bias, dtype), None
+
+
+def _with_bias_backward(dtype: DTypeLike, _: None, d_y: Array) -> tuple[Array, Array]:
+    ones = jnp.ones((8, *d_y.shape[:2]), d_y.dtype)  # a tile of equal rows: of one row, the compiler makes a sum again
+    return d_y.astype(jnp.float32), _dot(ones, d_y, (1, 2), (0, 1))[0]
+
+
+_with_bias.defvjp(_with_bias_forward, _with_bias_backward)
 
 
 def _dot(x: Array, y: Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> Array:
@@ -139,8 +161,8 @@ class AdaptedDense(nnx.Module):
                 kernel = self.folded_kernel(task)
             else:
                 x, kernel = self._extended(x, task)
-        bias = self.bias[...].astype(jnp.float32)
-        return (contract(x, kernel) + bias[None, None]).astype(self.dtype)
+        y, bias = contract(x, kernel), self.bias[...].astype(jnp.float32)
+        return _with_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 
     def folded_kernel(self, task: Int[Array, ""]) -> Array:
         """kernel + scale a b of one task, computed in float32, in the kernel's own dtype. Without adapters: the kernel."""
@@ -209,7 +231,14 @@ class AdaptedEmbed(nnx.Module):
 
     def __call__(self, token: Int[Array, "b t"], task: Task = None) -> Float[Array, "b t d"]:
         """Embeddings in float32."""
-        rows = jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
+        return self.adapted(self.rows(token), token, task)
+
+    def rows(self, token: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Those of the table, in float32."""
+        return jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
+
+    def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:
+        """The table's rows with the adapters' updates."""
         if task is None or self.a is None or self.b is None or self.scale is None:
             return rows
         a, b, scale = self.a[...], self.b[...].astype(jnp.float32), self.scale[...]

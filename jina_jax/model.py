@@ -19,8 +19,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from .attention import RotaryTables, attention, rotary_tables
-from .config import ModelConfig
+from . import accumulate
+from .attention import ATTENDED, RotaryTables, attention, rotary_tables
+from .config import ModelConfig, Remat
 from .lora import AdaptedDense, AdaptedEmbed, AdapterSpec, Task, contract_table
 
 
@@ -34,7 +35,9 @@ class Normalised(NamedTuple):
     """A LayerNorm that has its statistics and is still to be applied, by whoever reads it.
 
     Between two layers this saves TPUs a pass over the states: the statistics are sums that the product before accumulates, and
-    the rest is computed as the products behind load their operand.
+    the rest is computed as the products behind load their operand. Its reader also has the whole gradient, through the
+    statistics too: so a layer that is computed again for the gradient stops before its last product, of which the reader has
+    the result.
     """
 
     x: Float[Array, "*b d"]
@@ -42,18 +45,44 @@ class Normalised(NamedTuple):
     factor: Float[Array, "*b 1"]
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
+    share: Float[Array, ""]
+    """Of each number in the statistics of its row: 1 / d; 0 where x is taken as it is."""
 
     @classmethod
     def of(cls, x: Float[Array, "*b d"]) -> "Normalised":
         """x as it is."""
-        one = jnp.ones((*x.shape[:-1], 1), jnp.float32)
-        return cls(x, 0 * one, one, jnp.ones(x.shape[-1], jnp.float32), jnp.zeros(x.shape[-1], jnp.float32))
+        one, d = jnp.ones((*x.shape[:-1], 1), jnp.float32), x.shape[-1]
+        return cls(x, 0 * one, one, jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32), jnp.zeros((), jnp.float32))
 
     def value(self) -> Float[Array, "*b d"]:
         """In float32."""
-        broadcast = (1,) * (self.x.ndim - 1) + (-1,)
-        scale, bias = self.scale.reshape(broadcast), self.bias.reshape(broadcast)
-        return (self.x.astype(jnp.float32) - self.mean) * (self.factor * scale) + bias
+        return _value(self)
+
+
+@jax.custom_vjp
+def _value(normalised: Normalised) -> Array:
+    x, mean, factor, scale, bias, _ = normalised
+    scale, bias = (array.reshape((1,) * (x.ndim - 1) + (-1,)) for array in (scale, bias))
+    return (x.astype(jnp.float32) - mean) * (factor * scale) + bias
+
+
+def _value_forward(normalised: Normalised) -> tuple[Array, Normalised]:
+    return _value(normalised), normalised
+
+
+def _value_backward(normalised: Normalised, d_y: Array) -> tuple[Normalised]:
+    x, mean, factor, scale, bias, share = normalised
+    every_row = tuple(range(x.ndim - 1))
+    unit = (x.astype(jnp.float32) - mean) * factor
+    d_unit = d_y * scale.reshape((1,) * len(every_row) + (-1,))
+    through_statistics = d_unit.sum(-1, keepdims=True) + unit * (d_unit * unit).sum(-1, keepdims=True)
+    d_x = factor * (d_unit - share * through_statistics)
+    nothing = jnp.zeros_like(mean)
+    d_scale, d_bias = (d_y * unit).sum(every_row), d_y.sum(every_row)
+    return (Normalised(d_x.astype(x.dtype), nothing, nothing, d_scale, d_bias, jnp.zeros_like(share)),)
+
+
+_value.defvjp(_value_forward, _value_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -69,11 +98,11 @@ class LayerNorm(nnx.Module):
         return self.deferred(x).value()
 
     def deferred(self, x: Float[Array, "*b d"]) -> Normalised:
-        y = x.astype(jnp.float32)
+        y = jax.lax.stop_gradient(x.astype(jnp.float32))  # the statistics' gradient is in that of the value
         mean = y.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return Normalised(x, mean, jax.lax.rsqrt(variance + self.epsilon), scale, bias)
+        return Normalised(x, mean, jax.lax.rsqrt(variance + self.epsilon), scale, bias, jnp.float32(1 / x.shape[-1]))
 
 
 class Layer(nnx.Module):
@@ -102,6 +131,9 @@ class Layer(nnx.Module):
         # The barrier keeps TPU v6e from fusing both products and the GELU into one slow loop.
         hidden = jax.lax.optimization_barrier(gelu(self.up(x, task)).astype(x.dtype))
         return self.mlp_norm.deferred(x + self.down(hidden, task))
+
+
+Gather = Callable[[Layer], Layer]
 
 
 class MLMHead(nnx.Module):
@@ -170,8 +202,8 @@ class Encoder(nnx.Module):
         positions: Int[Array, "b t"],
         tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
         *,
-        gather: Callable[[Layer], Layer] | None = None,
-        remat: bool = False,
+        gather: Gather | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "b t d"]:
         """Token states in the compute dtype; those of padding mean nothing.
 
@@ -181,22 +213,61 @@ class Encoder(nnx.Module):
                 next to nothing where [b, g] costs a quarter; or None for the base model.
             gather: makes a layer's parameters whole before they are used, inside the loop over layers. For parameters that
                 are spread over devices.
-            remat: in a gradient, keep the input of each layer alone and compute the layer again.
+            remat: what of a layer a gradient computes again, in place of keeping it, see `config.Remat`.
         """
-        task = tasks if tasks is None or tasks.ndim == 0 else task_of_tokens(tasks, segments)
-        x, tables = self.embed(tokens, positions, task), self.rotary_tables(positions)
-
-        def step(x: Normalised, layer: Layer) -> tuple[Normalised, None]:
-            return (gather(layer) if gather else layer)(x, segments, tables, task), None
-
-        if remat:
-            step = jax.checkpoint(step, prevent_cse=False)  # in a scan nothing can be merged with the first pass
-        last, _ = jax.lax.scan(step, Normalised.of(x), self.layers, unroll=self.config.unroll or 1)
+        task = task_of(tasks, segments)
+        run = self._layer_function(segments, positions, task, gather, remat)
+        first = Normalised.of(self.embed(self.tokens.rows(tokens), tokens, positions, task))
+        last, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), first, self.layers, unroll=self.config.unroll or 1)
         return last.value().astype(self.dtype)
 
-    def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:
-        """Input of the first layer."""
-        x = self.tokens(tokens, task) + self.token_types(jnp.zeros_like(tokens), task)
+    def in_chunks(
+        self,
+        sums: "Sums",
+        tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
+        *,
+        gather: Gather | None = None,
+        remat: Remat = "none",
+    ) -> "tuple[Float[Array, 'b t d'], Sums]":
+        """`__call__` inside a loop over chunks of a batch: the gradients of the large parameters arrive at `sums` and are added
+        up there. Returns the states, and the sums for the next chunk; they begin as `Sums.of(encoder)`."""
+        task = task_of(tasks, segments)
+        run = self._layer_function(segments, positions, task, gather, remat)
+        rows, table = accumulate.rows(self.tokens.table[...], sums.table, tokens)
+
+        def step(carry: tuple[Normalised, Layer], inputs: tuple[Layer, Array]) -> tuple[tuple[Normalised, Layer], None]:
+            (x, totals), (layer, i) = carry, inputs
+            leaves, structure = jax.tree.flatten(layer)
+            pairs = [accumulate.part(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)]
+            layer, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
+            return (run(layer, x), totals), None
+
+        first = Normalised.of(self.embed(rows.astype(jnp.float32), tokens, positions, task))
+        numbered = jax.lax.stop_gradient(self.layers), jnp.arange(self.config.num_layers)
+        (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered)
+        return last.value().astype(self.dtype), Sums(layers, table)
+
+    def _layer_function(
+        self, segments: Array, positions: Array, task: Task, gather: Gather | None, remat: Remat
+    ) -> Callable[[Layer, Normalised], Normalised]:
+        tables = self.rotary_tables(positions)
+
+        def run(layer: Layer, x: Normalised) -> Normalised:
+            return (gather(layer) if gather else layer)(x, segments, tables, task)
+
+        if remat == "none":
+            return run
+        policy = jax.checkpoint_policies.save_only_these_names(ATTENDED) if remat == "except_attention" else None
+        return jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan nothing can be merged with the first pass
+
+    def embed(
+        self, rows: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: Task
+    ) -> Float[Array, "b t d"]:
+        """Input of the first layer, given the tokens' rows of the table in float32."""
+        x = self.tokens.adapted(rows, tokens, task) + self.token_types(jnp.zeros_like(tokens), task)
         if self.positions is not None:
             # XLM-RoBERTa counts positions from behind the padding id.
             x += self.positions(positions + self.config.pad_id + 1)
@@ -206,6 +277,22 @@ class Encoder(nnx.Module):
         if self.config.position_type == "absolute":
             return None
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+
+class Sums(NamedTuple):
+    """The large parameters of an encoder, as the sums of `accumulate`."""
+
+    layers: Layer
+    table: Float[Array, "v d"]
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "Sums":
+        return cls(encoder.layers, encoder.tokens.table[...])
+
+
+def task_of(tasks: Int[Array, "b g"] | Int[Array, ""] | None, segments: Int[Array, "b t"]) -> Task:
+    """The encoder's tasks as its layers take them."""
+    return tasks if tasks is None or tasks.ndim == 0 else task_of_tokens(tasks, segments)
 
 
 def task_of_tokens(tasks: Int[Array, "b g"], segments: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
-    {"lora", "shards"},
+    {"accumulate", "lora", "shards"},
     {"kernels.rows"},
     {"attention"},
     {"weights", "model"},

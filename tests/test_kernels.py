@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jina_jax.attention import LONGEST_PLAIN_ROW, RotaryTables, attention, plain_attention, rotary_tables
@@ -153,6 +155,26 @@ def test_tpu_programs_use_the_kernel_where_it_serves():
     assert traced("tpu", projection(1, 128), 2).count("pallas_call") == 2  # forward and backward
     assert "pallas_call" not in traced("tpu", projection(1, 128), 4)  # heads of 32
     assert "pallas_call" not in traced("tpu", projection(1, LONGEST_PLAIN_ROW + 1), 2)
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("except_attention", 1), ("full", 2)])
+def test_a_gradient_runs_the_kernel_again_only_when_nothing_of_a_layer_is_kept(remat, runs, make_encoder, monkeypatch):
+    monkeypatch.setattr("jina_jax.attention.platform", lambda: "tpu")
+    encoder = make_encoder(hidden_size=128, num_heads=2, num_layers=1)
+    rows = jnp.ones((1, 128), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(lambda encoder: encoder(rows, rows, rows, remat=remat).sum()))(encoder)
+    assert list(kernels_needed(program.jaxpr)).count("row_attention") == runs
+
+
+def kernels_needed(program: Jaxpr) -> Iterator[str]:
+    """Names of the kernels whose results the program uses; the compiler leaves out the others."""
+    used = {id(x) for equation in program.eqns for x in equation.invars} | {id(x) for x in program.outvars}
+    for equation in program.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield from [equation.params["name"]] * any(id(x) in used for x in equation.outvars)
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                yield from kernels_needed(inner)
 
 
 def test_cpu_programs_do_not():

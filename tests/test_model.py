@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jina_jax import Encoder, ModelConfig, packing, pool
 from jina_jax.inference import embed_rows, encode_rows
 from jina_jax.lora import AdapterParam, AdapterScale
-from jina_jax.model import LayerNorm, abstract_variables, from_arrays, gelu, task_of_tokens, variables
+from jina_jax.model import LayerNorm, Normalised, abstract_variables, from_arrays, gelu, task_of_tokens, variables
 
 LENGTHS = (9, 3, 30, 1, 16, 5)
 
@@ -100,6 +101,33 @@ def test_one_pass_layer_norm_equals_two_passes_on_wide_rows(mean, tolerance):
 def test_layer_norm_of_a_constant_row_is_its_bias():
     norm = LayerNorm(16, epsilon=1e-5, param_dtype=jnp.float32)
     np.testing.assert_allclose(norm(jnp.full((1, 16), 1000.1)), np.zeros((1, 16)), atol=1e-2)
+
+
+@pytest.mark.parametrize("read", ["once", "twice"])
+def test_the_gradient_of_a_layer_norm_is_torchs(read):
+    rng = np.random.default_rng(2)
+    x, d_y = (rng.standard_normal((2, 3, 64)).astype(np.float32) for _ in range(2))
+    norm = LayerNorm(64, epsilon=1e-5, param_dtype=jnp.float32)
+    scale, bias = rng.uniform(0.5, 1.5, 64).astype(np.float32), rng.standard_normal(64).astype(np.float32)
+    weights = [torch.tensor(array, requires_grad=True) for array in (x, scale, bias)]
+    torch.nn.functional.layer_norm(weights[0], (64,), *weights[1:], 1e-5).backward(torch.tensor(d_y))
+
+    def value(x, scale, bias):
+        norm.scale.set_value(scale)
+        norm.bias.set_value(bias)
+        normalised = norm.deferred(x)
+        return normalised.value() if read == "once" else 0.25 * normalised.value() + 0.75 * normalised.value()
+
+    gradients = jax.vjp(value, *map(jnp.asarray, (x, scale, bias)))[1](jnp.asarray(d_y))
+    for got, want in zip(gradients, weights, strict=True):
+        np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-5)
+
+
+def test_what_is_taken_as_it_is_has_its_gradient_as_it_is():
+    x, d_y = (jnp.asarray(np.random.default_rng(seed).standard_normal((2, 8)), jnp.float32) for seed in (0, 1))
+    y, backward = jax.vjp(lambda x: Normalised.of(x).value(), x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_allclose(backward(d_y)[0], d_y, rtol=1e-6)
 
 
 def test_gelu_is_exact_and_never_goes_through_erfc():

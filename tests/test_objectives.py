@@ -151,12 +151,21 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
     uncached = case.value_and_gradients(case.stage)
     assert_same(uncached, case.plain())
     chunk = 5 if name == "mlm" else 2
-    cached = replace(case.stage, chunk_rows=1 if name == "mlm" else 2, loss_chunk=chunk, remat=True)
+    cached = replace(case.stage, chunk_rows=1 if name == "mlm" else 2, loss_chunk=chunk, remat="full")
     assert case.batch(cached).tokens.shape[0] > 2 or name == "mlm"
     assert_same(case.value_and_gradients(cached), uncached)
 
 
-@pytest.mark.parametrize("fields", [{"chunk_rows": 1}, {"remat": True}, {"loss_chunk": 3}, {"chunk_rows": 3, "remat": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chunk_rows": 1},
+        {"loss_chunk": 3},
+        {"remat": "full"},
+        {"remat": "except_attention"},
+        {"chunk_rows": 3, "remat": "except_attention"},
+    ],
+)
 def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder, tokenizer):
     case = Case("pairs", "pair", make_encoder, tokenizer)
     assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))

@@ -87,7 +87,7 @@ def test_overrides():
         "stages.0.betas.1=0.99",
         "stages.0.dims=(8, 16)",
         "stages.0.chunk_rows=None",
-        "stages.0.remat=False",
+        "stages.0.remat=full",
         "start.source=a=b",
         "mesh.data=4",
         "seed=5",
@@ -101,7 +101,7 @@ def test_overrides():
         betas=(0.9, 0.99),
         dims=(8, 16),
         chunk_rows=None,
-        remat=False,
+        remat="full",
         datasets=(first, second, third),
     )
     assert changed.stages == (stage,) and changed.start == dataclasses.replace(before.start, source="a=b")
@@ -129,7 +129,7 @@ def test_overrides_are_checked_together():
         ("stages.0.steps='7'", "stages.0.steps: Input should be a valid integer"),
         ("stages.0.steps=True", "stages.0.steps: "),
         ("stages.0.steps=0", "stages.0.steps: Input should be greater than or equal to 1"),
-        ("stages.0.remat=1", "stages.0.remat: Input should be a valid boolean"),
+        ("stages.0.remat=True", "stages.0.remat: Input should be 'none', 'except_attention' or 'full'"),
         ("stages.0.learning_rate=0", "stages.0.learning_rate: Input should be greater than 0"),
         ("stages.0.learning_rate=1e999", "stages.0.learning_rate: "),
         ("stages.0.temperature=-1", "stages.0.temperature: "),

@@ -212,8 +212,8 @@ def _remedy(stage: Stage, mesh: Mesh, devices: int) -> str:
         found.append("stages.N.chunk_rows (rows at once; now all)")
     elif stage.chunk_rows > 1:
         found.append(f"fewer stages.N.chunk_rows (now {stage.chunk_rows})")
-    if not stage.remat and mesh.fsdp == 1:
-        found.append("stages.N.remat=True")
+    if stage.remat != "full" and (stage.remat != "none" or mesh.fsdp == 1):
+        found.append("stages.N.remat=full")
     if stage.loss_chunk is None:
         found.append("stages.N.loss_chunk=1024")
     wider = [n for n in (2, 4, 8, 16) if devices % n == 0 and n > mesh.fsdp]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from jina_jax.config import ModelConfig
+from jina_jax.config import ModelConfig, Remat
 from jina_jax.packing import TOKENS_PER_TEXT
 
 from .records import kind_named
@@ -100,8 +100,9 @@ class Stage:
     """Rows of each device encoded at once (gradient caching); None = all."""
     loss_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
-    remat: bool = False
-    """Compute each layer's activations again in the backward pass, in place of keeping them."""
+    remat: Remat = "none"
+    """What of each layer the backward pass computes again, in place of keeping it: nothing; all except attention's result; or
+    everything, from the layer's input."""
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:
@@ -156,7 +157,7 @@ class Mesh:
     data: Positive | None = None
     """Copies of the parameters. None = as many as there are devices for."""
     fsdp: Positive = 1
-    """Devices that share a copy. Above 1, layers are computed again in the backward pass, as with `remat`."""
+    """Devices that share a copy. Above 1, layers are computed again in the backward pass, as with `remat="full"`."""
 
 
 @dataclass(frozen=True, config=_STRICT)

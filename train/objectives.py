@@ -9,16 +9,16 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from jina_jax import accumulate
 from jina_jax.losses import cosent, info_nce, masked_lm
-from jina_jax.model import Encoder, Layer, pool
+from jina_jax.model import Encoder, Gather, Sums, pool
 
 from .batches import Batch
 from .config import Stage
 from .masking import max_masked
 
 AxisName = str | tuple[str, ...] | None
-Gather = Callable[[Layer], Layer]
-States = Callable[[Encoder, Batch], Float[Array, "b t d"]]
+States = Callable[[Encoder, Sums, Batch], tuple[Float[Array, "b t d"], Sums]]
 Loss = Callable[[Encoder, Batch], Float[Array, ""]]
 """A device's share: the shares of all devices add up to the loss."""
 
@@ -103,11 +103,12 @@ def masked_language_loss(
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
 
-    def share(encoder: Encoder, chunk: Batch) -> Array:
+    def share(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
         assert encoder.mlm_head is not None
-        table = encoder.tokens.table[...]
-        mean = masked_lm(states(encoder, chunk), chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk)
-        return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1)
+        x, sums = states(encoder, sums, chunk)
+        table, of_table = accumulate.whole(encoder.tokens.table[...], sums.table)
+        mean = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk)
+        return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1), sums._replace(table=of_table)
 
     return _over_chunks(share, encoder, batch, stage).sum()
 
@@ -116,31 +117,38 @@ def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) ->
     """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
     and memory holds the activations of one chunk."""
 
-    def pooled(encoder: Encoder, chunk: Batch) -> Array:
-        return pool(states(encoder, chunk), jnp.asarray(chunk.segments), chunk.tasks.shape[1])
+    def pooled(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
+        x, sums = states(encoder, sums, chunk)
+        return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
 
     pooled_rows = _over_chunks(pooled, encoder, batch, stage)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
 
 
-def token_states(encoder: Encoder, batch: Batch, *, stage: Stage, gather: Gather | None) -> Float[Array, "b t d"]:
-    """Token states of packed rows."""
+def token_states(
+    encoder: Encoder, sums: Sums, batch: Batch, *, stage: Stage, gather: Gather | None
+) -> tuple[Float[Array, "b t d"], Sums]:
+    """Token states of packed rows, and the sums behind them."""
     # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
     tasks = jnp.asarray(batch.tasks) if stage.adapters else None
-    return encoder(batch.tokens, batch.segments, batch.positions, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
+    rows = batch.tokens, batch.segments, batch.positions
+    return encoder.in_chunks(sums, *rows, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
 
 
-def _over_chunks(function: Callable[[Encoder, Batch], Array], encoder: Encoder, batch: Batch, stage: Stage) -> Array:
-    """function(encoder, chunk of rows) for each chunk, stacked, and computed again in the backward pass."""
+def _over_chunks(
+    function: Callable[[Encoder, Sums, Batch], tuple[Array, Sums]], encoder: Encoder, batch: Batch, stage: Stage
+) -> Array:
+    """function(encoder, sums, chunk of rows) for each chunk, stacked, and computed again in the backward pass."""
     rows, chunk = batch.tokens.shape[0], stage.chunk_rows
     if chunk is None or chunk >= rows:
-        return function(encoder, batch)[None]
+        return function(encoder, Sums.of(encoder), batch)[0][None]
     graphdef, state = nnx.split(encoder)
     arrays = {name: getattr(batch, name) for name in ("tokens", "segments", "positions", "tasks", "labels")}
     chunks = jax.tree.map(lambda x: x.reshape(rows // chunk, chunk, x.shape[1]), arrays)
 
-    @jax.checkpoint
-    def step(state: nnx.State, chunk: dict[str, Array]) -> Array:
-        return function(nnx.merge(graphdef, state), batch._replace(**chunk))
+    @partial(jax.checkpoint, prevent_cse=False)  # in a scan nothing can be merged with the first pass
+    def step(sums: Sums, state: nnx.State, chunk: dict[str, Array]) -> tuple[Sums, Array]:
+        result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
+        return sums, result
 
-    return jax.lax.scan(lambda _, chunk: (None, step(state, chunk)), None, chunks)[1]
+    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), Sums.of(encoder), chunks)[1]

@@ -76,7 +76,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     sharding.check_divides(config, mesh)
     split = mesh.shape["fsdp"] > 1
     if split:  # kept for the backward pass, every layer's kernels would be there whole, and all at once
-        stage = replace(stage, remat=True)
+        stage = replace(stage, remat="full" if stage.remat == "none" else stage.remat)
     gather = partial(sharding.gather_layer, dtype=dtype) if split else None
     loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
@@ -34,6 +35,9 @@ LONGEST_ROW = 1024
 """All scores of a row and head are in the chip's memory at once."""
 
 HEAD_DIM, LANES = 64, 128
+
+ATTENDED = "attended"
+"""Name of what the backward pass needs of the forward pass, for `jax.checkpoint`'s policies."""
 
 STEP = 2.0**50
 """Size of the numbers of `_segment_code`: their product, 2^100, outweighs every score. Powers of two are exact in any dtype."""
@@ -102,6 +106,7 @@ def _attend_forward(qkv: Array, shared: Shared, tokens: int, interpret: bool):
     _, b, t, d = qkv.shape
     outputs = _out(qkv), jax.ShapeDtypeStruct((b, d // LANES, 4, t), jnp.float32)
     out, statistics = _run(_row_attention, (qkv,), shared, outputs, tokens, interpret)
+    out, statistics = (checkpoint_name(x, ATTENDED) for x in (out, statistics))
     return out, (qkv, shared, out, statistics)
 
 
