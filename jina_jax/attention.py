@@ -14,7 +14,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from .kernels.rows import ATTENDED, attend_rows, serves
+from .kernels.long_rows import attend_long_rows
+from .kernels.long_rows import serves as serves_long
+from .kernels.pairs import ATTENDED
+from .kernels.rows import attend_rows, serves
 from .lora import precision
 
 LONGEST_PLAIN_ROW = 1024
@@ -56,9 +59,9 @@ def attention(
 ) -> Float[Array, "b t d"]:
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
-    On TPU rows of up to 1,024 tokens go to the kernel of `kernels/rows.py` if the heads have 64 numbers and are an even count.
-    Everything else is computed by XLA: rows of up to 1,024 tokens at once, longer ones in blocks. A gradient by the tables
-    exists in the latter two alone.
+    On TPU, heads of 64 numbers and of an even count go to a kernel: rows of up to 1,024 tokens to `kernels/rows.py`, of up to
+    16,384 (8,192 in float32) to `kernels/long_rows.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once,
+    longer ones in blocks. A gradient by the tables exists in the latter two alone.
 
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
@@ -66,10 +69,13 @@ def attention(
         tables: rotary angles, or None for a model with absolute positions.
         num_heads: d = n * h.
     """
-    if qkv.shape[2] > LONGEST_PLAIN_ROW:
-        form = chunked_attention
-    elif platform() == "tpu" and serves(qkv, num_heads):
+    on_tpu = platform() == "tpu"
+    if on_tpu and serves(qkv, num_heads):
         form = attend_rows
+    elif on_tpu and serves_long(qkv, num_heads):
+        form = attend_long_rows
+    elif qkv.shape[2] > LONGEST_PLAIN_ROW:
+        form = chunked_attention
     else:
         form = plain_attention
     return form(qkv, segments, tables, num_heads=num_heads)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
     {"accumulate", "lora", "shards"},
-    {"kernels.rows"},
+    {"kernels.pairs"},
+    {"kernels.rows", "kernels.long_rows"},
     {"attention"},
     {"weights", "model"},
     {"sharding"},
@@ -60,6 +61,12 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "jina_jax").with_suffix("").parts)
 
 
+def within(path: Path) -> set[str]:
+    """The library's modules that one of them imports by relative names."""
+    package = module(path).split(".")
+    return {".".join([*package[:-level], name]) for name, level in imports(path) if level}
+
+
 def test_every_module_of_the_library_has_a_level():
     assert {module(path) for path in files("jina_jax")} == set().union(*LEVELS)
 
@@ -68,7 +75,7 @@ def test_every_module_of_the_library_has_a_level():
 def test_the_library_imports_only_what_lies_below(path):
     level = next(i for i, names in enumerate(LEVELS) if module(path) in names)
     below = set().union(*LEVELS[:level])
-    assert {name for name, relative in imports(path) if relative} <= below
+    assert within(path) <= below
     assert not {name for name, _ in imports(path) if name.split(".")[0] in ("train", "convert", "configs", "benchmarks")}
 
 

@@ -16,7 +16,8 @@ PIPELINE_STEPS = 2
 """Turns of the loop over a kernel's grid beyond the steps of the grid, which fill and empty the pipeline of its copies."""
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)([A-Z\s]*):([\s>]*)\{")
-_EXIT = re.compile(r"scmp\.[gl][et]\.s32\.totalorder %\w+, (\d+) +/\* loop exit test \*/")
+_EXIT = re.compile(r"%(\w+) = scmp\.[gl][et]\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) +/\* loop exit test \*/")
+_JUMP = re.compile(r"sbr\.rel \(!?%(\w+)\)")
 _ENTRY = re.compile(r"/\* entry bundle: %([\w.\-]+) = custom-call\(")
 
 
@@ -26,7 +27,7 @@ class Bundle(NamedTuple):
     begins: bool
     """Whether it is the first of a loop."""
     exit: int | None
-    """Where it tests whether its loop ends: the count it compares with."""
+    """Where it jumps back or leaves its loop: the count that the loop's test compares with."""
 
 
 def kernel_bundles(directory: Path) -> dict[str, int]:
@@ -51,23 +52,26 @@ def cycles_of(instruction: str, known: Mapping[str, int]) -> int:
 
 def bundles(schedule: str) -> list[Bundle]:
     """The bundles of a schedule as the compiler writes it."""
-    found = []
+    found: list[Bundle] = []
+    tests: dict[str, int] = {}  # they may come long before the jump
     for line in schedule.splitlines():
         if match := _BUNDLE.match(line):
-            test = _EXIT.search(line)
-            found.append(Bundle(match[2].count(">"), "LB" in match[1].split(), int(test[1]) if test else None))
+            tests |= {name: int(turns) for name, turns in _EXIT.findall(line)}
+            jump = _JUMP.search(line)
+            found.append(Bundle(match[2].count(">"), "LB" in match[1].split(), tests.get(jump[1]) if jump else None))
     return found
 
 
 def count(schedule: Sequence[Bundle]) -> int:
-    """Cycles of a schedule, each loop as often as it turns; one without a test, once.
+    """Cycles of a schedule, each loop as often as it turns; one without a constant test, once.
 
-    A loop goes from its first bundle to the first one behind its test that is marked as outside: inside, some are as well.
+    A loop goes from its first bundle to the first one behind its jump that is marked as outside, or begins the next loop.
+    Before the jump, some are marked as outside as well.
     """
     cycles = [0]  # of each open loop, behind that of what is outside
     turns: list[int | None] = []
     for bundle in [*schedule, Bundle(0, False, None)]:
-        while turns and turns[-1] is not None and bundle.depth < len(turns):
+        while turns and turns[-1] is not None and bundle.depth - bundle.begins < len(turns):
             outer = len(turns) == 1
             body = cycles.pop() * max((turns.pop() or 1) - (PIPELINE_STEPS if outer else 0), 1)
             cycles[-1] += body
