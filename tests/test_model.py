@@ -107,12 +107,12 @@ def test_layer_norm_of_a_constant_row_is_its_bias():
 def test_the_gradient_of_a_layer_norm_is_torchs(read):
     rng = np.random.default_rng(2)
     x, d_y = (rng.standard_normal((2, 3, 64)).astype(np.float32) for _ in range(2))
-    norm = LayerNorm(64, epsilon=1e-5, param_dtype=jnp.float32)
     scale, bias = rng.uniform(0.5, 1.5, 64).astype(np.float32), rng.standard_normal(64).astype(np.float32)
     weights = [torch.tensor(array, requires_grad=True) for array in (x, scale, bias)]
     torch.nn.functional.layer_norm(weights[0], (64,), *weights[1:], 1e-5).backward(torch.tensor(d_y))
 
     def value(x, scale, bias):
+        norm = LayerNorm(64, epsilon=1e-5, param_dtype=jnp.float32)
         norm.scale.set_value(scale)
         norm.bias.set_value(bias)
         normalised = norm.deferred(x)
