@@ -247,7 +247,7 @@ class Encoder(nnx.Module):
 
         first = Normalised.of(self.embed(rows.astype(jnp.float32), tokens, positions, task))
         numbered = jax.lax.stop_gradient(self.layers), jnp.arange(self.config.num_layers)
-        (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered)
+        (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
         return last.value().astype(self.dtype), Sums(layers, table)
 
     def _layer_function(
