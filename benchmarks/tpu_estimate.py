@@ -48,7 +48,6 @@ def main(names: tuple[str, ...], out: Path | None) -> None:
         "forward 16 x 512": forward(16, 512),
         "naive port 16 x 512": naive_forward(16, 512),
         "forward 1 x 8192": forward(1, 8192),
-        "naive port 1 x 8192": naive_forward(1, 8192),
         "attention, gradient, T = 384": attention_gradient(384),
         "attention, gradient, T = 512": attention_gradient(512),
         "attention, gradient, T = 8192": attention_gradient(8192),

@@ -23,6 +23,9 @@ from .lora import precision
 LONGEST_PLAIN_ROW = 1024
 """Up to this many tokens the [b, n, t, t] scores of a row are built; longer rows are computed in blocks."""
 
+SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
+"""Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
+
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Blocks of the chunked form. The scores of one pair of blocks stay in the cache of a CPU core."""
 
@@ -60,8 +63,8 @@ def attention(
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
     On TPU, heads of 64 numbers and of an even count go to a kernel: rows of up to 1,024 tokens to `kernels/rows.py`, of up to
-    16,384 (8,192 in float32) to `kernels/long_rows.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once,
-    longer ones in blocks. A gradient by the tables exists in the latter two alone.
+    16,384 (8,192 in float32) to `kernels/long_rows.py`, which needs a v5e or later. Everything else is computed by XLA: rows of
+    up to 1,024 tokens at once, longer ones in blocks. A gradient by the tables exists in the latter two alone.
 
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
@@ -72,7 +75,7 @@ def attention(
     on_tpu = platform() == "tpu"
     if on_tpu and serves(qkv, num_heads):
         form = attend_rows
-    elif on_tpu and serves_long(qkv, num_heads):
+    elif on_tpu and serves_long(qkv, num_heads) and not device_kind().startswith(SMALL_CHIPS):
         form = attend_long_rows
     elif qkv.shape[2] > LONGEST_PLAIN_ROW:
         form = chunked_attention
@@ -89,6 +92,12 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def device_kind() -> str:
+    """Name of that device's kind, such as "TPU v5 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def plain_attention(

@@ -74,10 +74,9 @@ def assert_as_plain(kernel, qkv, segments, tables, *, d_out=None, atol=1e-5):
     return got
 
 
-def traced(platform: str, qkv: jax.Array, n: int) -> str:
-    """The program of `attention` and its gradient, traced for a mesh of such devices."""
-    kind = {"tpu": "TPU v5 lite", "cpu": "cpu"}[platform]
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+def traced(kind: str, qkv: jax.Array, n: int) -> str:
+    """The program of `attention` and its gradient, traced for a mesh of such devices, "cpu" or "TPU v5 lite"."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=kind[:3].lower())
     mesh = AbstractMesh((1,), ("data",), abstract_device=device)
     segments = jnp.zeros(qkv.shape[1:3], jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):

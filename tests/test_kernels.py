@@ -98,9 +98,9 @@ def test_what_the_kernel_does_not_take_is_an_error():
 
 
 def test_tpu_programs_use_the_kernel_where_it_serves():
-    program = traced("tpu", projection(1, 128), 2)
+    program = traced("TPU v5 lite", projection(1, 128), 2)
     assert program.count("pallas_call") == program.count("name=row_attention") == 2  # forward and backward
-    assert "pallas_call" not in traced("tpu", projection(1, 128), 4)  # heads of 32
+    assert "pallas_call" not in traced("TPU v5 lite", projection(1, 128), 4)  # heads of 32
 
 
 @pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("except_attention", 1), ("full", 2)])

@@ -117,11 +117,12 @@ def test_what_the_kernel_does_not_take_is_an_error():
 
 def test_tpu_programs_use_the_kernel_where_it_serves():
     t = LONGEST_PLAIN_ROW + 1
-    program = traced("tpu", projection(1, t), 2)
+    program = traced("TPU v5 lite", projection(1, t), 2)
     assert program.count("pallas_call") == program.count("name=long_row_attention") == 2  # forward and backward
-    assert "pallas_call" not in traced("tpu", projection(1, t), 4)  # heads of 32
-    assert "pallas_call" not in traced("tpu", projection(1, 8193), 2)
-    assert "pallas_call" not in traced("cpu", projection(1, t), 2)
+    assert "pallas_call" not in traced("TPU v5 lite", projection(1, t), 4)  # heads of 32
+    assert "pallas_call" not in traced("TPU v5 lite", projection(1, 8193), 2)
+    for kind in ("TPU v4", "cpu"):
+        assert "pallas_call" not in traced(kind, projection(1, t), 2)
 
 
 @pytest.mark.slow
