@@ -46,6 +46,15 @@ def in_pairs(qkv: Array, num_heads: int) -> bool:
     return d == num_heads * HEAD_DIM and d % LANES == 0 and qkv.dtype in (jnp.bfloat16, jnp.float32)
 
 
+Shared = tuple[Array, tuple[Array, ...]]
+"""What all heads of a row share: segments [b, 1, t], and cosines and sines [b, h/2, t] or nothing."""
+
+
+def of_all_heads(segments: Array, tables: tuple[Array, Array] | None) -> Shared:
+    """Segments [b, t], and tables [b, t, h/2] or None, laid on their side."""
+    return segments.astype(jnp.int32)[:, None], tuple(jnp.swapaxes(x, 1, 2) for x in tables or ())
+
+
 def in_blocks(x: Array, size: int) -> Array:
     """Zeros behind the tokens of [.., .., t, ..], up to a multiple of `size`."""
     missing = -x.shape[2] % size

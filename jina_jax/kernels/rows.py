@@ -26,11 +26,13 @@ from .pairs import (
     OVER_QUERIES,
     SCALE,
     VMEM_LIMIT,
+    Shared,
     dot,
     half,
     in_blocks,
     in_pairs,
     key_side,
+    of_all_heads,
     own,
     query_side,
     rotate,
@@ -72,14 +74,9 @@ def attend_rows(
             f"{HEAD_DIM}, rows of up to {LONGEST_ROW} tokens, bfloat16 or float32"
         )
     t = segments.shape[1]
-    rotary = () if tables is None else tuple(jnp.swapaxes(x, 1, 2) for x in tables)
-    whole = jax.tree.map(partial(in_blocks, size=LANES), (qkv, (segments.astype(jnp.int32)[:, None], rotary)))
+    whole = jax.tree.map(partial(in_blocks, size=LANES), (qkv, of_all_heads(segments, tables)))
     out: Array = _attend(*whole, t, interpret)
     return out[:, :t]
-
-
-Shared = tuple[Array, tuple[Array, ...]]
-"""What all heads of a row share: segments [b, 1, t], and cosines and sines [b, h/2, t] or nothing."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
