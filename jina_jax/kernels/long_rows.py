@@ -166,6 +166,8 @@ def _run(
     def spec(x) -> pl.BlockSpec:
         return pl.BlockSpec(*blocks[x.shape], pipeline_mode=buffers)
 
+    # Both are parallel: a chip of two cores, such as v5p, shares out rows, and of a single row the heads.
+    parallel = ("parallel", "parallel")
     call = pl.pallas_call(
         partial(kernel, tokens),
         name=kernel.__name__.strip("_"),
@@ -178,7 +180,7 @@ def _run(
         out_specs=[*map(spec, outputs)],
         out_shape=list(outputs),
         scratch_shapes=[pltpu.VMEM(x.shape, x.dtype) for x in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=parallel, vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
     )
     return tuple(call(_spans(shared[0], size), shared, *inputs))
