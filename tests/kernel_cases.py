@@ -54,7 +54,8 @@ def huge_in(segment: int, qkv: jax.Array, segments: jax.Array) -> jax.Array:
     return qkv.at[1:].mul(jnp.where(segments == segment, 1e6, 1.0)[..., None])
 
 
-@partial(jax.jit, static_argnums=(0, 5), compiler_options={"xla_backend_optimization_level": 0})  # they compile longer than they run
+# Without optimisation: these programs compile for longer than they run.
+@partial(jax.jit, static_argnums=(0, 5), compiler_options={"xla_backend_optimization_level": 0})
 def value_and_gradient(form, qkv, segments, tables, d_out, n):
     """The result, and the gradient of qkv for a gradient `d_out` of the result."""
     out, backward = jax.vjp(lambda qkv: form(qkv, segments, tables, num_heads=n), qkv)
