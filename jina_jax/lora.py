@@ -94,6 +94,32 @@ def _contract_backward(axis: int, operands: tuple[Array, Array], d_y: Array) -> 
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+@jax.custom_vjp
+def _contract_extended(x: Array, z: Array, kernel: Array, rows: Array) -> Array:
+    """x times kernel plus z times rows, as one product. Its gradient has the two apart: where the kernel is frozen, its part, a
+    third of the work, is asked for by nobody and left out. Of their concatenation all would have to be made."""
+    return _dot(*_extended(x, z, kernel, rows), (x.ndim - 1,), (0,))
+
+
+def _extended(x: Array, z: Array, kernel: Array, rows: Array) -> tuple[Array, Array]:
+    return jnp.concatenate([x, z], -1), jnp.concatenate([kernel, rows]).astype(x.dtype)
+
+
+def _contract_extended_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _contract_extended(*operands), operands
+
+
+def _contract_extended_backward(operands: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
+    x, z, kernel, rows = operands
+    xz, both = _extended(x, z, kernel, rows)
+    d_xz, _ = _contract_backward(0, (xz, both), d_y)
+    (_, d_kernel), (_, d_rows) = (_contract_backward(0, pair, d_y) for pair in ((x, kernel), (z, rows)))
+    return d_xz[..., : x.shape[-1]], d_xz[..., x.shape[-1] :], d_kernel, d_rows
+
+
+_contract_extended.defvjp(_contract_extended_forward, _contract_extended_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _with_bias(y: Array, bias: Array, dtype: DTypeLike) -> Array:
     """y [b, t, *o] + bias [*o] in `dtype`, where the gradient of y comes from a kernel and not from a product that could add it
@@ -155,13 +181,14 @@ class AdaptedDense(nnx.Module):
         self.scale = AdapterScale(jnp.full((*c, k), adapters.alpha / r, jnp.float32), task_axis=-1)
 
     def __call__(self, x: Float[Array, "b t i"], task: Task = None) -> Float[Array, "b t *o"]:
-        kernel = self.kernel[...]
-        if self.a is not None and task is not None:
-            if task.ndim == 0:
-                kernel = self.folded_kernel(task)
-            else:
-                x, kernel = self._extended(x, task)
-        y, bias = contract(x, kernel), self.bias[...].astype(jnp.float32)
+        if self.a is None or task is None:
+            y = contract(x, self.kernel[...])
+        elif task.ndim == 0:
+            y = contract(x, self.folded_kernel(task))
+        else:
+            z, rows = self._adapter_rows(x, task)
+            y = _contract_extended(x, z, self.kernel[...], rows)
+        bias = self.bias[...].astype(jnp.float32)
         return _with_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 
     def folded_kernel(self, task: Int[Array, ""]) -> Array:
@@ -176,8 +203,8 @@ class AdaptedDense(nnx.Module):
         update = jnp.einsum("icr,rco->ico", a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
 
-    def _extended(self, x: Array, task: Int[Array, "b t"]) -> tuple[Array, Array]:
-        """[x, z] and [kernel; b]: the adapters of all tasks as further rows of one contraction."""
+    def _adapter_rows(self, x: Array, task: Int[Array, "b t"]) -> tuple[Array, Array]:
+        """z and b: the adapters of all tasks as further rows of one contraction."""
         a, b, scale = self._by_part()
         i, c, k, r = a.shape
         n, o = b.shape[2:]
@@ -190,8 +217,7 @@ class AdaptedDense(nnx.Module):
             own = jnp.eye(n, dtype=b.dtype)[:, None, None, :, None]
             rows = (own * b[None]).reshape(c * k * r, n, o)
         kernel = self.kernel[...]
-        rows = rows.reshape(-1, *kernel.shape[1:]).astype(kernel.dtype)
-        return jnp.concatenate([x, z], -1), jnp.concatenate([kernel, rows])
+        return z, rows.reshape(-1, *kernel.shape[1:]).astype(kernel.dtype)
 
     def _by_part(self) -> tuple[Array, Array, Array]:
         """a [i, c, k, r], b [k, r, n, o], scale [c, k] for both kinds of layer; a plain one has one part, c = n = 1."""

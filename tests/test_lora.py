@@ -188,6 +188,19 @@ def test_gradients_reach_the_adapters_of_the_tasks_in_use_alone(layer, form):
         assert used == [False, True, False], path
 
 
+def test_nothing_is_computed_for_the_gradient_of_a_frozen_kernel():
+    layer = randomised(dense("plain"))
+    x, task = jnp.ones((4, 32, INPUTS)), jnp.zeros((4, 32), jnp.int32)
+
+    def operations(trained):
+        graphdef, trained, rest = nnx.split(layer, trained, ...)
+        loss = jax.grad(lambda trained: jnp.square(nnx.merge(graphdef, trained, rest)(x, task)).sum())
+        return jax.jit(loss).lower(trained).compile().cost_analysis()["flops"]
+
+    kernels = 2 * task.size * INPUTS * OUTPUTS
+    assert operations((AdapterParam, nnx.Param)) - operations(AdapterParam) > 0.9 * kernels
+
+
 # ---- numbers ----
 
 
