@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from . import accumulate
-from .attention import ATTENDED, RotaryTables, attention, rotary_tables
+from .attention import RotaryTables, attention, rotary_tables
 from .config import ModelConfig, Remat
+from .kernels.pairs import ATTENDED
 from .lora import AdaptedDense, AdaptedEmbed, AdapterSpec, Task, contract_table
 
 

@@ -22,6 +22,10 @@ def test_eight_devices_are_one_device(program):
     assert finished(started(8, program)) == "equal\n"
 
 
+def test_the_device_holds_nothing_but_what_a_step_is_given(tmp_path):
+    assert finished(started(2, "model_on_the_host", tmp_path)) == "equal\n"
+
+
 @pytest.mark.slow
 def test_a_restore_takes_little_more_memory_than_its_arrays(tmp_path):
     """From one device to eight, in one process and in two, and back: bit for bit (the program compares)."""
