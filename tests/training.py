@@ -244,10 +244,10 @@ def _raise() -> None:
 
 
 def _disk_full() -> None:
-    """From here on no file takes more than 16 KiB: what writes more gets an error from the operating system."""
+    """From here on no file takes more than 128 KiB: the largest arrays do not fit, and the log, with what Orbax says, does."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (131_072, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
