@@ -14,6 +14,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from .kernels.gpu_blocks import attend_blocks
+from .kernels.gpu_blocks import serves as serves_gpu
 from .kernels.long_rows import attend_long_rows
 from .kernels.long_rows import serves as serves_long
 from .kernels.pairs import ATTENDED
@@ -25,6 +27,9 @@ LONGEST_PLAIN_ROW = 1024
 
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 """Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
+
+GPUS = ("gpu", "cuda", "rocm")
+"""What JAX calls them: a backend is "gpu", a platform to lower for is not."""
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Blocks of the chunked form. The scores of one pair of blocks stay in the cache of a CPU core."""
@@ -63,8 +68,9 @@ def attention(
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
     On TPU, heads of 64 numbers and of an even count go to a kernel: rows of up to 1,024 tokens to `kernels/rows.py`, of up to
-    16,384 (8,192 in float32) to `kernels/long_rows.py`, which needs a v5e or later. Everything else is computed by XLA: rows of
-    up to 1,024 tokens at once, longer ones in blocks. A gradient by the tables exists in the latter two alone.
+    16,384 (8,192 in float32) to `kernels/long_rows.py`, which needs a v5e or later. On GPU, heads of 16 to 128 numbers go to
+    `kernels/gpu_blocks.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once, longer ones in blocks. The
+    kernels for TPU have no gradient by the tables.
 
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
@@ -77,6 +83,8 @@ def attention(
         form = attend_rows
     elif on_tpu and serves_long(qkv, num_heads) and not device_kind().startswith(SMALL_CHIPS):
         form = attend_long_rows
+    elif platform() in GPUS and serves_gpu(qkv, num_heads):
+        form = gpu_attention
     elif qkv.shape[2] > LONGEST_PLAIN_ROW:
         form = chunked_attention
     else:
@@ -121,6 +129,18 @@ def chunked_attention(
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
     out = _blockwise(q, k, v, jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1))
     return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
+
+
+def gpu_attention(
+    qkv: Float[Array, "3 b t d"],
+    segments: Int[Array, "b t"],
+    tables: RotaryTables | None,
+    *,
+    num_heads: int,
+    interpret: bool = False,
+) -> Float[Array, "b t d"]:
+    """The same by a kernel for GPUs. XLA rotates, in one pass with the bias of the projection."""
+    return attend_blocks(*_heads(qkv, tables, num_heads), segments, interpret=interpret).reshape(qkv.shape[1:])
 
 
 def _heads(qkv: Array, tables: RotaryTables | None, n: int) -> tuple[Array, Array, Array]:

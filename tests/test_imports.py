@@ -13,7 +13,7 @@ LEVELS = [
     {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
     {"accumulate", "lora", "shards"},
     {"kernels.pairs"},
-    {"kernels.rows", "kernels.long_rows"},
+    {"kernels.rows", "kernels.long_rows", "kernels.gpu_blocks"},
     {"attention"},
     {"weights", "model"},
     {"sharding"},
