@@ -75,6 +75,11 @@ def main(context: click.Context, texts: int, out: Path | None, model: Path | Non
 @click.argument("directory", type=click.Path(path_type=Path))
 def make(directory: Path) -> None:
     """Write the model."""
+    write_model(directory)
+
+
+def write_model(directory: Path, layers: int = 24) -> None:
+    """A model of jina-embeddings-v3's size with random bfloat16 weights, in a layout that both libraries read."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -83,7 +88,7 @@ def make(directory: Path) -> None:
     from jina_jax import Encoder, ModelConfig
     from jina_jax.tokenizer import load_tokenizer
 
-    config = ModelConfig()
+    config = ModelConfig(num_layers=layers)
     encoder = jax.jit(lambda: Encoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
     tokenizer = load_tokenizer(Path("data/tokenizer"), config)
     write_sentence_transformers(directory, encoder, tokenizer, max_length=config.max_tokens)

@@ -1,9 +1,9 @@
 """Attention within the texts of packed rows, for GPUs: forward and backward of rows of any length, through Triton.
 
 Flash attention (Dao 2023): a program of the grid takes a block of queries of one row and head, goes through the keys block by
-block, and keeps the highest score, the sum of the weights and the weighted values so far. The backward pass computes the weights
-again from each query's highest score and sum, once for the queries' gradient and once for that of keys and values. The log of
-both in one number would be wrong for large scores.
+block, and keeps the highest score, the sum of the weights and the weighted values so far. The backward pass computes the
+weights again from each query's highest score and sum, once for the queries' gradient and once for that of keys and values. The
+log of both in one number would be wrong for large scores.
 
 Texts lie one behind the other in a row, so most blocks of keys have no text in common with a block of queries. `visits` says
 which ones may, and a program goes through those alone: the work grows with the texts' lengths, not with the row's.
@@ -65,11 +65,12 @@ def attend_blocks(
     padding = ((0, 0), (0, whole - t))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
     # What is added is a segment of its own, or joins padding of the same number: either way its weights meet only zeros.
-    return _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)[:, :t]
+    out: Array = _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)
+    return out[:, :t]
 
 
 def visits(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
-    """The blocks of `others` tokens that may share a text with each block of `size` tokens: from the first to before the second.
+    """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
 
     By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
     """
@@ -153,7 +154,19 @@ def _run(
 # ---- the kernels
 
 
-def _forward(size: int, others: int, first_ref, stop_ref, segments_ref, q_ref, k_ref, v_ref, out_ref, highest_ref, total_ref) -> None:
+def _forward(
+    size: int,
+    others: int,
+    first_ref,
+    stop_ref,
+    segments_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    highest_ref,
+    total_ref,
+) -> None:
     i = pl.program_id(2)
     q, mine = q_ref[...], segments_ref[pl.ds(i * size, size)]
 
