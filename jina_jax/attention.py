@@ -5,6 +5,8 @@ form gives the same result as `plain_attention`: a token attends to all tokens o
 nothing else. Padding is a segment of its own (0), so no token is ever without a key and the result is finite everywhere.
 """
 
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from .kernels.blocks import visits
 from .kernels.gpu_blocks import attend_blocks
 from .kernels.gpu_blocks import serves as serves_gpu
 from .kernels.long_rows import attend_long_rows
@@ -31,8 +34,8 @@ SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 GPUS = ("gpu", "cuda", "rocm")
 """What JAX calls them: a backend is "gpu", a platform to lower for is not."""
 
-QUERY_BLOCK, KEY_BLOCK = 256, 512
-"""Blocks of the chunked form. The scores of one pair of blocks stay in the cache of a CPU core."""
+BLOCK = 512
+"""Tokens in a block of the chunked form, about. The scores of a pair of blocks and one head stay in the cache of a CPU core."""
 
 MASKED = -1e30
 """Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
@@ -108,6 +111,13 @@ def device_kind() -> str:
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
+@cache
+def has_amx() -> bool:
+    """Whether this machine's CPU has matrix units for bfloat16, as Linux tells. XLA does not say."""
+    file = Path("/proc/cpuinfo")
+    return file.exists() and "amx_bf16" in file.read_text()
+
+
 def plain_attention(
     qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
@@ -122,12 +132,18 @@ def plain_attention(
 def chunked_attention(
     qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
-    """The same in blocks of queries and keys with a running softmax; forward and backward in memory linear in t."""
-    b, t = segments.shape
-    padded = -t % KEY_BLOCK
+    """The same in blocks of queries and keys with a running softmax; forward and backward in memory linear in t.
+
+    Pairs of blocks without a text in common are left out.
+    """
+    t = segments.shape[1]
+    size = -(-t // max(1, round(t / BLOCK)))
+    size += -size % 8
+    padded = -t % size
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))) for x in _heads(qkv, tables, num_heads))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
-    out = _blockwise(q, k, v, jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1))
+    segments = jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1)
+    out = (_one_by_one if platform() == "cpu" else _blockwise)(q, k, v, segments, size)
     return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
 
 
@@ -155,75 +171,103 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return _blockwise_forward(q, k, v, segments)[0]
+def _one_by_one(q: Array, k: Array, v: Array, segments: Array, size: int) -> Array:
+    """Row by row and head by head: what a core of a CPU works on stays in its cache, and a row visits its own texts alone.
+
+    CPUs without matrix units for bfloat16 multiply float32 twice as fast.
+    """
+    if q.dtype == jnp.bfloat16 and not has_amx():
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+
+    def of_row(row: tuple[Array, ...]) -> Array:
+        *heads, segments = row
+        of_heads = (jnp.moveaxis(x, 1, 0)[:, None, :, None] for x in heads)  # [n, 1, t, 1, h]
+        out = jax.lax.map(lambda head: _blockwise(*head, segments[None], size), tuple(of_heads))
+        return jnp.moveaxis(out[:, 0, :, 0], 0, 1)
+
+    return jax.lax.map(of_row, (q, k, v, segments))
 
 
-def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array):
-    """Online softmax (Milakov & Gimelshein 2018): for each block of queries a scan over the blocks of keys."""
-    keys = _blocks(k, KEY_BLOCK), _blocks(v, KEY_BLOCK), _blocks(segments, KEY_BLOCK)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: Array, k: Array, v: Array, segments: Array, size: int) -> Array:
+    return _blockwise_forward(q, k, v, segments, size)[0]
+
+
+def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array, size: int):
+    """Online softmax (Milakov & Gimelshein 2018): for each block of queries a loop over the blocks of keys."""
+    b, _, n, h = q.shape
 
     def queries(block):
-        q, own = block
+        q, own, first, stop = block
 
-        def step(carry, key_block):
+        def visit(j, carry):
             highest, total, out = carry  # [b, n, t], [b, n, t], [b, n, t, h]
-            k, v, theirs = key_block
-            scores = _scores(q, k, own, theirs)
+            k_block, v_block, theirs = (_block(x, j, size) for x in (k, v, segments))
+            scores = _scores(q, k_block, own, theirs)
             new = jnp.maximum(highest, scores.max(-1))
             weights = jnp.exp(scores - new[..., None])
             decay = jnp.exp(highest - new)
             total = total * decay + weights.sum(-1)
-            out = out * decay[..., None] + _product("bnts,bsnh->bnth", weights.astype(v.dtype), v)
-            return (new, total, out), None
+            out = out * decay[..., None] + _product("bnts,bsnh->bnth", weights.astype(v.dtype), v_block)
+            return new, total, out
 
-        b, t, n, h = q.shape
-        start = jnp.full((b, n, t), MASKED), jnp.zeros((b, n, t)), jnp.zeros((b, n, t, h))
-        (highest, total, out), _ = jax.lax.scan(step, start, keys)
+        start = jnp.full((b, n, size), MASKED), jnp.zeros((b, n, size)), jnp.zeros((b, n, size, h))
+        highest, total, out = jax.lax.fori_loop(first, stop, visit, start)
         return (out / total[..., None]).swapaxes(1, 2).astype(q.dtype), highest + jnp.log(total)
 
-    out, log_total = jax.lax.map(queries, (_blocks(q, QUERY_BLOCK), _blocks(segments, QUERY_BLOCK)))
+    out, log_total = jax.lax.map(queries, (_blocks(q, size), _blocks(segments, size), *_visits(segments, size)))
     out, log_total = (checkpoint_name(x, ATTENDED) for x in (_unblocked(out), log_total))
     return out, (q, k, v, segments, out, log_total)
 
 
-def _blockwise_backward(residuals, d_out: Array):
+def _blockwise_backward(size: int, residuals, d_out: Array):
     """Recomputes the weights of each pair of blocks from the saved log of the softmax sum (Dao et al. 2022)."""
     q, k, v, segments, out, log_total = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
-    delta = jnp.moveaxis(delta.reshape(*delta.shape[:2], -1, QUERY_BLOCK), 2, 0)
-    query_blocks = _blocks(q, QUERY_BLOCK), _blocks(segments, QUERY_BLOCK), log_total, _blocks(d_out, QUERY_BLOCK), delta
+    delta = jnp.moveaxis(delta.reshape(*delta.shape[:2], -1, size), 2, 0)
 
     def keys(d_q, block):
-        k, v, theirs = block
+        k, v, theirs, first, stop = block
 
-        def step(carry, query_block):
-            d_k, d_v = carry
-            q, own, log_total, d_out, delta = query_block
-            weights = jnp.exp(_scores(q, k, own, theirs) - log_total[..., None])
-            d_v += _product("bnts,btnh->bsnh", weights.astype(v.dtype), d_out)
-            d_weights = _product("btnh,bsnh->bnts", d_out, v)
-            d_scores = (weights * (d_weights - delta[..., None])).astype(q.dtype)
-            d_k += _product("bnts,btnh->bsnh", d_scores, q)
-            return (d_k, d_v), _product("bnts,bsnh->btnh", d_scores, k)
+        def visit(i, carry):
+            d_q, d_k, d_v = carry
+            q_block, d_out_block, own = (_block(x, i, size) for x in (q, d_out, segments))
+            weights = jnp.exp(_scores(q_block, k, own, theirs) - log_total[i][..., None])
+            d_v += _product("bnts,btnh->bsnh", weights.astype(v.dtype), d_out_block)
+            d_weights = _product("btnh,bsnh->bnts", d_out_block, v)
+            d_scores = (weights * (d_weights - delta[i][..., None])).astype(q.dtype)
+            d_k += _product("bnts,btnh->bsnh", d_scores, q_block)
+            d_q = d_q.at[i].add(_product("bnts,bsnh->btnh", d_scores, k))
+            return d_q, d_k, d_v
 
         zero = jnp.zeros(k.shape, jnp.float32)
-        (d_k, d_v), d_q_part = jax.lax.scan(step, (zero, zero), query_blocks)
-        return d_q + d_q_part, (d_k, d_v)
+        d_q, d_k, d_v = jax.lax.fori_loop(first, stop, visit, (d_q, zero, zero))
+        return d_q, (d_k, d_v)
 
-    d_q = jnp.zeros(query_blocks[0].shape, jnp.float32)
-    d_q, (d_k, d_v) = jax.lax.scan(keys, d_q, (_blocks(k, KEY_BLOCK), _blocks(v, KEY_BLOCK), _blocks(segments, KEY_BLOCK)))
+    d_q = jnp.zeros((log_total.shape[0], q.shape[0], size, *q.shape[2:]), jnp.float32)
+    blocks = *(_blocks(x, size) for x in (k, v, segments)), *_visits(segments, size)
+    d_q, (d_k, d_v) = jax.lax.scan(keys, d_q, blocks)
     return *(_unblocked(d).astype(q.dtype) for d in (d_q, d_k, d_v)), np.zeros(segments.shape, jax.dtypes.float0)
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
+def _visits(segments: Array, size: int) -> tuple[Array, Array]:
+    """Of each block, the first and one past the last block that any row needs."""
+    first, stop = visits(segments, size, size)
+    return first.min(0), stop.max(0)
+
+
 def _scores(q: Array, k: Array, own: Array, theirs: Array) -> Array:
     """Scores [b, n, t, s] of one block of queries and one of keys."""
     scores = _product("btnh,bsnh->bnts", q, k)
     return jnp.where(own[:, None, :, None] == theirs[:, None, None, :], scores, MASKED)
+
+
+def _block(x: Array, i: Array, size: int) -> Array:
+    """Block number i of [b, t, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
 
 def _blocks(x: Array, size: int) -> Array:

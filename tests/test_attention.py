@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from jina_jax.attention import (
-    KEY_BLOCK,
+    BLOCK,
     LONGEST_PLAIN_ROW,
-    QUERY_BLOCK,
     RotaryTables,
     attention,
     chunked_attention,
@@ -23,7 +22,16 @@ from jina_jax.attention import (
 HEADS, HEAD_DIM = 2, 8
 THETA = 20_000.0
 FORMS = [plain_attention, chunked_attention]
-LENGTHS = [1, 7, QUERY_BLOCK + 1, KEY_BLOCK, 2 * KEY_BLOCK + QUERY_BLOCK + 1]
+
+
+def chunked_elsewhere(qkv, segments, tables, *, num_heads):
+    """What chunked attention is on anything but a CPU: all rows and heads at the same time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jina_jax.attention.platform", lambda: "tpu")
+        return chunked_attention(qkv, segments, tables, num_heads=num_heads)
+
+
+LENGTHS = [1, 7, BLOCK // 2 + 1, BLOCK, 5 * BLOCK // 2 + 1]
 
 
 def case(t: int, *, b: int = 2, texts: int = 5, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,14 +102,14 @@ def test_attention_is_softmax_within_each_text(form, t):
     np.testing.assert_allclose(got, twin(qkv, segments, positions), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("t", "texts"), [(2 * KEY_BLOCK + QUERY_BLOCK + 1, texts) for texts in (1, 40, 300)] + [(1, 1), (KEY_BLOCK, 5)]
-)
-def test_chunked_equals_plain_forward_and_backward(t, texts):
+@pytest.mark.parametrize(("t", "texts"), [(5 * BLOCK // 2 + 1, texts) for texts in (1, 40, 300)] + [(1, 1), (BLOCK, 5)])
+@pytest.mark.parametrize("form", [chunked_attention, chunked_elsewhere])
+def test_chunked_equals_plain_forward_and_backward(form, t, texts):
     qkv, segments, positions = case(t, texts=texts)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(qkv.shape[1:]), jnp.float32)
     plain, chunked = (
-        jax.tree.leaves(value_and_gradients(form, weights, qkv, segments, tables_of(positions))) for form in FORMS
+        jax.tree.leaves(value_and_gradients(each, weights, qkv, segments, tables_of(positions)))
+        for each in (plain_attention, form)
     )
     for got, want in zip(chunked, plain, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1, float(jnp.abs(want).max())))
@@ -109,7 +117,7 @@ def test_chunked_equals_plain_forward_and_backward(t, texts):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_extreme_scores_stay_finite_and_right(form):
-    qkv, segments, _ = case(KEY_BLOCK + 40)
+    qkv, segments, _ = case(BLOCK + 40)
     q, k, v = qkv
     direction = jnp.where(jnp.arange(HEADS * HEAD_DIM) % HEAD_DIM == 0, 200.0 * HEAD_DIM**0.5, 0.0)
     signs = jnp.sign(k[..., :1])
@@ -121,7 +129,7 @@ def test_extreme_scores_stay_finite_and_right(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("t", [5, KEY_BLOCK + 1])
+@pytest.mark.parametrize("t", [5, BLOCK + 1])
 def test_empty_rows_give_numbers_and_gradients(form, t):
     qkv, segments, positions = case(t, texts=0)
     assert not segments.any()
@@ -131,7 +139,7 @@ def test_empty_rows_give_numbers_and_gradients(form, t):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_text_is_blind_to_its_neighbours_and_to_padding(form):
-    qkv, segments, positions = case(KEY_BLOCK + 100)
+    qkv, segments, positions = case(BLOCK + 100)
     own = (segments == 2)[..., None]
     disturbed = jnp.where(own, qkv, 3 * qkv[..., ::-1] + 1)
     before, after = (computed(form, x, segments, tables_of(positions)) for x in (qkv, disturbed))
@@ -140,7 +148,7 @@ def test_a_text_is_blind_to_its_neighbours_and_to_padding(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_close_and_stays_bfloat16(form):
-    qkv, segments, positions = case(KEY_BLOCK + 1)
+    qkv, segments, positions = case(BLOCK + 1)
     qkv = qkv.astype(jnp.bfloat16)
     out = computed(form, qkv, segments, tables_of(positions))
     assert out.dtype == jnp.bfloat16

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jina_jax.attention import gpu_attention
-from jina_jax.kernels.gpu_blocks import KEYS, QUERIES, visits
+from jina_jax.kernels.blocks import visits
+from jina_jax.kernels.gpu_blocks import KEYS, QUERIES
 from kernel_cases import assert_as_plain, huge_in, projection, repeated, signed_logits, tables_of, texts, traced
 
 kernel = partial(gpu_attention, interpret=True)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
 from ..lora import precision
+from .blocks import visits
 from .pairs import ATTENDED, LOG2_E
 
 QUERIES, KEYS = 128, 64
@@ -33,8 +34,6 @@ SHORTEST = 16
 
 MASKED = -1e30
 """Score of a foreign key, as in `attention.py`."""
-
-LAST = np.iinfo(np.int32).max
 
 
 def serves(qkv: Array, num_heads: int) -> bool:
@@ -67,23 +66,6 @@ def attend_blocks(
     # What is added is a segment of its own, or joins padding of the same number: either way its weights meet only zeros.
     out: Array = _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)
     return out[:, :t]
-
-
-def visits(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
-    """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
-
-    By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
-    """
-    order = jnp.where(segments == 0, LAST, segments)  # padding lies behind the texts
-    low, high = _extremes(order, size)
-    other_low, other_high = _extremes(order, others)
-    meet = (low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= high[:, :, None])
-    return jnp.argmax(meet, -1).astype(jnp.int32), (meet.shape[-1] - jnp.argmax(meet[..., ::-1], -1)).astype(jnp.int32)
-
-
-def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
-    blocks = segments.reshape(segments.shape[0], -1, size)
-    return blocks.min(-1), blocks.max(-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,0 +1,28 @@
+"""Which blocks of a packed row have texts in common: attention in blocks leaves out the others.
+
+Texts lie one behind the other in a row, so the blocks of keys that a block of queries needs are neighbours.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+LAST = np.iinfo(np.int32).max
+
+
+def visits(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
+    """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
+
+    By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
+    """
+    order = jnp.where(segments <= 0, LAST, segments)  # padding lies behind the texts
+    low, high = _extremes(order, size)
+    other_low, other_high = _extremes(order, others)
+    meet = (low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= high[:, :, None])
+    return jnp.argmax(meet, -1).astype(jnp.int32), (meet.shape[-1] - jnp.argmax(meet[..., ::-1], -1)).astype(jnp.int32)
+
+
+def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
+    blocks = segments.reshape(segments.shape[0], -1, size)
+    return blocks.min(-1), blocks.max(-1)
