@@ -11,6 +11,7 @@ over layers: separate q, k and v, XLA's attention, rotation by halves, a float32
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jina_jax import Encoder, ModelConfig
+from jina_jax.adapters import fold_adapter
 from jina_jax.attention import RotaryTables, attention, rotary_tables
+from jina_jax.packing import max_texts
 from train.tpu_compiler import Slice, load_topology, measure
 
 from .machine import versions
@@ -33,6 +36,7 @@ from .machine import versions
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 CONFIG = ModelConfig()
+TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
 KERNEL_ROWS = 16
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -41,23 +45,31 @@ Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 @click.command()
 @click.option("--topology", "names", multiple=True, default=TOPOLOGIES, show_default=True)
+@click.option("--program", "chosen", multiple=True, help="These alone; other results in the JSON file stay.")
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(names: tuple[str, ...], out: Path | None) -> None:
+def main(names: tuple[str, ...], chosen: tuple[str, ...], out: Path | None) -> None:
     """Compile every program for one device of each topology, print a table, and write the numbers as JSON."""
     programs = {
         "forward 16 x 512": forward(16, 512),
         "naive port 16 x 512": naive_forward(16, 512),
+        "forward 16 x 512, an adapter folded": folded_forward(16, 512),
+        "forward 16 x 512, mixed adapters": mixed_forward(16, 512),
         "forward 1 x 8192": forward(1, 8192),
         "attention, gradient, T = 384": attention_gradient(384),
         "attention, gradient, T = 512": attention_gradient(512),
         "attention, gradient, T = 8192": attention_gradient(8192),
     }
-    results = []
+    if unknown := set(chosen) - programs.keys():
+        raise click.UsageError(f"there are no programs {sorted(unknown)}; there are {list(programs)}")
+    found = {}
+    if chosen and out and out.exists():
+        found = {(each["topology"], each["program"]): each for each in json.loads(out.read_text("utf-8"))["results"]}
     for name in names:
         part = load_topology(name)
-        for label, program in programs.items():
-            results.append({"topology": name, "program": label, **_estimate(program, part)})
-            click.echo(f"{name:10} {label:30} {results[-1]['mcycles']:9.2f} Mcycles", err=True)
+        for label in chosen or programs:
+            found[name, label] = {"topology": name, "program": label, **_estimate(programs[label], part)}
+            click.echo(f"{name:10} {label:30} {found[name, label]['mcycles']:9.2f} Mcycles", err=True)
+    results = [found[name, label] for name in names for label in programs if (name, label) in found]
     click.echo(_table(results))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +117,27 @@ def forward(b: int, t: int) -> Program:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: fresh(rngs=nnx.Rngs(0))))
     ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
     return lambda state, *rows: nnx.merge(graphdef, state)(*rows), (state, ids, ids, ids)
+
+
+def folded_forward(b: int, t: int) -> Program:
+    """With the adapter of one task in the kernels, and beside the embedding table."""
+    return _with_tasks(lambda: fold_adapter(_with_adapters(), TASKS[0]), b, t, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def mixed_forward(b: int, t: int) -> Program:
+    """With adapters of five tasks, any of them for each text of a row."""
+    return _with_tasks(_with_adapters, b, t, jax.ShapeDtypeStruct((b, max_texts(t)), jnp.int32))
+
+
+def _with_adapters() -> Encoder:
+    config = replace(CONFIG, tasks=TASKS)
+    return Encoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+
+def _with_tasks(make: Callable[[], Encoder], b: int, t: int, tasks: jax.ShapeDtypeStruct) -> Program:
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
+    return lambda state, *rows: nnx.merge(graphdef, state)(*rows), (state, ids, ids, ids, tasks)
 
 
 def attention_gradient(t: int) -> Program:
