@@ -1,7 +1,9 @@
 """The Embedder: texts to vectors, with the names and meanings of sentence-transformers."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +25,7 @@ from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sharding import replicate, split_rows
 from .sources import find_model, model_kind
-from .tokenizer import load_tokenizer, max_tokens, tokenize
+from .tokenizer import check_unicode, load_tokenizer, max_tokens, tokenize
 from .torch_checkpoint import read_torch_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -32,14 +34,20 @@ SLOTS_PER_TEXT = 256
 """Token slots that one text of `batch_size` stands for."""
 
 WORTH_FOLDING = 4096
-"""Tokens of one task, in a call of several tasks, from which on its adapter is folded into the kernels."""
+"""Tokens of one task, among texts of several tasks, from which on its adapter is folded into the kernels."""
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
 
-class Inputs(NamedTuple):
-    """What a call to `encode` comes down to."""
+PART_TEXTS = 4096
+"""Texts that are tokenised and packed together: enough to fill rows well, few enough to tokenise while others are computed."""
 
+
+class Part(NamedTuple):
+    """Some texts of a call to `encode`, one behind the other."""
+
+    first: int
+    """Index of the first of them."""
     token_ids: list[list[int]]
     tasks: np.ndarray
     """Adapter of each text [n], -1 = none."""
@@ -164,13 +172,14 @@ class Embedder:
             raise ValueError("token_embeddings come in float32 only")
         if not _is_whole(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
-        inputs = self._inputs(texts, task, prompt, prompt_name, self._limit(max_length))
+        texts, tasks = self._with_prompts(texts, task, prompt, prompt_name)
+        parts = self._tokenized(texts, tasks, self._limit(max_length))
         progress = _progress_bar(len(texts), show_progress_bar)
 
         if output_value == "token_embeddings":
-            states = self._token_states(inputs, batch_size, progress)
+            states = self._token_states(len(texts), parts, batch_size, progress)
             return states[0] if isinstance(sentences, str) else states
-        embeddings = self._sentence_embeddings(inputs, batch_size, progress)[:, :dim]
+        embeddings = self._sentence_embeddings(len(texts), parts, batch_size, progress)[:, :dim]
         if normalize_embeddings:
             embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
         embeddings = quantize(embeddings, precision)
@@ -211,15 +220,35 @@ class Embedder:
             raise ValueError(f"max_length must be a whole number in 2..{self.max_length}, not {max_length!r}")
         return int(max_length)
 
-    def _inputs(
-        self, texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any, limit: int
-    ) -> Inputs:
+    def _with_prompts(
+        self, texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any
+    ) -> tuple[list[str], np.ndarray]:
+        """Texts behind their instructions, and the adapter of each [n], -1 = none."""
         tasks = _tasks(task, len(texts))
         names = {*tasks, task if isinstance(task, str) else None}  # a wrong one is an error for no texts, too
         indices = {name: -1 if name is None else self.config.task_index(name) for name in names}
         prefixes = {name: self._prefix(name, prompt, prompt_name) for name in indices}
-        token_ids = tokenize(self.tokenizer, [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)], limit)
-        return Inputs(token_ids, np.array([indices[name] for name in tasks], np.int32))
+        texts = [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)]
+        check_unicode(texts)
+        return texts, np.array([indices[name] for name in tasks], np.int32)
+
+    def _tokenized(self, texts: list[str], tasks: np.ndarray, limit: int) -> Iterator[Part]:
+        """The parts of a call, each tokenised while the one before it is computed."""
+
+        def tokenized(first: int) -> tuple[list[list[int]], int]:
+            return tokenize(self.tokenizer, texts[first : first + PART_TEXTS], limit)
+
+        all_cut = 0
+        with ThreadPoolExecutor(1) as pool:
+            following = None
+            for first in range(0, len(texts), PART_TEXTS):
+                token_ids, cut = following.result() if following else tokenized(first)
+                all_cut += cut
+                if first + PART_TEXTS < len(texts):
+                    following = pool.submit(tokenized, first + PART_TEXTS)
+                yield Part(first, token_ids, tasks[first : first + PART_TEXTS])
+        if all_cut:
+            warnings.warn(f"{all_cut} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
 
     def _prefix(self, task: str | None, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
@@ -235,55 +264,61 @@ class Embedder:
             raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {known or 'no prompts'}")
         return text or ""
 
-    def _sentence_embeddings(self, inputs: Inputs, batch_size: int, progress: Any) -> Float[np.ndarray, "n d"]:
-        out = np.zeros((len(inputs.token_ids), self.config.hidden_size), np.float32)
+    def _sentence_embeddings(
+        self, texts: int, parts: Iterator[Part], batch_size: int, progress: Any
+    ) -> Float[np.ndarray, "n d"]:
+        out = np.zeros((texts, self.config.hidden_size), np.float32)
         with progress:
-            for rows, pooled in _one_ahead(self._computed(embed_rows, inputs, batch_size)):
+            for rows, pooled in _one_ahead(self._computed(embed_rows, parts, batch_size)):
                 packing.scatter(np.asarray(pooled), rows, out)
                 progress.update(int((rows.texts >= 0).sum()))
         return out
 
-    def _token_states(self, inputs: Inputs, batch_size: int, progress: Any) -> list[Float[np.ndarray, "t d"]]:
-        out: list[np.ndarray] = [np.zeros((0, 0))] * len(inputs.token_ids)
+    def _token_states(
+        self, texts: int, parts: Iterator[Part], batch_size: int, progress: Any
+    ) -> list[Float[np.ndarray, "t d"]]:
+        out: list[np.ndarray] = [np.zeros((0, 0))] * texts
         with progress:
-            for rows, states in _one_ahead(self._computed(encode_rows, inputs, batch_size)):
+            for rows, states in _one_ahead(self._computed(encode_rows, parts, batch_size)):
                 for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
                     own = rows.segments[row] == slot + 1
                     out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
                 progress.update(int((rows.texts >= 0).sum()))
         return out
 
-    def _computed(self, compute: Any, inputs: Inputs, batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
-        """Every batch of the call with its result, which may still be under way."""
+    def _computed(self, compute: Any, parts: Iterator[Part], batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
+        """Every batch with its result, which may still be under way. Its rows have the texts' indices in the call."""
         budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
-        for encoder, members, mixed in self._groups(inputs):
-            token_ids = [inputs.token_ids[i] for i in members]
-            for batch in packing.plan([len(ids) for ids in token_ids], budget, devices):
-                rows = packing.lay_out(token_ids, batch, self.config.pad_id)
-                rows = rows._replace(texts=np.where(rows.texts < 0, -1, members[rows.texts]))
-                if mixed:
-                    tasks = np.where(rows.texts < 0, -1, inputs.tasks[rows.texts])
-                else:
-                    tasks = None if encoder is self.encoder else np.int32(0)
-                arrays = rows.tokens, rows.segments, rows.positions, tasks
-                if self.mesh is not None:
-                    arrays = split_rows(arrays, self.mesh)
-                yield rows, compute(encoder, *arrays, mesh=self.mesh)
+        for part in parts:
+            for encoder, members, mixed in self._groups(part):
+                token_ids = [part.token_ids[i] for i in members]
+                for batch in packing.plan([len(ids) for ids in token_ids], budget, devices):
+                    rows = packing.lay_out(token_ids, batch, self.config.pad_id)
+                    own = np.where(rows.texts < 0, -1, members[rows.texts])
+                    if mixed:
+                        tasks = np.where(own < 0, -1, part.tasks[own])
+                    else:
+                        tasks = None if encoder is self.encoder else np.int32(0)
+                    arrays = rows.tokens, rows.segments, rows.positions, tasks
+                    if self.mesh is not None:
+                        arrays = split_rows(arrays, self.mesh)
+                    result = compute(encoder, *arrays, mesh=self.mesh)
+                    yield rows._replace(texts=np.where(own < 0, -1, part.first + own)), result
 
-    def _groups(self, inputs: Inputs) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
+    def _groups(self, part: Part) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
-        lengths = np.array([len(ids) for ids in inputs.token_ids])
-        names = np.unique(inputs.tasks).tolist()
+        lengths = np.array([len(ids) for ids in part.token_ids])
+        names = np.unique(part.tasks).tolist()
         mixed = []
         for index in names:
-            members = np.flatnonzero(inputs.tasks == index)
+            members = np.flatnonzero(part.tasks == index)
             if len(names) > 1 and lengths[members].sum() < WORTH_FOLDING:
                 mixed.append(members)
             else:
                 yield self._encoder_of(index), members, False
         if mixed:
             members = np.sort(np.concatenate(mixed))
-            base_alone = (inputs.tasks[members] < 0).all()
+            base_alone = (part.tasks[members] < 0).all()
             yield self.encoder, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:

@@ -1,7 +1,5 @@
 """The tokenizer: always from `tokenizer.json`, never from remote code."""
 
-import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,35 +46,27 @@ def max_tokens(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
     return min(int(tokenizer.model_max_length), config.max_tokens)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], limit: int) -> list[list[int]]:
-    """Token ids of each text with its special tokens; what is over the limit is cut, with one warning that says how many.
-
-    Raises:
-        ValueError: a text holds lone surrogates, which are no Unicode text; the message has its index.
-    """
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text with its special tokens, and how many texts were over the limit and have been cut."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    try:
-        encodings = backend.encode_batch_fast(texts)
-    except (UnicodeEncodeError, TypeError) as error:
-        raise ValueError(_not_unicode(texts)) from error
-    ids = [encoding.ids for encoding in encodings]
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
     cut = sum(len(text) > limit for text in ids)
-    if cut:
-        warnings.warn(f"{cut} of {len(ids)} texts are longer than {limit} tokens and were cut", stacklevel=2)
-    return [text if len(text) <= limit else text[: limit - 1] + text[-1:] for text in ids]
+    return [text if len(text) <= limit else text[: limit - 1] + text[-1:] for text in ids], cut
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """ValueError with the index of a text that holds lone surrogates, which are no Unicode text."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} is not valid Unicode: a lone surrogate at position {error.start}; replace or remove it"
+            ) from error
 
 
 def _content(token: Any) -> str | None:
     """A special token is written as a string or as an object with its content."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _not_unicode(texts: Sequence[str]) -> str:
-    for index, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return f"text {index} is not valid Unicode: a lone surrogate at position {error.start}; replace or remove it"
-    return f"the tokenizer does not take one of {json.dumps(texts[:3])} ..."

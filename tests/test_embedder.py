@@ -9,6 +9,7 @@ from jina_jax import Embedder
 from jina_jax.inference import embed_rows
 from jina_jax.quantize import quantize
 
+VALUES = ("sentence_embedding", "token_embeddings")
 TEXTS = ["a text editor", "", "   \t\n ", "ein Spiel", "日本語", "🎲 dice " * 30, "Редактор", "x"]
 
 
@@ -120,6 +121,26 @@ def test_long_texts_are_cut_with_one_warning(embedder):
     states = embedder.encode(embedder.tokenizer.decode(ids[1:4]), output_value="token_embeddings")
     assert len(states) == 5
     np.testing.assert_allclose(got[0], embedder.encode(embedder.tokenizer.decode(ids[1:4])), atol=1e-6)
+
+
+def test_texts_are_tokenised_part_by_part_with_the_same_result(embedder, corpus, monkeypatch):
+    texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
+    with pytest.warns(UserWarning):
+        vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
+    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 4)
+    for kind, expected in zip(VALUES, (vectors, states), strict=True):
+        with pytest.warns(UserWarning, match=f"of {len(texts)} texts are longer than 7 tokens") as caught:
+            got = embedder.encode(texts, tasks, max_length=7, output_value=kind)
+        assert len(caught) == 1 and len(got) == len(texts)
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_an_error_of_a_later_part_comes_before_anything_is_computed(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 2)
+    monkeypatch.setattr("jina_jax.embedder.embed_rows", None)
+    with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
+        embedder.encode(["fine"] * 4 + ["bad \ud800"])
 
 
 def test_a_text_of_two_megabytes(embedder):
