@@ -1,6 +1,12 @@
-"""The attention kernel for GPUs: interpreted, against the plain form; and lowered for CUDA, which needs no GPU."""
+"""The attention kernel for GPUs: interpreted, against the plain form; lowered for CUDA; and compiled for an H100, where XLA's
+compiler for CUDA is installed. None of it needs a GPU."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +99,50 @@ def test_the_kernels_lower_for_cuda():
     gradient = jax.grad(lambda qkv: gpu_attention(qkv, segments, None, num_heads=2).astype(jnp.float32).sum())
     lowered = jax.jit(gradient).trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
+# ---- the compiler for CUDA
+
+COMPILE = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jina_jax.attention import attention, rotary_tables
+
+H100 = '''
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 85017755648
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  runtime_version: "12.8.0" driver_version: "13.0.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
+'''
+devices = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=H100).devices
+mesh = Mesh(np.array(devices), ("data",))
+
+@jax.jit
+def gradient(qkv, segments):
+    tables = rotary_tables(segments, 64, 20_000.0)
+    return jax.grad(lambda qkv: attention(qkv, segments, tables, num_heads=16).astype(jnp.float32).sum())(qkv)
+
+with jax.set_mesh(mesh):
+    for t in map(int, sys.argv[1:]):
+        shaped = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+        text = gradient.lower(shaped(3, 2, t, 1024, dtype="bfloat16"), shaped(2, t, dtype="int32")).compile().as_text()
+        print(t, sum("custom-call(" in line and "pallas_call" in line.split("=")[0] for line in text.splitlines()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12]")
+def test_rows_compile_for_an_h100():
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", COMPILE, "32", "512", "8320"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["32", "3", "512", "3", "8320", "3"]  # forward, and the gradients of queries and of keys
