@@ -1,6 +1,9 @@
 """Embedding on CPU with a full-size model, beside sentence-transformers with the same random weights.
 
     python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
+    python -m benchmarks.cpu_inference long --json benchmarks/results/cpu_long_text.json
+
+`long` embeds one text of 8,192 tokens, with four layers in place of 24: they all take the same time.
 
 Every system runs in a process of its own, one after the other: load, first embedding, then the texts. The model has the size
 of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16 weights, written once in a layout that both
@@ -26,6 +29,7 @@ from train.corpus import BUNDLED, read_corpus
 from .machine import machine, versions
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "sentence-transformers", "transformers", "torch")
+LONG_LAYERS = 4
 QUERY = "how do I edit a photo?"
 SYSTEMS = [
     # (name, library, dtype, whether a former run has filled the compilation cache)
@@ -72,10 +76,56 @@ def main(context: click.Context, texts: int, out: Path | None, model: Path | Non
 
 
 @main.command()
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def long(out: Path | None) -> None:
+    """Measure one text of 8,192 tokens, print a table, and write the numbers as JSON."""
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "model"
+        arguments = [sys.executable, "-m", "benchmarks.cpu_inference", "make", str(directory), "--layers", str(LONG_LAYERS)]
+        subprocess.run(arguments, check=True)
+        for dtype in ("float32", "bfloat16"):
+            for library in ("jina-jax", "sentence-transformers"):
+                numbers = _run(["long-worker", library, str(directory), dtype], Path(scratch) / "compiled")
+                results.append({"system": library, "dtype": dtype} | numbers)
+                click.echo(results[-1], err=True)
+    report = {"machine": machine(), "date": str(date.today()), "layers": LONG_LAYERS, "versions": versions(PACKAGES)}
+    peers = {each["dtype"]: each["seconds"] for each in results if each["system"] == "sentence-transformers"}
+    click.echo("| system | dtype | s a layer | against peer | peak GB |\n|---|---|---|---|---|")
+    for each in results:
+        seconds, ratio = each["seconds"], peers[each["dtype"]] / each["seconds"]
+        cells = f"{each['system']} | {each['dtype']} | {seconds / LONG_LAYERS:.2f} | {ratio:.2f} | {each['peak_gb']:.2f}"
+        click.echo(f"| {cells} |")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
+
+
+@main.command()
+@click.argument("library")
 @click.argument("directory", type=click.Path(path_type=Path))
-def make(directory: Path) -> None:
+@click.argument("dtype")
+def long_worker(library: str, directory: Path, dtype: str) -> None:
+    """Seconds of one text of 8,192 tokens, the second time."""
+    encode, tokenizer = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
+    text = " ".join(corpus_sample(400))
+    ids = tokenizer([text])["input_ids"][0]
+    text = tokenizer.decode(ids[1:8191])
+    encode([text])
+    begin = time.perf_counter()
+    encode([text])
+    seconds = time.perf_counter() - begin
+    tokens = len(tokenizer([text])["input_ids"][0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    click.echo(json.dumps({"tokens": tokens, "seconds": seconds, "peak_gb": peak}))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--layers", type=int, default=24)
+def make(directory: Path, layers: int) -> None:
     """Write the model."""
-    write_model(directory)
+    write_model(directory, layers)
 
 
 def write_model(directory: Path, layers: int = 24) -> None:
@@ -142,9 +192,13 @@ def _load_peer(directory: Path, dtype: str) -> Any:
 
 
 def _measured(library: str, directory: Path, dtype: str, count: int, cache: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.cpu_inference", "worker", library, str(directory), dtype, str(count)]
+    return _run(["worker", library, str(directory), dtype, str(count), str(time.time())], cache)
+
+
+def _run(arguments: list[str], cache: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cpu_inference", *arguments]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, str(time.time())], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.embedder_overhead --json benchmarks/results/embedder_overhead.json
 
 A call of 512 descriptions of the corpus is timed with the compiled program replaced by one that is done at once: what is left
-is tokenising, by all cores of the host, packing, and putting the vectors in their places. On the other side stands the encoder's own time for the same
-rows: on CPU that of benchmarks/results/cpu_inference.json, on a TPU the estimate of benchmarks/results/tpu_estimate.json.
-Programs are counted with a tiny encoder over all texts of the test split.
+is tokenising, by all cores of the host, packing, and putting the vectors in their places. On the other side stands the
+encoder's own time for the same rows: on CPU that of benchmarks/results/cpu_inference.json, on a TPU the estimate of
+benchmarks/results/tpu_estimate.json. Programs are counted with a tiny encoder over all texts of the test split.
 """
 
 import json
