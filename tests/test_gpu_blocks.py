@@ -28,7 +28,7 @@ ROWS = {
     "short and odd": texts(3, 20, t=31),
     "shorter than a product": texts(3, t=5),
     "alternating segments": repeated(1, 65, 129, t=256),
-    "any int32": repeated(0, -1, 2**31 - 1, -(2**31), 2**30, 1, t=256),
+    "any order": repeated(0, 2**31 - 1, 7, 2**30, 1, t=200),
 }
 
 

@@ -56,14 +56,14 @@ def attend_blocks(
 
     Args:
         q, k, v: rotated, and q scaled.
-        segments: any int32. Fastest where they ascend, with padding (0) at the end.
+        segments: 0 or above, in any order. Fastest where they ascend, with padding (0) at the end.
         interpret: run on any backend, slowly, for tests.
     """
     t = segments.shape[1]
     whole = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
     padding = ((0, 0), (0, whole - t))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
-    # What is added is a segment of its own, or joins padding of the same number: either way its weights meet only zeros.
+    # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
     out: Array = _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)
     return out[:, :t]
 
