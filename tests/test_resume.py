@@ -6,14 +6,17 @@ import signal
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
+from orbax.checkpoint import v1 as ocp
 
 from jina_jax.adapters import base_arrays, extract_adapters
 from jina_jax.checkpoint import load_checkpoint
+from train.checkpoints import Saver
 from train.metrics import read_metrics
 from training import FAULTS, Runs, assert_identical, log_of, run_config, saved_arrays, stages, write_datasets
 
@@ -210,3 +213,13 @@ def test_a_finished_run_has_nothing_to_do(runs, undisturbed):
 
 def test_the_last_checkpoints_are_kept(undisturbed):
     assert steps_saved(undisturbed) == [16, STEPS]
+
+
+def test_a_table_is_stored_in_pieces_of_many_rows(tmp_path):
+    """Each piece is looked up when a run is resumed: of single rows there would be a quarter of a million."""
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, {"tokens.table": jnp.zeros((2**16, 64)), "layers.up.kernel": jnp.zeros((2, 64, 128))}, {})
+    saver.close()
+    stored = ocp.metadata(str(tmp_path / f"{1:08d}" / "arrays")).metadata
+    pieces = {name: array.storage_metadata.chunk_shape for name, array in stored.items()}
+    assert pieces == {"tokens.table": (2**15, 64), "layers.up.kernel": (2, 1, 128)}
