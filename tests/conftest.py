@@ -7,18 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# These programs compile for longer than they run, six times as long with JAX's defaults. Processes that tests start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import settings
 
 from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.model import from_arrays, variables
+from jina_jax.model import abstract_variables, from_arrays
 from jina_jax.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -38,15 +40,24 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def optimized(monkeypatch):
+    """Programs are compiled as a user's are: for what reads off a compiled program, or runs for longer than it compiles."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def make_encoder() -> Callable[..., Encoder]:
     """A small model in which every parameter is random: zeros and ones hide mistakes. `fields` are those of ModelConfig."""
 
     def make(seed: int = 0, **fields) -> Encoder:
-        fresh = Encoder(ModelConfig(**(SIZES | fields)), rngs=nnx.Rngs(seed))
-        rng = np.random.default_rng(seed)
-        arrays = {path: random_array(path, variable.shape, rng) for path, variable in variables(fresh).items()}
-        return from_arrays(fresh.config, arrays, dtype=jnp.float32)
+        config, rng = ModelConfig(**(SIZES | fields)), np.random.default_rng(seed)
+        arrays = {path: random_array(path, variable.shape, rng) for path, variable in abstract_variables(config).items()}
+        return from_arrays(config, arrays, dtype=jnp.float32)
 
     return make
 

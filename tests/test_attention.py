@@ -174,6 +174,7 @@ def compiled(t: int, backward: bool):
     return jax.jit(gradient if backward else forward).lower(qkv, segments, positions).compile()
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_of_long_rows_is_linear(backward):
     t = 4 * LONGEST_PLAIN_ROW

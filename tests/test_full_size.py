@@ -50,6 +50,7 @@ def random_model() -> Encoder:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_published_size_agrees_with_transformers(tmp_path):
     encoder = random_model()
     write_transformers(tmp_path / "model", encoder, load_tokenizer(ROOT / "data" / "tokenizer", encoder.config))

@@ -188,6 +188,7 @@ def test_gradients_reach_the_adapters_of_the_tasks_in_use_alone(layer, form):
         assert used == [False, True, False], path
 
 
+@pytest.mark.usefixtures("optimized")
 def test_nothing_is_computed_for_the_gradient_of_a_frozen_kernel():
     layer = randomised(dense("plain"))
     x, task = jnp.ones((4, 32, INPUTS)), jnp.zeros((4, 32), jnp.int32)

@@ -317,6 +317,7 @@ def test_scores_are_one_for_each_row(unchecked, batch):
         cosent(batch["q"], batch["p"], np.ones(N + 1), temperature=0.1)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_grows_linearly_with_the_rows():
     """Compiled, not run: the paper's batch of 16,384 pairs with all its dimensions."""
 

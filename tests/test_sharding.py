@@ -27,6 +27,7 @@ def test_the_device_holds_nothing_but_what_a_step_is_given(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_restore_takes_little_more_memory_than_its_arrays(tmp_path):
     """From one device to eight, in one process and in two, and back: bit for bit (the program compares)."""
     returned = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # glibc would keep what was freed, for later

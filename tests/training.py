@@ -116,7 +116,6 @@ def compiled_once(directory: Path) -> Iterator[None]:
         "jax_compilation_cache_max_size": -1,  # a program tested before may have left one, and its bookkeeping
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_enable_xla_caches": "none",
-        "jax_disable_most_optimizations": True,  # compilation takes most of the time of these tests
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
