@@ -220,13 +220,14 @@ def test_a_model_without_tasks_has_no_adapter_parameters():
 
 
 TREE_MODE = """
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jina_jax import Encoder, ModelConfig
 from jina_jax.adapters import fold_adapter, merge_adapter
 from jina_jax.inference import embed_rows
 config = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, tasks=("a", "b"), pooler=True)
-encoder = Encoder(config, rngs=nnx.Rngs(0))
+encoder = jax.jit(lambda: Encoder(config, rngs=nnx.Rngs(0)))()
 row = jnp.arange(32, dtype=jnp.int32)[None]
 segments = row // 16 + 1
 print(embed_rows(encoder, row, segments, row % 16, jnp.array([[1, -1]]))[0, :, :4].tolist())
