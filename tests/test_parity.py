@@ -225,6 +225,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int = 0) -> s
     return text
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("layout, task", [("original", None), ("transformers, PEFT's spelling", "separation"), ("E5", None)])
 def test_every_length_equals_torch(cases, layout, task, length):
@@ -245,6 +246,7 @@ def test_lengths_and_tasks_mixed_in_one_call_equal_torch(cases):
     assert_close(case.embedder.encode(texts, task=tasks), expected, EMBEDDINGS)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("layout, limit", [("original", 8194), ("XLM-R", 512)])
 def test_a_text_over_the_limit_is_cut_where_the_tokenizer_cuts_it(cases, layout, limit):
     case = cases(layout)
