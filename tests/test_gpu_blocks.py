@@ -94,6 +94,7 @@ def test_gpu_programs_use_the_kernel_where_it_serves():
     assert "pallas_call" not in traced("gpu", half, 16)  # heads of 8
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 lowers Triton kernels for GPUs that are there alone")
 def test_the_kernels_lower_for_cuda():
     qkv, segments = projection(2, 400, dtype=jnp.bfloat16), jnp.zeros((2, 400), jnp.int32)
     gradient = jax.grad(lambda qkv: gpu_attention(qkv, segments, None, num_heads=2).astype(jnp.float32).sum())
