@@ -143,7 +143,7 @@ def chunked_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))) for x in _heads(qkv, tables, num_heads))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
     segments = jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1)
-    out = (_one_by_one if platform() == "cpu" else _blockwise)(q, k, v, segments, size)
+    out: Array = (_one_by_one if platform() == "cpu" else _blockwise)(q, k, v, segments, size)
     return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
 
 
