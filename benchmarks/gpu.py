@@ -58,6 +58,8 @@ def main(context: click.Context, small: bool, out: Path | None) -> None:
     if context.invoked_subcommand:
         return
     results: dict[str, Any] = {}
+    if not small and _run("backend")["name"] != "gpu":
+        raise click.ClickException("JAX finds no GPU here; --small tries the benchmark without one")
     with tempfile.TemporaryDirectory() as scratch:
         model, pairs = Path(scratch) / "model", Path(scratch) / "pairs.jsonl"
         size = ["--small"] if small else []
@@ -67,7 +69,7 @@ def main(context: click.Context, small: bool, out: Path | None) -> None:
             click.echo(f"{name}: {results[name]}", err=True)
         results["attention"] = _run("attention", *size)
         results["device"] = _run("device", *size)
-    click.echo(_table(results))
+    click.echo(_table(results, _sizes(small)))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(), "date": str(date.today()), "small": small, "versions": versions(PACKAGES)}
@@ -153,6 +155,14 @@ def attention(small: bool) -> None:
 
             found[f"{name}, {rows}"] = {"seconds": _seconds(jax.jit(jax.grad(weighted)), qkv)}
     _print(found)
+
+
+@main.command()
+def backend() -> None:
+    """What JAX would run on; asked in a process of its own, since it takes the GPU's memory."""
+    import jax
+
+    _print({"name": jax.default_backend()})
 
 
 @main.command()
@@ -248,10 +258,9 @@ def _print(found: dict[str, Any]) -> None:
     click.echo(json.dumps(found))
 
 
-def _table(results: dict[str, Any]) -> str:
+def _table(results: dict[str, Any], model: ModelConfig) -> str:
     ours, peer = (results[name] for name in SYSTEMS)
     ceiling = results["device"]["matmul_flops"]
-    model = ModelConfig()
     products = 2 * model.num_layers * (4 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
     lines = [
         f"{results['device']['kind']}, {ceiling / 1e12:.0f} TFLOP/s measured",
