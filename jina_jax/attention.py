@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from .kernels.blocks import visits
+from .kernels.blocks import MASKED, visits
 from .kernels.gpu_blocks import attend_blocks
 from .kernels.gpu_blocks import serves as serves_gpu
 from .kernels.long_rows import attend_long_rows
@@ -31,14 +31,8 @@ LONGEST_PLAIN_ROW = 1024
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 """Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
 
-GPUS = ("gpu", "cuda", "rocm")
-"""What JAX calls them: a backend is "gpu", a platform to lower for is not."""
-
 BLOCK = 512
 """Tokens in a block of the chunked form, about. The scores of a pair of blocks and one head stay in the cache of a CPU core."""
-
-MASKED = -1e30
-"""Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
 
 
 class RotaryTables(NamedTuple):
@@ -86,7 +80,7 @@ def attention(
         form = attend_rows
     elif on_tpu and serves_long(qkv, num_heads) and not device_kind().startswith(SMALL_CHIPS):
         form = attend_long_rows
-    elif platform() in GPUS and serves_gpu(qkv, num_heads):
+    elif platform() == "gpu" and serves_gpu(qkv, num_heads):
         form = gpu_attention
     elif qkv.shape[2] > LONGEST_PLAIN_ROW:
         form = chunked_attention

@@ -14,6 +14,7 @@ from jina_jax.attention import (
     RotaryTables,
     attention,
     chunked_attention,
+    gpu_attention,
     plain_attention,
     rotary_tables,
     rotate,
@@ -144,6 +145,14 @@ def test_a_text_is_blind_to_its_neighbours_and_to_padding(form):
     disturbed = jnp.where(own, qkv, 3 * qkv[..., ::-1] + 1)
     before, after = (computed(form, x, segments, tables_of(positions)) for x in (qkv, disturbed))
     assert jnp.array_equal(jnp.where(own, before, 0), jnp.where(own, after, 0)) and own.any()
+
+
+@pytest.mark.parametrize("form", [chunked_attention, chunked_elsewhere, partial(gpu_attention, interpret=True)])
+def test_blocks_without_a_text_in_common_are_not_even_read(form):
+    segments = jnp.repeat(jnp.array([[1, 2]]), BLOCK, axis=1)
+    qkv = jnp.ones((3, 1, 2 * BLOCK, HEADS * 16)).at[:, :, BLOCK:].set(jnp.nan)  # no weight makes up for it: 0 * nan is nan
+    out = form(qkv, segments, None, num_heads=HEADS)
+    assert (out[:, :BLOCK] == 1).all() and jnp.isnan(out[:, BLOCK:]).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,4 @@
-"""Which blocks of a packed row have texts in common: attention in blocks leaves out the others.
+"""What attention in blocks shares: the score of a foreign key, and which blocks of a packed row may be left out.
 
 Texts lie one behind the other in a row, so the blocks of keys that a block of queries needs are neighbours.
 """
@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Int
+
+MASKED = -1e30
+"""Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
 
 LAST = np.iinfo(np.int32).max
 

@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
 from ..lora import precision
-from .blocks import visits
+from .blocks import MASKED, visits
 from .pairs import ATTENDED, LOG2_E
 
 QUERIES, KEYS = 128, 64
@@ -31,9 +31,6 @@ QUERIES, KEYS = 128, 64
 
 SHORTEST = 16
 """A product of Triton needs 16 numbers a side."""
-
-MASKED = -1e30
-"""Score of a foreign key, as in `attention.py`."""
 
 
 def serves(qkv: Array, num_heads: int) -> bool:
