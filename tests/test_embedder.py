@@ -1,5 +1,6 @@
 """The Embedder: sentence-transformers' names and meanings, and one clear error for every bad argument."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from jina_jax import Embedder
 from jina_jax.inference import embed_rows
 from jina_jax.quantize import quantize
+from jina_jax.tokenizer import tokenize
 
 VALUES = ("sentence_embedding", "token_embeddings")
 TEXTS = ["a text editor", "", "   \t\n ", "ein Spiel", "日本語", "🎲 dice " * 30, "Редактор", "x"]
@@ -141,6 +143,25 @@ def test_texts_are_tokenised_part_by_part_with_the_same_result(embedder, corpus,
         assert len(caught) == 1 and len(got) == len(texts)
         for x, y in zip(got, expected, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_next_part_is_tokenised_while_one_is_computed(embedder, monkeypatch):
+    begun = [threading.Event() for _ in range(2)]
+    calls, reached = iter(begun), []
+
+    def tokenize_and_tell(*arguments):
+        next(calls).set()
+        return tokenize(*arguments)
+
+    def compute_when_the_next_has_begun(*arguments, **options):
+        reached.append(begun[1].wait(60))
+        return embed_rows(*arguments, **options)
+
+    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 2)
+    monkeypatch.setattr("jina_jax.embedder.tokenize", tokenize_and_tell)
+    monkeypatch.setattr("jina_jax.embedder.embed_rows", compute_when_the_next_has_begun)
+    assert embedder.encode(["a", "b", "c", "d"]).shape == (4, 64)
+    assert reached == [True, True]
 
 
 def test_an_error_of_a_later_part_comes_before_anything_is_computed(embedder, monkeypatch):
