@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
@@ -169,6 +170,35 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
 def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder, tokenizer):
     case = Case("pairs", "pair", make_encoder, tokenizer)
     assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))
+
+
+def test_masked_words_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
+    case = Case("mlm", "text", make_encoder, tokenizer)
+    chunked = replace(case.stage, chunk_rows=1, row_length=24)
+    whole, batch = replace(chunked, chunk_rows=None), case.batch(chunked)
+    rows = batch.tokens.shape[0]
+    assert rows >= 3 and (batch.labels >= 0).any(1).sum() >= 2
+
+    def value_and_gradients(stage):
+        loss = objective(stage, "text")
+        return jax.jit(jax.value_and_grad(lambda arrays, batch: 3 * loss(case.encoder(arrays), batch)))
+
+    assert_same(value_and_gradients(chunked)(case.arrays, batch), value_and_gradients(whole)(case.arrays, batch))
+    of_chunks, of_whole = (products(value_and_gradients(stage), case.arrays, batch) for stage in (chunked, whole))
+    assert of_whole > 0 and of_chunks == rows * of_whole
+
+
+def products(function, *arguments) -> int:
+    """Matrix products of a program, those in a loop as often as it turns."""
+
+    def count(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            inner = sum(map(count, jaxprs_in_params(equation.params)))
+            total += inner * equation.params.get("length", 1) + (equation.primitive.name == "dot_general")
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_gradients_reach_the_adapters_of_both_sides(make_encoder, tokenizer):

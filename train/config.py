@@ -97,7 +97,7 @@ class Stage:
     """How many row counts a batch may have, evenly spaced up to the most it can need. Each is compiled once: more of them
     waste less on padding."""
     chunk_rows: Positive | None = None
-    """Rows of each device encoded at once (gradient caching); None = all."""
+    """Rows of each device encoded at once (gradient caching, for which masked words have no need); None = all."""
     loss_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
     remat: Remat = "none"
