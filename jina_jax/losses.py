@@ -22,11 +22,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .lora import contract
+from .lora import contract, contract_table
 from .model import MLMHead
 
 AxisName = str | tuple[str, ...] | None
 Tree = TypeVar("Tree")
+Rows = TypeVar("Rows", bound=tuple[Array, ...])
 
 NEVER = np.finfo(np.float32).min
 """Logit of what is no candidate. Finite: a row of -inf alone would have NaN gradients."""
@@ -171,15 +172,62 @@ def masked_lm(
     states = jnp.take(states.reshape(-1, states.shape[2]), positions, axis=0, mode="fill", fill_value=0)
     labels = jnp.take(labels.reshape(-1), positions, mode="fill", fill_value=-1)
 
-    @jax.checkpoint
-    def cross_entropy(states: Array, labels: Array) -> Array:
-        logits = head(states[None], embedding)[0]
-        target = labels[:, None] == jnp.arange(logits.shape[1])[None]  # where, not take: its gradient needs no scatter
-        return jax.nn.logsumexp(logits, axis=1) - jnp.where(target, logits, 0).sum(1)
-
-    total = jnp.where(labels >= 0, _in_chunks(cross_entropy, (states, labels), chunk), 0).sum()
+    counts = (labels >= 0).astype(jnp.float32)
+    states, bias = head.transform(states[None])[0], head.bias[...].astype(jnp.float32)
+    wanted = jnp.maximum(labels, 0)
+    own = jnp.take(embedding, wanted, axis=0).astype(states.dtype).astype(jnp.float32)  # as the product rounds it
+    own_logits = (states.astype(jnp.float32) * own).sum(-1) + jnp.take(bias, wanted)
+    log_sums: Array = _vocabulary_log_sum(states, counts, embedding, bias, chunk)
+    total = log_sums - (counts * own_logits).sum()
     count = (labels >= 0).sum()
     return total / jnp.maximum(count if axis_name is None else jax.lax.psum(count, axis_name), 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _vocabulary_log_sum(
+    x: Float[Array, "n d"], weight: Float[Array, "n"], table: Float[Array, "v d"], bias: Float[Array, "v"], chunk: int | None
+) -> Float[Array, ""]:
+    """The sum over rows of weight times the log of the sum of exp(x . table + bias). The weights have no gradient."""
+
+    def log_sums(x: Array, weight: Array) -> Array:
+        return weight * jax.nn.logsumexp(contract_table(x, table) + bias[None], axis=1)
+
+    return _in_chunks(log_sums, (x, weight), chunk).sum()
+
+
+def _vocabulary_log_sum_forward(x: Array, weight: Array, table: Array, bias: Array, chunk: int | None):
+    """The gradient is made while a chunk's logits are there: later they would take their product and exponentials once more.
+
+    Each row's share is multiplied to its [d] numbers and not to its [v] exponentials, which so are written once.
+    """
+
+    def of_chunk(sums: tuple[Array, Array], rows: tuple[Array, Array]):
+        (d_table, d_bias), (x, weight) = sums, rows
+        logits = contract_table(x, operand) + bias[None]
+        highest = logits.max(-1, keepdims=True)
+        powers = jnp.exp(logits - highest)
+        total = powers.sum(-1, keepdims=True)
+        share = weight[:, None] / total
+        powers = jax.lax.optimization_barrier(powers.astype(x.dtype))  # or every product makes them anew
+        d_table += contract(powers.T, (share * x).astype(x.dtype))
+        # A tile of equal rows, as in `lora._with_bias`.
+        d_bias += contract(jnp.broadcast_to(share.T, (8, len(x))).astype(x.dtype), powers)[0]
+        value = weight * (highest + jnp.log(total))[:, 0]
+        return (d_table, d_bias), (value, share * contract(powers, operand))
+
+    zeros = jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
+    operand = table.astype(x.dtype)  # once, and not in each chunk
+    (d_table, d_bias), (values, d_x) = jax.lax.scan(of_chunk, zeros, _split((x, weight), chunk))
+    d_x = d_x.reshape(-1, x.shape[1])[: len(x)]
+    return values.sum(), (d_x.astype(x.dtype), d_table.astype(table.dtype), d_bias)
+
+
+def _vocabulary_log_sum_backward(chunk: int | None, gradients: tuple[Array, Array, Array], d_total: Array):
+    d_x, d_table, d_bias = ((d_total * gradient).astype(gradient.dtype) for gradient in gradients)
+    return d_x, None, d_table, d_bias
+
+
+_vocabulary_log_sum.defvjp(_vocabulary_log_sum_forward, _vocabulary_log_sum_backward)
 
 
 class _Candidates(NamedTuple):
@@ -245,11 +293,21 @@ def _in_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: i
     n = rows[0].shape[0]
     if chunk is None or chunk >= n:
         return function(*rows)
+    return jax.lax.map(lambda rows: function(*rows), _split(rows, chunk)).reshape(-1)[:n]
+
+
+def _split(rows: Rows, chunk: int | None) -> Rows:
+    """Rows [n, ...] in as few chunks as there can be of `chunk` rows at most, [chunks, rows, ...], with zeros behind the last.
+    They are of about equal size, so that little is added: a tile of 8 rows in each at most, where so many fit."""
+    n = rows[0].shape[0]
+    chunks = -(-n // (chunk or n))
+    size = -(-n // chunks)
+    size = min(size + -size % 8, chunk or n)
 
     def split(x: Array) -> Array:
-        return jnp.pad(x, [(0, -n % chunk)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+        return jnp.pad(x, [(0, chunks * size - n)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
-    return jax.lax.map(lambda rows: function(*rows), tuple(map(split, rows))).reshape(-1)[:n]
+    return jax.tree.map(split, rows)
 
 
 def _prefixes(d: int, dims: tuple[int, ...] | None, weights: Sequence[float] | None) -> list[tuple[int, float]]:

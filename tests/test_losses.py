@@ -185,6 +185,25 @@ def test_masked_lm_is_the_cross_entropy_of_the_first_labels(masked, max_masked, 
     assert_same((got[0], [*got[1][:2], *(grad[...] for grad in grads)]), torch_gradients(plain, *arrays))
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_masked_lm_in_bfloat16_with_logits_in_the_hundreds_keeps_its_gradients(masked, chunk):
+    """Against float32 with the same rounded inputs; the loss comes multiplied, as a share of a sum does."""
+    states, labels, embedding, head = masked
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (states, 50 * embedding)]
+
+    def gradients(dtype):
+        head.dense.dtype = jnp.dtype(dtype)
+        return jax.value_and_grad(lambda x, table: 3 * masked_lm(x, labels, table, head, max_masked=30, chunk=chunk), (0, 1))(
+            *(x.astype(dtype) for x in rounded)
+        )
+
+    got, want = gradients(jnp.bfloat16), gradients(jnp.float32)
+    assert want[0] > 100 and [x.dtype for x in got[1]] == [jnp.bfloat16] * 2
+    np.testing.assert_allclose(got[0], want[0], rtol=0.01)
+    for have, exact in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(np.float32(have), exact, rtol=0, atol=0.03 * float(jnp.abs(exact).max()))
+
+
 def test_masked_lm_without_labels_is_zero(masked):
     states, labels, embedding, head = masked
     loss = partial(masked_lm, labels=np.full_like(labels, -1), max_masked=5)
