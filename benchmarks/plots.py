@@ -55,7 +55,7 @@ def tpu_estimate(results: Path) -> Figure:
     """Estimated cycles of a forward pass by kind of work, a panel for each chip."""
     found = _read(results / "tpu_estimate.json")["results"]
     of = {(each["topology"], each["program"]): each["mcycles_by_kind"] for each in found}
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, len(CHIPS))
     for panel, (topology, chip) in zip(panels, CHIPS.items(), strict=True):
         bottoms = [0.0] * len(PROGRAMS)
@@ -66,7 +66,7 @@ def tpu_estimate(results: Path) -> Figure:
         panel.set(title=chip)
         panel.tick_params(axis="x", rotation=60)
     panels[0].set_ylabel("million cycles, estimated")
-    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(KINDS))
     return figure
 
 
@@ -76,7 +76,7 @@ def cpu(results: Path) -> Figure:
     figure = Figure(figsize=(7, 0.45 * len(bars) + 1), layout="constrained")
     panel = figure.subplots()
     drawn = panel.barh([bar.label for bar in bars], [bar.ours / bar.peer for bar in bars])
-    panel.bar_label(drawn, fmt="%.2f", padding=3)
+    panel.bar_label(drawn, fmt="%.2f", label_type="center", color="white")
     panel.axvline(1, color="black", linewidth=1)
     panel.invert_yaxis()
     panel.set(xlabel=f"speed on two CPU cores; {PEER} = 1")

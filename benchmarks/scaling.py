@@ -69,6 +69,7 @@ ROWS = (
     FEW_SHARE,
     Row("pairs_short", "v5e-16", ("mesh.fsdp=4",)),
     Row("pairs_short", "v5e-16", ("mesh.fsdp=16",)),
+    Row("mlm_long", "v5e-16", ("mesh.fsdp=16", "stages.0.batch_size=16")),
 )
 
 
