@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
@@ -15,6 +13,7 @@ from jina_jax.losses import cosent, info_nce, masked_lm
 from jina_jax.model import Encoder, Gather, Sums, pool
 
 from .batches import Batch
+from .chunks import over_chunks, sum_over_chunks
 from .config import Stage
 from .masking import max_masked
 
@@ -22,9 +21,6 @@ AxisName = str | tuple[str, ...] | None
 States = Callable[[Encoder, Sums, Batch], tuple[Float[Array, "b t d"], Sums]]
 Loss = Callable[[Encoder, Batch], Float[Array, ""]]
 """A device's share: the shares of all devices add up to the loss."""
-Chunk = dict[str, Array]
-OfChunk = Callable[[Encoder, Sums, Batch], tuple[Array, Sums]]
-"""Of some rows of a batch, and the sums behind them."""
 
 
 def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gather | None = None) -> Loss:
@@ -114,7 +110,7 @@ def masked_language_loss(
         mean = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk)
         return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1), sums._replace(table=of_table)
 
-    return _sum_over_chunks(share, encoder, batch, stage)
+    return sum_over_chunks(share, encoder, batch, stage.chunk_rows)
 
 
 def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) -> Float[Array, "n s d"]:
@@ -125,7 +121,7 @@ def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) ->
         x, sums = states(encoder, sums, chunk)
         return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
 
-    pooled_rows = _over_chunks(pooled, encoder, batch, stage)
+    pooled_rows = over_chunks(pooled, encoder, batch, stage.chunk_rows)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
 
 
@@ -137,64 +133,3 @@ def token_states(
     tasks = jnp.asarray(batch.tasks) if stage.adapters else None
     rows = batch.tokens, batch.segments, batch.positions
     return encoder.in_chunks(sums, *rows, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
-
-
-def _over_chunks(function: OfChunk, encoder: Encoder, batch: Batch, stage: Stage) -> Array:
-    """function(encoder, sums, chunk of rows) for each chunk, stacked, and computed again in the backward pass."""
-    if (chunks := _chunks(batch, stage)) is None:
-        return function(encoder, Sums.of(encoder), batch)[0][None]
-    graphdef, state = nnx.split(encoder)
-
-    @partial(jax.checkpoint, prevent_cse=False)  # in a scan nothing can be merged with the first pass
-    def step(sums: Sums, state: nnx.State, chunk: Chunk) -> tuple[Sums, Array]:
-        result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
-        return sums, result
-
-    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), Sums.of(encoder), chunks)[1]
-
-
-def _sum_over_chunks(function: OfChunk, encoder: Encoder, batch: Batch, stage: Stage) -> Float[Array, ""]:
-    """The sum of function(encoder, sums, chunk of rows), a number for each chunk. Its gradient is made chunk by chunk in the
-    first pass, since no chunk's depends on another, so nothing is computed twice as for a loss that needs all chunks."""
-    if (chunks := _chunks(batch, stage)) is None:
-        return function(encoder, Sums.of(encoder), batch)[0]
-    graphdef, large, small = nnx.split(encoder, _is_summed, ...)
-
-    def of_chunk(sums: Sums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, Sums]:
-        return function(nnx.merge(graphdef, large, small), sums, batch._replace(**chunk))
-
-    @jax.custom_vjp
-    def total(sums: Sums, large: nnx.State, small: nnx.State) -> Array:
-        return jax.lax.map(lambda chunk: of_chunk(sums, large, small, chunk)[0], chunks).sum()
-
-    def forward(sums: Sums, large: nnx.State, small: nnx.State) -> tuple[Array, tuple[Sums, nnx.State]]:
-        def step(carry: tuple[Array, Sums, nnx.State], chunk: Chunk) -> tuple[tuple[Array, Sums, nnx.State], None]:
-            so_far, d_sums, d_small = carry
-            (share, _), pull = jax.vjp(lambda sums, small: of_chunk(sums, large, small, chunk), sums, small)
-            d_sums, own = pull((jnp.ones_like(share), d_sums))
-            return (so_far + share, d_sums, jax.tree.map(jnp.add, d_small, own)), None
-
-        zeros = partial(jax.tree.map, jnp.zeros_like)
-        (result, *gradients), _ = jax.lax.scan(step, (jnp.zeros(()), zeros(sums), zeros(small)), chunks)
-        return result, tuple(gradients)
-
-    def backward(gradients: tuple[Sums, nnx.State], d_total: Array) -> tuple[Sums, None, nnx.State]:
-        d_sums, d_small = jax.tree.map(lambda gradient: (d_total * gradient).astype(gradient.dtype), gradients)
-        return d_sums, None, d_small
-
-    total.defvjp(forward, backward)
-    return total(Sums.of(encoder), large, small)
-
-
-def _chunks(batch: Batch, stage: Stage) -> Chunk | None:
-    """What the encoder reads of a batch, split by rows; None where all rows are one chunk."""
-    rows, chunk = batch.tokens.shape[0], stage.chunk_rows
-    if chunk is None or chunk >= rows:
-        return None
-    arrays = {name: getattr(batch, name) for name in ("tokens", "segments", "positions", "tasks", "labels")}
-    return jax.tree.map(lambda x: x.reshape(rows // chunk, chunk, x.shape[1]), arrays)
-
-
-def _is_summed(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether the gradient of an encoder's parameter arrives at `Sums`."""
-    return path[0] == "layers" or path == ("tokens", "table")
