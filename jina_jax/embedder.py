@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import packing
 from .adapters import fold_adapter
+from .arguments import check_one_of, is_whole, kept_dims, texts_of, token_limit, with_prompts
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
 from .inference import embed_rows, encode_rows
@@ -25,7 +26,7 @@ from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sharding import replicate, split_rows
 from .sources import find_model, model_kind
-from .tokenizer import check_unicode, load_tokenizer, max_tokens, tokenize
+from .tokenizer import load_tokenizer, max_tokens, tokenize
 from .torch_checkpoint import read_torch_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -164,16 +165,16 @@ class Embedder:
             raise ValueError("convert_to_tensor gives PyTorch tensors; use torch.from_numpy(model.encode(...))")
         if device is not None:
             raise ValueError("device is JAX's to choose: set JAX_PLATFORMS, or use jax.default_device(...) around the call")
-        texts = _texts(sentences)
-        dim = self._dim(truncate_dim)
-        _one_of("precision", precision, PRECISIONS)
-        _one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
+        texts = texts_of(sentences)
+        dim = kept_dims(truncate_dim, self.config)
+        check_one_of("precision", precision, PRECISIONS)
+        check_one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
         if output_value == "token_embeddings" and precision != "float32":
             raise ValueError("token_embeddings come in float32 only")
-        if not _is_whole(batch_size) or batch_size < 1:
+        if not is_whole(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
-        texts, tasks = self._with_prompts(texts, task, prompt, prompt_name)
-        parts = self._tokenized(texts, tasks, self._limit(max_length))
+        texts, tasks = with_prompts(texts, task, prompt, prompt_name, self.config)
+        parts = self._tokenized(texts, tasks, token_limit(max_length, self.max_length))
         progress = _progress_bar(len(texts), show_progress_bar)
 
         if output_value == "token_embeddings":
@@ -202,36 +203,6 @@ class Embedder:
                     return options | {"prompt_name": name}
         return options
 
-    def _dim(self, truncate_dim: int | None) -> int:
-        d, dims = self.config.hidden_size, self.config.matryoshka_dims
-        dim = self.config.truncate_dim if truncate_dim is None else truncate_dim
-        if dim is None:
-            return d
-        if dims and dim not in dims:
-            raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
-        if not _is_whole(dim) or not 1 <= dim <= d:
-            raise ValueError(f"truncate_dim must be a whole number in 1..{d}, not {dim!r}")
-        return int(dim)
-
-    def _limit(self, max_length: int | None) -> int:
-        if max_length is None:
-            return self.max_length
-        if not _is_whole(max_length) or not 2 <= max_length <= self.max_length:
-            raise ValueError(f"max_length must be a whole number in 2..{self.max_length}, not {max_length!r}")
-        return int(max_length)
-
-    def _with_prompts(
-        self, texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any
-    ) -> tuple[list[str], np.ndarray]:
-        """Texts behind their instructions, and the adapter of each [n], -1 = none."""
-        tasks = _tasks(task, len(texts))
-        names = {*tasks, task if isinstance(task, str) else None}  # a wrong one is an error for no texts, too
-        indices = {name: -1 if name is None else self.config.task_index(name) for name in names}
-        prefixes = {name: self._prefix(name, prompt, prompt_name) for name in indices}
-        texts = [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)]
-        check_unicode(texts)
-        return texts, np.array([indices[name] for name in tasks], np.int32)
-
     def _tokenized(self, texts: list[str], tasks: np.ndarray, limit: int) -> Iterator[Part]:
         """The parts of a call, each tokenised while the one before it is computed."""
 
@@ -249,20 +220,6 @@ class Embedder:
                 yield Part(first, token_ids, tasks[first : first + PART_TEXTS])
         if all_cut:
             warnings.warn(f"{all_cut} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
-
-    def _prefix(self, task: str | None, prompt: str | None, prompt_name: str | None) -> str:
-        if prompt is not None:
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt must be a string, not {type(prompt).__name__}")
-            return prompt
-        name = prompt_name or task or self.config.default_prompt
-        if name is None:
-            return ""
-        text = self.config.prompt(name)
-        if text is None and name == prompt_name:
-            known = [known for known, _ in self.config.prompts]
-            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {known or 'no prompts'}")
-        return text or ""
 
     def _sentence_embeddings(
         self, texts: int, parts: Iterator[Part], batch_size: int, progress: Any
@@ -330,45 +287,6 @@ class Embedder:
             self._folded = None  # freed before the next is made
             self._folded = task, fold_adapter(self.encoder, task)
         return self._folded[1]
-
-
-def _texts(sentences: Any) -> list[str]:
-    if isinstance(sentences, str):
-        return [sentences]
-    if isinstance(sentences, np.ndarray):
-        sentences = sentences.tolist()  # of no dimension: one string
-        if isinstance(sentences, str):
-            raise ValueError("sentences is an array without dimensions; pass the string itself")
-    if isinstance(sentences, bytes | dict) or not isinstance(sentences, Iterable):
-        raise ValueError(f"sentences must be a string or a sequence of strings, not {type(sentences).__name__}")
-    texts = list(sentences)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"text {index} is no string but {type(text).__name__}")
-    return [str(text) for text in texts]  # numpy strings are strings, but not to the tokenizer
-
-
-def _tasks(task: Any, texts: int) -> list[str | None]:
-    """A task for each text."""
-    if task is None or isinstance(task, str):
-        return [task] * texts
-    if not isinstance(task, Iterable):
-        raise ValueError(f"task must be a name, or one for each text, not {type(task).__name__}")
-    tasks = list(task)
-    if len(tasks) != texts:
-        raise ValueError(f"there are {len(tasks)} tasks for {texts} texts")
-    if wrong := [name for name in tasks if name is not None and not isinstance(name, str)]:
-        raise ValueError(f"a task is a name or None, not {wrong[0]!r}")
-    return tasks
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; use one of {list(valid)}")
 
 
 def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[packing.Rows, Array]]:

@@ -18,7 +18,7 @@ LEVELS = [
     {"weights", "model"},
     {"sharding"},
     {"adapters", "inference", "losses", "peft_adapter", "checkpoint", "tokenizer"},
-    {"torch_checkpoint", "sources"},
+    {"torch_checkpoint", "sources", "arguments"},
     {"embedder"},
     {"bulk", "__init__", "kernels.__init__"},
     {"cli"},
