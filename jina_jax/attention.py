@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from .kernels.blocks import MASKED, visits
+from .kernels.blocks import MASKED, bounds, visits
 from .kernels.gpu_blocks import attend_blocks
 from .kernels.gpu_blocks import serves as serves_gpu
 from .kernels.long_rows import attend_long_rows
@@ -32,7 +32,10 @@ SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 """Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
 
 BLOCK = 512
-"""Tokens in a block of the chunked form, about. The scores of a pair of blocks and one head stay in the cache of a CPU core."""
+"""Keys in a block of the chunked form, about."""
+
+MOST_QUERIES = 2048
+"""In a block of the chunked form, about: the more, the fewer passes over the keys. Scores of both stay in a CPU's cache."""
 
 
 class RotaryTables(NamedTuple):
@@ -106,10 +109,10 @@ def device_kind() -> str:
 
 
 @cache
-def has_amx() -> bool:
-    """Whether this machine's CPU has matrix units for bfloat16, as Linux tells. XLA does not say."""
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16, as Linux tells. XLA does not say."""
     file = Path("/proc/cpuinfo")
-    return file.exists() and "amx_bf16" in file.read_text()
+    return file.exists() and any(name in file.read_text() for name in ("amx_bf16", "avx512_bf16"))
 
 
 def plain_attention(
@@ -131,14 +134,14 @@ def chunked_attention(
     Pairs of blocks without a text in common are left out.
     """
     t = segments.shape[1]
-    size = -(-t // max(1, round(t / BLOCK)))
-    size += -size % 8
-    padded = -t % size
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))) for x in _heads(qkv, tables, num_heads))
+    queries, keys = _block_sizes(t)
+    padded = -t % queries
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))).swapaxes(1, 2) for x in _heads(qkv, tables, num_heads))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
     segments = jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1)
-    out: Array = (_one_by_one if platform() == "cpu" else _blockwise)(q, k, v, segments, size)
-    return out[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
+    form = _one_by_one if platform() == "cpu" else _all_at_once
+    out = form(q, k, v, segments, *visits(segments, queries, keys), keys)
+    return out.swapaxes(1, 2)[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
 
 
 def gpu_attention(
@@ -165,111 +168,110 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _one_by_one(q: Array, k: Array, v: Array, segments: Array, size: int) -> Array:
-    """Row by row and head by head: what a core of a CPU works on stays in its cache, and a row visits its own texts alone.
+def _block_sizes(t: int) -> tuple[int, int]:
+    """Queries and keys in a block: as queries a quarter of the row, for most of a long row is its longest text."""
+    keys_of_queries = min(max(1, round(t / 4 / BLOCK)), MOST_QUERIES // BLOCK)
+    queries = -(-t // max(1, round(t / BLOCK / keys_of_queries)))
+    queries += -queries % (8 * keys_of_queries)
+    return queries, queries // keys_of_queries
 
-    CPUs without matrix units for bfloat16 multiply float32 twice as fast.
+
+def _one_by_one(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+    """Row by row and head by head: what the cores of a CPU work on stays in their caches, and a row visits its own texts alone.
+
+    A CPU without instructions for bfloat16 multiplies float32 twice as fast.
     """
-    if q.dtype == jnp.bfloat16 and not has_amx():
+    if q.dtype == jnp.bfloat16 and not multiplies_bfloat16():
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
 
     def of_row(row: tuple[Array, ...]) -> Array:
-        *heads, segments = row
-        of_heads = (jnp.moveaxis(x, 1, 0)[:, None, :, None] for x in heads)  # [n, 1, t, 1, h]
-        out = jax.lax.map(lambda head: _blockwise(*head, segments[None], size), tuple(of_heads))
-        return jnp.moveaxis(out[:, 0, :, 0], 0, 1)
+        *heads, segments, first, stop = row
+        return jax.lax.map(lambda head: _blockwise(*head, segments, first, stop, keys), tuple(heads))
 
-    return jax.lax.map(of_row, (q, k, v, segments))
+    return jax.lax.map(of_row, (q, k, v, segments, first, stop))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q: Array, k: Array, v: Array, segments: Array, size: int) -> Array:
-    return _blockwise_forward(q, k, v, segments, size)[0]
+def _all_at_once(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+    """All rows and heads in step, so that a block visits what any row needs."""
+    attend = partial(_blockwise, first=first.min(0), stop=stop.max(0), keys=keys)
+    return jax.vmap(jax.vmap(attend, (0, 0, 0, None)))(q, k, v, segments)
 
 
-def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array, size: int):
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _blockwise(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+    """One head of one row, [t, h]. `first` and `stop` of each block of queries bound the blocks of `keys` tokens it visits."""
+    return _blockwise_forward(q, k, v, segments, first, stop, keys)[0]
+
+
+def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int):
     """Online softmax (Milakov & Gimelshein 2018): for each block of queries a loop over the blocks of keys."""
-    b, _, n, h = q.shape
+    k_blocks, v_blocks, theirs = (_blocks(x, len(x) // keys) for x in (k, v, segments))
 
-    def queries(block):
+    def of_queries(block):
         q, own, first, stop = block
 
         def visit(j, carry):
-            highest, total, out = carry  # [b, n, t], [b, n, t], [b, n, t, h]
-            k_block, v_block, theirs = (_block(x, j, size) for x in (k, v, segments))
-            scores = _scores(q, k_block, own, theirs)
+            highest, total, out = carry  # [t], [t], [t, h]
+            scores = _scores(q, k_blocks[j], own, theirs[j])
             new = jnp.maximum(highest, scores.max(-1))
-            weights = jnp.exp(scores - new[..., None])
+            weights = jnp.exp(scores - new[:, None])
             decay = jnp.exp(highest - new)
             total = total * decay + weights.sum(-1)
-            out = out * decay[..., None] + _product("bnts,bsnh->bnth", weights.astype(v.dtype), v_block)
+            out = out * decay[:, None] + _product("ts,sh->th", weights.astype(v.dtype), v_blocks[j])
             return new, total, out
 
-        start = jnp.full((b, n, size), MASKED), jnp.zeros((b, n, size)), jnp.zeros((b, n, size, h))
+        start = jnp.full(len(q), MASKED), jnp.zeros(len(q)), jnp.zeros(q.shape)
         highest, total, out = jax.lax.fori_loop(first, stop, visit, start)
-        return (out / total[..., None]).swapaxes(1, 2).astype(q.dtype), highest + jnp.log(total)
+        return (out / total[:, None]).astype(q.dtype), highest, total
 
-    out, log_total = jax.lax.map(queries, (_blocks(q, size), _blocks(segments, size), *_visits(segments, size)))
-    out, log_total = (checkpoint_name(x, ATTENDED) for x in (_unblocked(out), log_total))
-    return out, (q, k, v, segments, out, log_total)
+    out, *statistics = jax.lax.map(of_queries, (_blocks(q, len(first)), _blocks(segments, len(first)), first, stop))
+    out, *statistics = (checkpoint_name(x, ATTENDED) for x in (out.reshape(q.shape), *statistics))
+    return out, (q, k, v, segments, first, stop, out, statistics)
 
 
-def _blockwise_backward(size: int, residuals, d_out: Array):
-    """Recomputes the weights of each pair of blocks from the saved log of the softmax sum (Dao et al. 2022)."""
-    q, k, v, segments, out, log_total = residuals
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
-    delta = jnp.moveaxis(delta.reshape(*delta.shape[:2], -1, size), 2, 0)
+def _blockwise_backward(keys: int, residuals, d_out: Array):
+    """Recomputes the weights of each pair of blocks from the saved maximum and sum of the softmax (Dao et al. 2022).
 
-    def keys(d_q, block):
+    They are [s, t], and the gradient of q [h, t]: XLA's products on CPU are slow where the first operand has to be transposed.
+    """
+    q, k, v, segments, first, stop, out, (highest, total) = residuals
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    q_blocks, d_out_blocks, own, delta = (_blocks(x, len(first)) for x in (q, d_out, segments, delta))
+    k_blocks, v_blocks, theirs = (_blocks(x, len(x) // keys) for x in (k, v, segments))
+    key_block = jnp.arange(len(theirs))[:, None]
+    visited = (first[None] <= key_block) & (key_block < stop[None])
+
+    def of_keys(d_q, block):
         k, v, theirs, first, stop = block
 
         def visit(i, carry):
             d_q, d_k, d_v = carry
-            q_block, d_out_block, own = (_block(x, i, size) for x in (q, d_out, segments))
-            weights = jnp.exp(_scores(q_block, k, own, theirs) - log_total[i][..., None])
-            d_v += _product("bnts,btnh->bsnh", weights.astype(v.dtype), d_out_block)
-            d_weights = _product("btnh,bsnh->bnts", d_out_block, v)
-            d_scores = (weights * (d_weights - delta[i][..., None])).astype(q.dtype)
-            d_k += _product("bnts,btnh->bsnh", d_scores, q_block)
-            d_q = d_q.at[i].add(_product("bnts,bsnh->btnh", d_scores, k))
+            weights = jnp.exp(_scores(k, q_blocks[i], theirs, own[i]) - highest[i][None]) / total[i][None]
+            d_v += _product("st,th->sh", weights.astype(v.dtype), d_out_blocks[i])
+            d_weights = _product("sh,th->st", v, d_out_blocks[i])
+            d_scores = (weights * (d_weights - delta[i][None])).astype(q.dtype)
+            d_k += _product("st,th->sh", d_scores, q_blocks[i])
+            d_q = d_q.at[i].add(_product("sh,st->ht", k, d_scores))
             return d_q, d_k, d_v
 
         zero = jnp.zeros(k.shape, jnp.float32)
         d_q, d_k, d_v = jax.lax.fori_loop(first, stop, visit, (d_q, zero, zero))
         return d_q, (d_k, d_v)
 
-    d_q = jnp.zeros((log_total.shape[0], q.shape[0], size, *q.shape[2:]), jnp.float32)
-    blocks = *(_blocks(x, size) for x in (k, v, segments)), *_visits(segments, size)
-    d_q, (d_k, d_v) = jax.lax.scan(keys, d_q, blocks)
-    return *(_unblocked(d).astype(q.dtype) for d in (d_q, d_k, d_v)), np.zeros(segments.shape, jax.dtypes.float0)
+    d_q = jnp.zeros_like(q_blocks.swapaxes(1, 2), jnp.float32)
+    d_q, (d_k, d_v) = jax.lax.scan(of_keys, d_q, (k_blocks, v_blocks, theirs, *bounds(visited)))
+    d_q = d_q.swapaxes(1, 2)
+    return *(d.reshape(q.shape).astype(q.dtype) for d in (d_q, d_k, d_v)), None, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _visits(segments: Array, size: int) -> tuple[Array, Array]:
-    """Of each block, the first and one past the last block that any row needs."""
-    first, stop = visits(segments, size, size)
-    return first.min(0), stop.max(0)
-
-
 def _scores(q: Array, k: Array, own: Array, theirs: Array) -> Array:
-    """Scores [b, n, t, s] of one block of queries and one of keys."""
-    scores = _product("btnh,bsnh->bnts", q, k)
-    return jnp.where(own[:, None, :, None] == theirs[:, None, None, :], scores, MASKED)
+    """Scores [t, s] of one block of queries and one of keys, or [s, t] if they come the other way round."""
+    return jnp.where(own[:, None] == theirs[None], _product("th,sh->ts", q, k), MASKED)
 
 
-def _block(x: Array, i: Array, size: int) -> Array:
-    """Block number i of [b, t, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
-
-
-def _blocks(x: Array, size: int) -> Array:
-    """[b, t, ...] -> [t / size, b, size, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-
-def _unblocked(x: Array) -> Array:
-    """[t / size, b, size, ...] -> [b, t, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _blocks(x: Array, count: int) -> Array:
+    """[t, ...] -> [count, t / count, ...]."""
+    return x.reshape(count, -1, *x.shape[1:])

@@ -103,7 +103,11 @@ def test_attention_is_softmax_within_each_text(form, t):
     np.testing.assert_allclose(got, twin(qkv, segments, positions), atol=1e-5)
 
 
-@pytest.mark.parametrize(("t", "texts"), [(5 * BLOCK // 2 + 1, texts) for texts in (1, 40, 300)] + [(1, 1), (BLOCK, 5)])
+@pytest.mark.parametrize(
+    ("t", "texts"),
+    [(5 * BLOCK // 2 + 1, texts) for texts in (1, 40, 300)]
+    + [(1, 1), (BLOCK, 5), (6 * BLOCK + 1, 3)],  # the last: larger blocks of queries
+)
 @pytest.mark.parametrize("form", [chunked_attention, chunked_elsewhere])
 def test_chunked_equals_plain_forward_and_backward(form, t, texts):
     qkv, segments, positions = case(t, texts=texts)
@@ -127,6 +131,15 @@ def test_extreme_scores_stay_finite_and_right(form):
     out, gradient, _ = value_and_gradients(form, jnp.ones_like(q), qkv, segments, None)
     np.testing.assert_allclose(out, twin(qkv, segments, None), atol=1e-5)
     assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_the_gradient_add_up_to_one_however_large_the_scores(form):
+    qkv, segments, _ = case(BLOCK + 40)
+    q, k, v = qkv
+    large = jnp.stack([300 + 0 * q, 300 + k / 300, v])  # scores of about 250,000: next to them float32 loses the log of a sum
+    _, gradient, _ = value_and_gradients(form, jnp.ones_like(q), large, segments, None)
+    np.testing.assert_allclose(gradient[2].sum(1), BLOCK + 40, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

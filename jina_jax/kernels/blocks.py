@@ -6,7 +6,7 @@ Texts lie one behind the other in a row, so the blocks of keys that a block of q
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 MASKED = -1e30
 """Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
@@ -23,7 +23,13 @@ def visits(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Arr
     low, high = _extremes(order, size)
     other_low, other_high = _extremes(order, others)
     meet = (low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= high[:, :, None])
-    return jnp.argmax(meet, -1).astype(jnp.int32), (meet.shape[-1] - jnp.argmax(meet[..., ::-1], -1)).astype(jnp.int32)
+    return bounds(meet)
+
+
+def bounds(wanted: Bool[Array, "... blocks"]) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """The first block that is wanted, and one past the last."""
+    stop = wanted.shape[-1] - jnp.argmax(wanted[..., ::-1], -1)
+    return jnp.argmax(wanted, -1).astype(jnp.int32), stop.astype(jnp.int32)
 
 
 def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
