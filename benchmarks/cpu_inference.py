@@ -3,7 +3,8 @@
     python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
     python -m benchmarks.cpu_inference long --json benchmarks/results/cpu_long_text.json
 
-`long` embeds one text of 8,192 tokens, with four layers in place of 24: they all take the same time.
+`long` embeds one text of 8,192 tokens, with four layers in place of 24: they all take the same time. Its systems take turns
+three times, and the fastest time of each counts: on a machine with neighbours a single one may be off by a quarter.
 
 Every system runs in a process of its own, one after the other: load, first embedding, then the texts. The model has the size
 of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16 weights, written once in a layout that both
@@ -30,6 +31,7 @@ from .machine import machine, versions
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "sentence-transformers", "transformers", "torch")
 LONG_LAYERS = 4
+LONG_ROUNDS = 3
 QUERY = "how do I edit a photo?"
 SYSTEMS = [
     # (name, library, dtype, whether a former run has filled the compilation cache)
@@ -84,11 +86,14 @@ def long(out: Path | None) -> None:
         directory = Path(scratch) / "model"
         arguments = [sys.executable, "-m", "benchmarks.cpu_inference", "make", str(directory), "--layers", str(LONG_LAYERS)]
         subprocess.run(arguments, check=True)
-        for dtype in ("float32", "bfloat16"):
-            for library in ("jina-jax", "sentence-transformers"):
-                numbers = _run(["long-worker", library, str(directory), dtype], Path(scratch) / "compiled")
-                results.append({"system": library, "dtype": dtype} | numbers)
-                click.echo(results[-1], err=True)
+        systems = [(library, dtype) for dtype in ("float32", "bfloat16") for library in ("jina-jax", "sentence-transformers")]
+        rounds = [
+            [_run(["long-worker", library, str(directory), dtype], Path(scratch) / "compiled") for library, dtype in systems]
+            for _ in range(LONG_ROUNDS)
+        ]
+    for (library, dtype), runs in zip(systems, zip(*rounds, strict=True), strict=True):
+        fastest = min(runs, key=lambda numbers: numbers["seconds"])
+        results.append({"system": library, "dtype": dtype} | fastest | {"all_seconds": [run["seconds"] for run in runs]})
     report = {"machine": machine(), "date": str(date.today()), "layers": LONG_LAYERS, "versions": versions(PACKAGES)}
     peers = {each["dtype"]: each["seconds"] for each in results if each["system"] == "sentence-transformers"}
     click.echo("| system | dtype | s a layer | against peer | peak GB |\n|---|---|---|---|---|")
