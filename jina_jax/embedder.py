@@ -21,7 +21,7 @@ from .adapters import fold_adapter
 from .arguments import check_one_of, is_whole, kept_dims, texts_of, token_limit, with_prompts
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
-from .inference import embed_rows, encode_rows
+from .inference import embed_rows, encode_rows, layers_apart
 from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sharding import replicate, split_rows
@@ -68,6 +68,7 @@ class Embedder:
             raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
         self.encoder = encoder if mesh is None else replicate(encoder, mesh)
         self.mesh = mesh
+        self._base = self._for_inference(self.encoder)
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = max_tokens(tokenizer, config)
@@ -255,7 +256,7 @@ class Embedder:
                     if mixed:
                         tasks = np.where(own < 0, -1, part.tasks[own])
                     else:
-                        tasks = None if encoder is self.encoder else np.int32(0)
+                        tasks = None if encoder is self._base else np.int32(0)
                     arrays = rows.tokens, rows.segments, rows.positions, tasks
                     if self.mesh is not None:
                         arrays = split_rows(arrays, self.mesh)
@@ -276,17 +277,20 @@ class Embedder:
         if mixed:
             members = np.sort(np.concatenate(mixed))
             base_alone = (part.tasks[members] < 0).all()
-            yield self.encoder, members, not base_alone
+            yield self._base, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:
         """The base, or the encoder with one task folded in; the last one is kept."""
         if index < 0:
-            return self.encoder
+            return self._base
         task = self.config.tasks[index]
         if self._folded is None or self._folded[0] != task:
             self._folded = None  # freed before the next is made
-            self._folded = task, fold_adapter(self.encoder, task)
+            self._folded = task, self._for_inference(fold_adapter(self.encoder, task))
         return self._folded[1]
+
+    def _for_inference(self, encoder: Encoder) -> Encoder:
+        return layers_apart(encoder) if self.mesh is None else encoder
 
 
 def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[packing.Rows, Array]]:

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from .attention import platform
@@ -61,18 +61,24 @@ def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Arr
     return whole
 
 
+def layers_apart(encoder: Encoder) -> Encoder:
+    """The same on CPU with a list of layers, whose parameters lie in the memory of the stacked ones.
+
+    A product of XLA on CPU reads a layer of a stack from a copy that is made before: a single query would be copies for the
+    most part. Programs for accelerators read it where it is, and `encoder` itself is returned.
+    """
+    if platform() != "cpu":
+        return encoder
+    apart = nnx.merge(*nnx.split(encoder))  # variables of its own
+    stacked = jax.tree.map(np.asarray, encoder.layers)
+    layers = [jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(encoder.config.num_layers)]
+    apart.layers = nnx.List(jax.device_put(layers, may_alias=True))
+    return apart
+
+
 def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:
     return pool(_encode(encoder, tokens, segments, *inputs), segments, max_texts(tokens.shape[1]))
 
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:
-    if encoder.dtype != jnp.bfloat16 or platform() != "cpu":
-        return encoder(*inputs)
-    # XLA's CPU backend turns a bfloat16 array that is sliced in a loop into float32 first: a copy of all layers, at each call.
-    # Their bits as integers it leaves alone. For inference only: there is no gradient through this.
-    encoder.layers = jax.tree.map(lambda x: _cast_bits(x, jnp.bfloat16, jnp.uint16), encoder.layers)
-    return encoder(*inputs, gather=partial(jax.tree.map, lambda x: _cast_bits(x, jnp.uint16, jnp.bfloat16)))
-
-
-def _cast_bits(x: Array, old: DTypeLike, new: DTypeLike) -> Array:
-    return jax.lax.bitcast_convert_type(x, new) if x.dtype == old else x
+    return encoder(*inputs)

@@ -161,7 +161,8 @@ class Encoder(nnx.Module):
     """Packed rows of tokens to token states.
 
     Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary angles and pooling are in
-    float32 whatever the dtype. A model without tasks has no adapter parameters at all.
+    float32 whatever the dtype. A model without tasks has no adapter parameters at all. `layers` is one layer whose parameters
+    have a leading layer axis, or a list of layers (`inference.layers_apart`).
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Encoder(nnx.Module):
         def layer(key: Array) -> Layer:
             return Layer(config, dtype=self.dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key))
 
-        self.layers = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_layers))
+        self.layers: Layer | nnx.List[Layer] = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_layers))
         pooler = config.pooler and AdaptedDense(
             d, (d,), adapters, stddev=stddev, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -218,9 +219,13 @@ class Encoder(nnx.Module):
         """
         task = task_of(tasks, segments)
         run = self._layer_function(segments, positions, task, gather, remat)
-        first = Normalised.of(self.embed(self.tokens.rows(tokens), tokens, positions, task))
-        last, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), first, self.layers, unroll=self.config.unroll or 1)
-        return last.value().astype(self.dtype)
+        x = Normalised.of(self.embed(self.tokens.rows(tokens), tokens, positions, task))
+        if isinstance(self.layers, Layer):
+            x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers, unroll=self.config.unroll or 1)
+        else:
+            for layer in self.layers:
+                x = jax.lax.optimization_barrier(run(layer, x))  # without it each layer has memory of its own
+        return x.value().astype(self.dtype)
 
     def in_chunks(
         self,
@@ -247,9 +252,16 @@ class Encoder(nnx.Module):
             return (run(layer, x), totals), None
 
         first = Normalised.of(self.embed(rows.astype(jnp.float32), tokens, positions, task))
-        numbered = jax.lax.stop_gradient(self.layers), jnp.arange(self.config.num_layers)
+        numbered = jax.lax.stop_gradient(self.stack), jnp.arange(self.config.num_layers)
         (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
         return last.value().astype(self.dtype), Sums(layers, table)
+
+    @property
+    def stack(self) -> Layer:
+        """All layers as one, with a leading layer axis; a TypeError where they are a list."""
+        if not isinstance(self.layers, Layer):
+            raise TypeError("the layers of this encoder lie apart, for inference; gradients need them in one stack")
+        return self.layers
 
     def _layer_function(
         self, segments: Array, positions: Array, task: Task, gather: Gather | None, remat: Remat
@@ -288,7 +300,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Encoder) -> "Sums":
-        return cls(encoder.layers, encoder.tokens.table[...])
+        return cls(encoder.stack, encoder.tokens.table[...])
 
 
 def task_of(tasks: Int[Array, "b g"] | Int[Array, ""] | None, segments: Int[Array, "b t"]) -> Task:

@@ -250,6 +250,19 @@ def test_similarity_is_sentence_transformers(embedder):
     np.testing.assert_allclose(embedder.similarity(a[0], b), util.cos_sim(a[0], b).numpy(), atol=1e-6)
 
 
+def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, monkeypatch):
+    seen = []
+
+    def compute(encoder, *arguments, **options):
+        seen.append(encoder.layers)
+        return embed_rows(encoder, *arguments, **options)
+
+    monkeypatch.setattr("jina_jax.embedder.embed_rows", compute)
+    embedder.encode("a text")
+    embedder.encode("a text", task=embedder.config.tasks[0])
+    assert len(seen) == 2 and all(len(layers) == embedder.config.num_layers for layers in seen)
+
+
 def test_the_whole_test_split_compiles_at_most_four_programs(tiny, corpus):
     before = embed_rows._cache_size()
     with warnings.catch_warnings():

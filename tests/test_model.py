@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from jina_jax import Encoder, ModelConfig, packing, pool
-from jina_jax.inference import embed_rows, encode_rows
+from jina_jax.inference import embed_rows, encode_rows, layers_apart
 from jina_jax.lora import AdapterParam, AdapterScale
-from jina_jax.model import LayerNorm, Normalised, abstract_variables, from_arrays, gelu, task_of_tokens, variables
+from jina_jax.model import LayerNorm, Normalised, Sums, abstract_variables, from_arrays, gelu, task_of_tokens, variables
 
 LENGTHS = (9, 3, 30, 1, 16, 5)
 
@@ -155,6 +155,36 @@ def test_unrolled_equals_scanned(encoder, texts):
     unrolled = from_arrays(replace(encoder.config, unroll=True), arrays, dtype=jnp.float32)
     got, want = (encode_rows(model, *rows[:3], None) for model in (unrolled, encoder))
     np.testing.assert_allclose(np.asarray(got)[rows.segments > 0], np.asarray(want)[rows.segments > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [None, np.int32(1), np.array([[0, -1, 2, 1, 0, 2]], np.int32)], ids=["base", "one", "mixed"])
+def test_layers_apart_equal_the_stack(encoder, texts, tasks):
+    rows = packing.lay_out(texts, packing.Batch([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
+    got, want = (encode_rows(model, *rows[:3], tasks) for model in (layers_apart(encoder), encoder))
+    np.testing.assert_allclose(np.asarray(got)[rows.segments > 0], np.asarray(want)[rows.segments > 0], atol=1e-5)
+
+
+def test_layers_apart_lie_in_the_memory_of_the_stack(encoder):
+    apart = layers_apart(encoder)
+    kernels, stack = [layer.up.kernel.get_value() for layer in apart.layers], encoder.layers.up.kernel.get_value()
+    begin = stack.unsafe_buffer_pointer()
+    assert [kernel.unsafe_buffer_pointer() - begin for kernel in kernels] == [i * kernels[0].nbytes for i in range(len(stack))]
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_apart_are_not_copied_before_their_products(make_encoder, dtype):
+    encoder = make_encoder(vocab_size=300)
+    arrays = {path: variable.get_value().astype(dtype) for path, variable in variables(encoder).items()}
+    shape = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    apart = layers_apart(from_arrays(encoder.config, arrays, dtype=dtype))
+    used = embed_rows.lower(apart, shape, shape, shape, None).compile().memory_analysis().temp_size_in_bytes
+    assert used < apart.layers[0].up.kernel.get_value().nbytes
+
+
+def test_layers_apart_have_no_sums_of_gradients(encoder):
+    with pytest.raises(TypeError, match="in one stack"):
+        Sums.of(layers_apart(encoder))
 
 
 def test_gather_is_applied_to_every_layer(encoder, texts):
