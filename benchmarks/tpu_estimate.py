@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,9 @@ def main(names: tuple[str, ...], chosen: tuple[str, ...], out: Path | None) -> N
         "naive port 16 x 512": naive_forward(16, 512),
         "forward 16 x 512, an adapter folded": folded_forward(16, 512),
         "forward 16 x 512, mixed adapters": mixed_forward(16, 512),
+        "forward 16 x 512, unrolled": forward(16, 512, unroll=True),
+        "forward 16 x 512, an adapter folded, unrolled": folded_forward(16, 512, unroll=True),
+        "forward 16 x 512, mixed adapters, unrolled": mixed_forward(16, 512, unroll=True),
         "forward 1 x 8192": forward(1, 8192),
         "attention, gradient, T = 384": attention_gradient(384),
         "attention, gradient, T = 512": attention_gradient(512),
@@ -111,33 +113,30 @@ def _table(results: list[dict[str, Any]]) -> str:
 # ---- the programs
 
 
-def forward(b: int, t: int) -> Program:
+def forward(b: int, t: int, *, unroll: bool = False) -> Program:
     """The encoder in bfloat16, without adapters."""
-    fresh = partial(Encoder, CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: fresh(rngs=nnx.Rngs(0))))
-    ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
-    return lambda state, *rows: nnx.merge(graphdef, state)(*rows), (state, ids, ids, ids)
+    return _program(lambda: _encoder(unroll=unroll), b, t)
 
 
-def folded_forward(b: int, t: int) -> Program:
+def folded_forward(b: int, t: int, *, unroll: bool = False) -> Program:
     """With the adapter of one task in the kernels, and beside the embedding table."""
-    return _with_tasks(lambda: fold_adapter(_with_adapters(), TASKS[0]), b, t, jax.ShapeDtypeStruct((), jnp.int32))
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    return _program(lambda: fold_adapter(_encoder(unroll=unroll, tasks=TASKS), TASKS[0]), b, t, one)
 
 
-def mixed_forward(b: int, t: int) -> Program:
+def mixed_forward(b: int, t: int, *, unroll: bool = False) -> Program:
     """With adapters of five tasks, any of them for each text of a row."""
-    return _with_tasks(_with_adapters, b, t, jax.ShapeDtypeStruct((b, max_texts(t)), jnp.int32))
+    return _program(lambda: _encoder(unroll=unroll, tasks=TASKS), b, t, jax.ShapeDtypeStruct((b, max_texts(t)), jnp.int32))
 
 
-def _with_adapters() -> Encoder:
-    config = replace(CONFIG, tasks=TASKS)
-    return Encoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+def _encoder(**fields: Any) -> Encoder:
+    return Encoder(replace(CONFIG, **fields), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
 
-def _with_tasks(make: Callable[[], Encoder], b: int, t: int, tasks: jax.ShapeDtypeStruct) -> Program:
+def _program(make: Callable[[], Encoder], b: int, t: int, *tasks: jax.ShapeDtypeStruct) -> Program:
     graphdef, state = nnx.split(nnx.eval_shape(make))
     ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
-    return lambda state, *rows: nnx.merge(graphdef, state)(*rows), (state, ids, ids, ids, tasks)
+    return lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), (state, ids, ids, ids, *tasks)
 
 
 def attention_gradient(t: int) -> Program:

@@ -54,8 +54,8 @@ part.defvjp(_part_forward, _part_backward)
 
 @jax.custom_vjp
 def rows(x: Float[Array, "n d"], total: Float[Array, "n d"], indices: Int[Array, "..."]) -> tuple[Array, Array]:
-    """x[indices]; an index may come more than once."""
-    return jnp.take(x, indices, axis=0), total
+    """x[indices] in the dtype of the sum; an index may come more than once."""
+    return jnp.take(x, indices, axis=0).astype(total.dtype), total
 
 
 def _rows_forward(x: Array, total: Array, indices: Array) -> tuple[tuple[Array, Array], Array]:

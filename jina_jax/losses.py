@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from .lora import contract, contract_table
@@ -148,6 +149,7 @@ def masked_lm(
     max_masked: int,
     chunk: int | None = None,
     axis_name: AxisName = None,
+    total: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the masked tokens (section 4.1). Zero, with zero gradient, where there are none.
 
@@ -161,6 +163,7 @@ def masked_lm(
             are ignored and do not count in the mean either.
         chunk: positions whose logits exist at a time. None = all.
         axis_name: the mean is over the masked tokens of all shards.
+        total: masked tokens of the mean, where these are a part of them: the parts' results add up to it.
     """
     if labels.shape != states.shape[:2]:
         raise ValueError(f"labels are {labels.shape}, should be {states.shape[:2]}")
@@ -172,30 +175,36 @@ def masked_lm(
     states = jnp.take(states.reshape(-1, states.shape[2]), positions, axis=0, mode="fill", fill_value=0)
     labels = jnp.take(labels.reshape(-1), positions, mode="fill", fill_value=-1)
 
-    counts = (labels >= 0).astype(jnp.float32)
-    states, bias = head.transform(states[None])[0], head.bias[...].astype(jnp.float32)
-    wanted = jnp.maximum(labels, 0)
-    own = jnp.take(embedding, wanted, axis=0).astype(states.dtype).astype(jnp.float32)  # as the product rounds it
-    own_logits = (states.astype(jnp.float32) * own).sum(-1) + jnp.take(bias, wanted)
-    log_sums: Array = _vocabulary_log_sum(states, counts, embedding, bias, chunk)
-    total = log_sums - (counts * own_logits).sum()
     count = (labels >= 0).sum()
-    return total / jnp.maximum(count if axis_name is None else jax.lax.psum(count, axis_name), 1)
+    if total is not None:
+        count = total
+    elif axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
+    # The share of each in the mean, from the start: so the gradients that are made on the way are the final ones.
+    shares = (labels >= 0) / jnp.maximum(count, 1).astype(jnp.float32)
+    states, bias = head.transform(states[None])[0], head.bias[...].astype(jnp.float32)
+    return _cross_entropy(states, jnp.maximum(labels, 0), shares, embedding, bias, chunk)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _vocabulary_log_sum(
-    x: Float[Array, "n d"], weight: Float[Array, "n"], table: Float[Array, "v d"], bias: Float[Array, "v"], chunk: int | None
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cross_entropy(
+    x: Float[Array, "n d"],
+    targets: Int[Array, "n"],
+    weight: Float[Array, "n"],
+    table: Float[Array, "v d"],
+    bias: Float[Array, "v"],
+    chunk: int | None,
 ) -> Float[Array, ""]:
-    """The sum over rows of weight times the log of the sum of exp(x . table + bias). The weights have no gradient."""
+    """The sum over rows of weight times -log of the target's share in exp(x . table + bias). The weights have no gradient."""
 
     def log_sums(x: Array, weight: Array) -> Array:
         return weight * jax.nn.logsumexp(contract_table(x, table) + bias[None], axis=1)
 
-    return _in_chunks(log_sums, (x, weight), chunk).sum()
+    own_logits = (x.astype(jnp.float32) * _rows(table, targets, x.dtype)).sum(-1) + jnp.take(bias, targets)
+    return _in_chunks(log_sums, (x, weight), chunk).sum() - (weight * own_logits).sum()
 
 
-def _vocabulary_log_sum_forward(x: Array, weight: Array, table: Array, bias: Array, chunk: int | None):
+def _cross_entropy_forward(x: Array, targets: Array, weight: Array, table: Array, bias: Array, chunk: int | None):
     """The gradient is made while a chunk's logits are there: later they would take their product and exponentials once more.
 
     Each row's share is multiplied to its [d] numbers and not to its [v] exponentials, which so are written once.
@@ -215,19 +224,27 @@ def _vocabulary_log_sum_forward(x: Array, weight: Array, table: Array, bias: Arr
         value = weight * (highest + jnp.log(total))[:, 0]
         return (d_table, d_bias), (value, share * contract(powers, operand))
 
-    zeros = jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
+    own, weighted = _rows(table, targets, x.dtype), weight[:, None] * x.astype(jnp.float32)
+    d_table = jnp.zeros(table.shape, jnp.float32).at[targets].add(-weighted)
+    d_bias = jnp.zeros(bias.shape, jnp.float32).at[targets].add(-weight)
     operand = table.astype(x.dtype)  # once, and not in each chunk
-    (d_table, d_bias), (values, d_x) = jax.lax.scan(of_chunk, zeros, _split((x, weight), chunk))
-    d_x = d_x.reshape(-1, x.shape[1])[: len(x)]
-    return values.sum(), (d_x.astype(x.dtype), d_table.astype(table.dtype), d_bias)
+    (d_table, d_bias), (values, d_x) = jax.lax.scan(of_chunk, (d_table, d_bias), _split((x, weight), chunk))
+    value = values.sum() - (weighted * own).sum() - (weight * jnp.take(bias, targets)).sum()
+    d_x = d_x.reshape(-1, x.shape[1])[: len(x)] - weight[:, None] * own
+    return value, (d_x.astype(x.dtype), d_table.astype(table.dtype), d_bias)
 
 
-def _vocabulary_log_sum_backward(chunk: int | None, gradients: tuple[Array, Array, Array], d_total: Array):
+def _cross_entropy_backward(chunk: int | None, gradients: tuple[Array, Array, Array], d_total: Array):
     d_x, d_table, d_bias = ((d_total * gradient).astype(gradient.dtype) for gradient in gradients)
-    return d_x, None, d_table, d_bias
+    return d_x, None, None, d_table, d_bias
 
 
-_vocabulary_log_sum.defvjp(_vocabulary_log_sum_forward, _vocabulary_log_sum_backward)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _rows(table: Float[Array, "v d"], indices: Int[Array, "n"], dtype: DTypeLike) -> Float[Array, "n d"]:
+    """Rows of a table in float32, rounded as a product in `dtype` rounds them."""
+    return jnp.take(table.astype(dtype), indices, axis=0).astype(jnp.float32)
 
 
 class _Candidates(NamedTuple):

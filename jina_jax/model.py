@@ -242,7 +242,10 @@ class Encoder(nnx.Module):
         up there. Returns the states, and the sums for the next chunk; they begin as `Sums.of(encoder)`."""
         task = task_of(tasks, segments)
         run = self._layer_function(segments, positions, task, gather, remat)
-        rows, table = accumulate.rows(self.tokens.table[...], sums.table, tokens)
+        table = self.tokens.table[...]
+        if gather:
+            table = table.astype(self.dtype)  # as it came from the other devices; XLA would write it out in float32
+        rows, of_table = accumulate.rows(table, sums.table, tokens)
 
         def step(carry: tuple[Normalised, Layer], inputs: tuple[Layer, Array]) -> tuple[tuple[Normalised, Layer], None]:
             (x, totals), (layer, i) = carry, inputs
@@ -254,7 +257,7 @@ class Encoder(nnx.Module):
         first = Normalised.of(self.embed(rows.astype(jnp.float32), tokens, positions, task))
         numbered = jax.lax.stop_gradient(self.stack), jnp.arange(self.config.num_layers)
         (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
-        return last.value().astype(self.dtype), Sums(layers, table)
+        return last.value().astype(self.dtype), Sums(layers, of_table)
 
     @property
     def stack(self) -> Layer:

@@ -107,8 +107,8 @@ def masked_language_loss(
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
         table, of_table = accumulate.whole(encoder.tokens.table[...], sums.table)
-        mean = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk)
-        return mean * (chunk.labels >= 0).sum() / jnp.maximum(total, 1), sums._replace(table=of_table)
+        loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk, total=total)
+        return loss, sums._replace(table=of_table)
 
     return sum_over_chunks(share, encoder, batch, stage.chunk_rows)
 
