@@ -53,8 +53,6 @@ def main(names: tuple[str, ...], chosen: tuple[str, ...], out: Path | None) -> N
         "naive port 16 x 512": naive_forward(16, 512),
         "forward 16 x 512, an adapter folded": folded_forward(16, 512),
         "forward 16 x 512, mixed adapters": mixed_forward(16, 512),
-        "forward 16 x 512, unrolled": forward(16, 512, unroll=True),
-        "forward 16 x 512, an adapter folded, unrolled": folded_forward(16, 512, unroll=True),
         "forward 16 x 512, mixed adapters, unrolled": mixed_forward(16, 512, unroll=True),
         "forward 1 x 8192": forward(1, 8192),
         "attention, gradient, T = 384": attention_gradient(384),
@@ -113,15 +111,15 @@ def _table(results: list[dict[str, Any]]) -> str:
 # ---- the programs
 
 
-def forward(b: int, t: int, *, unroll: bool = False) -> Program:
+def forward(b: int, t: int) -> Program:
     """The encoder in bfloat16, without adapters."""
-    return _program(lambda: _encoder(unroll=unroll), b, t)
+    return _program(_encoder, b, t)
 
 
-def folded_forward(b: int, t: int, *, unroll: bool = False) -> Program:
+def folded_forward(b: int, t: int) -> Program:
     """With the adapter of one task in the kernels, and beside the embedding table."""
     one = jax.ShapeDtypeStruct((), jnp.int32)
-    return _program(lambda: fold_adapter(_encoder(unroll=unroll, tasks=TASKS), TASKS[0]), b, t, one)
+    return _program(lambda: fold_adapter(_encoder(tasks=TASKS), TASKS[0]), b, t, one)
 
 
 def mixed_forward(b: int, t: int, *, unroll: bool = False) -> Program:
