@@ -177,6 +177,19 @@ def test_bfloat16_is_close_and_stays_bfloat16(form):
     np.testing.assert_allclose(np.asarray(out, np.float32), twin(qkv, segments, positions), atol=0.03)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_close_whether_the_cpu_multiplies_it_or_not(native, monkeypatch):
+    monkeypatch.setattr("jina_jax.attention.multiplies_bfloat16", lambda: native)
+    qkv, segments, positions = case(BLOCK + 1)
+    qkv, tables = qkv.astype(jnp.bfloat16), tables_of(positions)
+    program = jax.jit(partial(chunked_attention, num_heads=HEADS)).lower(qkv, segments, tables).as_text()
+    operands = re.findall(r"dot_general.*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)", program)
+    assert set(operands) == {("bf16", "bf16") if native else ("f32", "f32")}
+    out = chunked_attention(qkv, segments, tables, num_heads=HEADS)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), twin(qkv, segments, positions), atol=0.03)
+
+
 @pytest.mark.parametrize("t", [LONGEST_PLAIN_ROW, LONGEST_PLAIN_ROW + 1])
 def test_attention_is_the_same_on_both_sides_of_its_choice(t):
     qkv, segments, positions = case(t, b=1, texts=9)
