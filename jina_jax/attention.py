@@ -31,6 +31,9 @@ LONGEST_PLAIN_ROW = 1024
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
 """Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
 
+MOST_PLAIN_SCORES = 2**21
+"""Scores of one row, over all heads, from which on a CPU computes row by row: those of all rows would leave its caches."""
+
 BLOCK = 512
 """Keys in a block of the chunked form, about."""
 
@@ -69,8 +72,8 @@ def attention(
 
     On TPU, heads of 64 numbers and of an even count go to a kernel: rows of up to 1,024 tokens to `kernels/rows.py`, of up to
     16,384 (8,192 in float32) to `kernels/long_rows.py`, which needs a v5e or later. On GPU, heads of 16 to 128 numbers go to
-    `kernels/gpu_blocks.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once, longer ones in blocks. The
-    kernels for TPU have no gradient by the tables.
+    `kernels/gpu_blocks.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once (large ones on CPU one by
+    one), longer ones in blocks. The kernels for TPU have no gradient by the tables.
 
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
@@ -87,6 +90,8 @@ def attention(
         form = gpu_attention
     elif qkv.shape[2] > LONGEST_PLAIN_ROW:
         form = chunked_attention
+    elif platform() == "cpu" and num_heads * qkv.shape[2] ** 2 > MOST_PLAIN_SCORES:
+        form = rowwise_attention
     else:
         form = plain_attention
     return form(qkv, segments, tables, num_heads=num_heads)
@@ -118,12 +123,26 @@ def multiplies_bfloat16() -> bool:
 def plain_attention(
     qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
-    """The definition: all scores of a row at once."""
-    q, k, v = _heads(qkv, tables, num_heads)
-    scores = _product("btnh,bsnh->bnts", q, k)
-    own = segments[:, None, :, None] == segments[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(own, scores, MASKED), axis=-1).astype(v.dtype)
-    return checkpoint_name(_product("bnts,bsnh->btnh", weights, v).astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENDED)
+    """The definition: all scores at once."""
+    q, k, v = (x.swapaxes(1, 2) for x in _heads(qkv, tables, num_heads))
+    out = jax.vmap(_attend_row)(q, k, v, segments).swapaxes(1, 2)
+    return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENDED)
+
+
+def rowwise_attention(
+    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+) -> Float[Array, "b t d"]:
+    """The same with the scores of one row at a time."""
+    heads = (x.swapaxes(1, 2) for x in _heads(qkv, tables, num_heads))
+    out = jax.lax.map(lambda row: _attend_row(*row), (*heads, segments)).swapaxes(1, 2)
+    return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENDED)
+
+
+def _attend_row(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """All heads of one row, [n, t, h]."""
+    own = segments[:, None] == segments[None]
+    scores = jnp.where(own[None], _product("nth,nsh->nts", q, k), MASKED)
+    return _product("nts,nsh->nth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def chunked_attention(

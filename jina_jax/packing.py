@@ -13,7 +13,7 @@ from jaxtyping import Int
 ROW_LENGTHS = (512, 1024, 2048, 4096, 8320)
 """Lengths of full-size rows. The last one holds the longest text of the model, 8,194 tokens, in whole lanes of 128."""
 
-SMALL_ROW_LENGTHS = (32, 128)
+SMALL_ROW_LENGTHS = (16, 32, 128)
 """Lengths of a lone row for a call so small that it fits into one."""
 
 TOKENS_PER_TEXT = 16

@@ -1,4 +1,4 @@
-"""Attention by segments: both forms against a float64 twin that attends within one text at a time."""
+"""Attention by segments: all forms of XLA against a float64 twin that attends within one text at a time."""
 
 import re
 from functools import partial
@@ -18,11 +18,12 @@ from jina_jax.attention import (
     plain_attention,
     rotary_tables,
     rotate,
+    rowwise_attention,
 )
 
 HEADS, HEAD_DIM = 2, 8
 THETA = 20_000.0
-FORMS = [plain_attention, chunked_attention]
+FORMS = [plain_attention, rowwise_attention, chunked_attention]
 
 
 def chunked_elsewhere(qkv, segments, tables, *, num_heads):
@@ -108,15 +109,15 @@ def test_attention_is_softmax_within_each_text(form, t):
     [(5 * BLOCK // 2 + 1, texts) for texts in (1, 40, 300)]
     + [(1, 1), (BLOCK, 5), (6 * BLOCK + 1, 3)],  # the last: larger blocks of queries
 )
-@pytest.mark.parametrize("form", [chunked_attention, chunked_elsewhere])
-def test_chunked_equals_plain_forward_and_backward(form, t, texts):
+@pytest.mark.parametrize("form", [rowwise_attention, chunked_attention, chunked_elsewhere])
+def test_every_form_equals_plain_forward_and_backward(form, t, texts):
     qkv, segments, positions = case(t, texts=texts)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(qkv.shape[1:]), jnp.float32)
-    plain, chunked = (
+    plain, others = (
         jax.tree.leaves(value_and_gradients(each, weights, qkv, segments, tables_of(positions)))
         for each in (plain_attention, form)
     )
-    for got, want in zip(chunked, plain, strict=True):
+    for got, want in zip(others, plain, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1, float(jnp.abs(want).max())))
 
 
@@ -195,6 +196,16 @@ def test_attention_is_the_same_on_both_sides_of_its_choice(t):
     qkv, segments, positions = case(t, b=1, texts=9)
     got = computed(attention, qkv, segments, tables_of(positions))
     np.testing.assert_allclose(got, twin(qkv, segments, positions), atol=1e-5)
+
+
+def test_a_cpu_computes_rows_with_many_scores_one_by_one(monkeypatch):
+    qkv, segments, positions = case(64)
+    form = partial(attention, segments=segments, tables=tables_of(positions), num_heads=HEADS)
+    assert "while" not in jax.jit(form).lower(qkv).as_text()
+    monkeypatch.setattr("jina_jax.attention.MOST_PLAIN_SCORES", HEADS * 64**2 - 1)
+    one_by_one = jax.jit(lambda qkv: form(qkv))
+    assert "while" in one_by_one.lower(qkv).as_text()
+    np.testing.assert_allclose(one_by_one(qkv), twin(qkv, segments, positions), atol=1e-5)
 
 
 def compiled(t: int, backward: bool):

@@ -73,7 +73,7 @@ def test_at_most_a_quarter_of_a_batch_is_empty_rows(lengths, budget):
 
 @pytest.mark.parametrize(
     ("lengths", "shape"),
-    [([5], (1, 32)), ([32], (1, 32)), ([16, 16], (1, 32)), ([33], (1, 128))]
+    [([5], (1, 16)), ([16], (1, 16)), ([17], (1, 32)), ([5, 5], (1, 32)), ([16, 16], (1, 32)), ([33], (1, 128))]
     + [([5] * 3, (1, 128)), ([10] * 8, (1, 128)), ([10] * 9, (1, 512)), ([129], (1, 512))],
 )
 def test_a_small_call_gets_one_small_row(lengths, shape):
