@@ -4,6 +4,7 @@ A row of `t` token slots holds several texts; `segments` says which text of its 
 fixed shapes, so that whatever the lengths of the texts, only a few programs are ever compiled.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]
         The indices of the texts of each row; every text is in exactly one row.
     """
     rows: list[list[int]] = []
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free slots
+    open_rows: defaultdict[int, list[int]] = defaultdict(list)  # by free slots
     occupied = 0  # bit f is set while a row with f free slots is open: the best fit is one shift away
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[text]
