@@ -2,10 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from .model import Encoder
 from .quantize import PRECISIONS, Precision, quantize
 from .sharding import replicate, split_rows
 from .sources import find_model, model_kind
+from .token_batches import packed_rows
 from .tokenizer import load_tokenizer, max_tokens, tokenize
 from .torch_checkpoint import read_torch_checkpoint
 
@@ -34,24 +34,10 @@ logger = logging.getLogger(__name__)
 SLOTS_PER_TEXT = 256
 """Token slots that one text of `batch_size` stands for."""
 
-WORTH_FOLDING = 4096
-"""Tokens of one task, among texts of several tasks, from which on its adapter is folded into the kernels."""
+WORTH_FOLDING = 16_384
+"""Characters of one task, among texts of several tasks, from which on its adapter is folded into the kernels."""
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
-
-
-PART_TEXTS = 4096
-"""Texts that are tokenised and packed together: enough to fill rows well, few enough to tokenise while others are computed."""
-
-
-class Part(NamedTuple):
-    """Some texts of a call to `encode`, one behind the other."""
-
-    first: int
-    """Index of the first of them."""
-    token_ids: list[list[int]]
-    tasks: np.ndarray
-    """Adapter of each text [n], -1 = none."""
 
 
 class Embedder:
@@ -175,13 +161,24 @@ class Embedder:
         if not is_whole(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
         texts, tasks = with_prompts(texts, task, prompt, prompt_name, self.config)
-        parts = self._tokenized(texts, tasks, token_limit(max_length, self.max_length))
-        progress = _progress_bar(len(texts), show_progress_bar)
+        limit, cut = token_limit(max_length, self.max_length), []
 
+        def token_ids(some: Sequence[str]) -> list[list[int]]:
+            ids, too_long = tokenize(self.tokenizer, some, limit)
+            cut.append(too_long)
+            return ids
+
+        compute = embed_rows if output_value == "sentence_embedding" else encode_rows
+        results = _one_ahead(self._computed(compute, texts, tasks, token_ids, batch_size))
+        collect = _sentence_embeddings if output_value == "sentence_embedding" else _token_states
+        with _progress_bar(len(texts), show_progress_bar) as progress:
+            collected = collect(results, len(texts), self.config.hidden_size, progress)
+        if sum(cut):
+            warnings.warn(f"{sum(cut)} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
         if output_value == "token_embeddings":
-            states = self._token_states(len(texts), parts, batch_size, progress)
-            return states[0] if isinstance(sentences, str) else states
-        embeddings = self._sentence_embeddings(len(texts), parts, batch_size, progress)[:, :dim]
+            return collected[0] if isinstance(sentences, str) else collected
+
+        embeddings = np.asarray(collected)[:, :dim]
         if normalize_embeddings:
             embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
         embeddings = quantize(embeddings, precision)
@@ -204,79 +201,41 @@ class Embedder:
                     return options | {"prompt_name": name}
         return options
 
-    def _tokenized(self, texts: list[str], tasks: np.ndarray, limit: int) -> Iterator[Part]:
-        """The parts of a call, each tokenised while the one before it is computed."""
-
-        def tokenized(first: int) -> tuple[list[list[int]], int]:
-            return tokenize(self.tokenizer, texts[first : first + PART_TEXTS], limit)
-
-        all_cut = 0
-        with ThreadPoolExecutor(1) as pool:
-            following = None
-            for first in range(0, len(texts), PART_TEXTS):
-                token_ids, cut = following.result() if following else tokenized(first)
-                all_cut += cut
-                if first + PART_TEXTS < len(texts):
-                    following = pool.submit(tokenized, first + PART_TEXTS)
-                yield Part(first, token_ids, tasks[first : first + PART_TEXTS])
-        if all_cut:
-            warnings.warn(f"{all_cut} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
-
-    def _sentence_embeddings(
-        self, texts: int, parts: Iterator[Part], batch_size: int, progress: Any
-    ) -> Float[np.ndarray, "n d"]:
-        out = np.zeros((texts, self.config.hidden_size), np.float32)
-        with progress:
-            for rows, pooled in _one_ahead(self._computed(embed_rows, parts, batch_size)):
-                packing.scatter(np.asarray(pooled), rows, out)
-                progress.update(int((rows.texts >= 0).sum()))
-        return out
-
-    def _token_states(
-        self, texts: int, parts: Iterator[Part], batch_size: int, progress: Any
-    ) -> list[Float[np.ndarray, "t d"]]:
-        out: list[np.ndarray] = [np.zeros((0, 0))] * texts
-        with progress:
-            for rows, states in _one_ahead(self._computed(encode_rows, parts, batch_size)):
-                for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
-                    own = rows.segments[row] == slot + 1
-                    out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
-                progress.update(int((rows.texts >= 0).sum()))
-        return out
-
-    def _computed(self, compute: Any, parts: Iterator[Part], batch_size: int) -> Iterator[tuple[packing.Rows, Array]]:
+    def _computed(
+        self,
+        compute: Callable[..., Array],
+        texts: list[str],
+        tasks: np.ndarray,
+        token_ids: Callable[[Sequence[str]], list[list[int]]],
+        batch_size: int,
+    ) -> Iterator[tuple[packing.Rows, Array]]:
         """Every batch with its result, which may still be under way. Its rows have the texts' indices in the call."""
         budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
-        for part in parts:
-            for encoder, members, mixed in self._groups(part):
-                token_ids = [part.token_ids[i] for i in members]
-                for batch in packing.plan([len(ids) for ids in token_ids], budget, devices):
-                    rows = packing.lay_out(token_ids, batch, self.config.pad_id)
-                    own = np.where(rows.texts < 0, -1, members[rows.texts])
-                    if mixed:
-                        tasks = np.where(own < 0, -1, part.tasks[own])
-                    else:
-                        tasks = None if encoder is self._base else np.int32(0)
-                    arrays = rows.tokens, rows.segments, rows.positions, tasks
-                    if self.mesh is not None:
-                        arrays = split_rows(arrays, self.mesh)
-                    result = compute(encoder, *arrays, mesh=self.mesh)
-                    yield rows._replace(texts=np.where(own < 0, -1, part.first + own)), result
+        for encoder, members, mixed in self._groups(texts, tasks):
+            for rows in packed_rows([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
+                own = np.where(rows.texts < 0, -1, members[rows.texts])
+                if mixed:
+                    of_rows = np.where(own < 0, -1, tasks[own])
+                else:
+                    of_rows = None if encoder is self._base else np.int32(0)
+                arrays = rows.tokens, rows.segments, rows.positions, of_rows
+                if self.mesh is not None:
+                    arrays = split_rows(arrays, self.mesh)
+                yield rows._replace(texts=own), compute(encoder, *arrays, mesh=self.mesh)
 
-    def _groups(self, part: Part) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
+    def _groups(self, texts: list[str], tasks: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
-        lengths = np.array([len(ids) for ids in part.token_ids])
-        names = np.unique(part.tasks).tolist()
+        names = np.unique(tasks).tolist()
         mixed = []
         for index in names:
-            members = np.flatnonzero(part.tasks == index)
-            if len(names) > 1 and lengths[members].sum() < WORTH_FOLDING:
+            members = np.flatnonzero(tasks == index)
+            if len(names) > 1 and sum(len(texts[i]) for i in members) < WORTH_FOLDING:
                 mixed.append(members)
             else:
                 yield self._encoder_of(index), members, False
         if mixed:
             members = np.sort(np.concatenate(mixed))
-            base_alone = (part.tasks[members] < 0).all()
+            base_alone = (tasks[members] < 0).all()
             yield self._base, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:
@@ -302,6 +261,28 @@ def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[
         waiting = result
     if waiting is not None:
         yield waiting
+
+
+def _sentence_embeddings(
+    results: Iterator[tuple[packing.Rows, Array]], texts: int, hidden_size: int, progress: Any
+) -> Float[np.ndarray, "n d"]:
+    out = np.zeros((texts, hidden_size), np.float32)
+    for rows, pooled in results:
+        packing.scatter(np.asarray(pooled), rows, out)
+        progress.update(int((rows.texts >= 0).sum()))
+    return out
+
+
+def _token_states(
+    results: Iterator[tuple[packing.Rows, Array]], texts: int, hidden_size: int, progress: Any
+) -> list[Float[np.ndarray, "t d"]]:
+    out = [np.zeros((0, hidden_size), np.float32)] * texts
+    for rows, states in results:
+        for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
+            own = rows.segments[row] == slot + 1
+            out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
+        progress.update(int((rows.texts >= 0).sum()))
+    return out
 
 
 def _unit(embeddings: Any) -> np.ndarray:

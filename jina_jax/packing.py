@@ -21,6 +21,10 @@ TOKENS_PER_TEXT = 16
 """A row of t slots holds at most t / 16 texts, which bounds the arrays per text."""
 
 
+FULL = 0.95
+"""Share of a batch's token slots from which on it is not worth waiting for more texts to fill it."""
+
+
 class Rows(NamedTuple):
     """One batch of packed rows: the inputs of the encoder, and where each text went."""
 
@@ -95,6 +99,25 @@ def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
     for length in SMALL_ROW_LENGTHS:
         if sum(lengths) <= length and len(lengths) <= max_texts(length):
             return [Batch([list(range(len(lengths)))], (devices, length))]
+    return _batches(lengths, budget, devices)
+
+
+def plan_full(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
+    """Batches for some of the texts, which gain nothing from waiting for more: of the largest shape, and nearly full.
+
+    Arguments as in `plan`.
+    """
+
+    def is_full(batch: Batch) -> bool:
+        b, t = batch.shape
+        held = sum(lengths[text] for row in batch.rows for text in row)
+        return b == _most_rows(budget, t) * devices and held >= FULL * b * t
+
+    return [batch for batch in _batches(lengths, budget, devices) if is_full(batch)]
+
+
+def _batches(lengths: Sequence[int], budget: int, devices: int) -> list[Batch]:
+    """Full-size rows for all texts, each as short as its longest text allows."""
     batches = []
     shortest = 0
     for length in ROW_LENGTHS:
@@ -102,12 +125,17 @@ def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
         shortest = length
         packed = best_fit([lengths[i] for i in members], length, max_texts(length))
         rows = [[members[i] for i in row] for row in packed]
-        for start, count in _cut(-(-len(rows) // devices), max(1, budget // length)):
+        for start, count in _cut(-(-len(rows) // devices), _most_rows(budget, length)):
             own = rows[start * devices : (start + count) * devices]
             batches.append(Batch(own, (count * devices, length)))
     if longest := [n for n in lengths if n > shortest]:
         raise ValueError(f"a text has {max(longest)} tokens; the longest row holds {shortest}")
     return batches
+
+
+def _most_rows(budget: int, length: int) -> int:
+    """Rows of a batch on one device."""
+    return max(1, budget // length)
 
 
 def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: Batch, pad_id: int) -> Rows:

@@ -132,11 +132,11 @@ def test_long_texts_are_cut_with_one_warning(embedder):
     np.testing.assert_allclose(got[0], embedder.encode(embedder.tokenizer.decode(ids[1:4])), atol=1e-6)
 
 
-def test_texts_are_tokenised_part_by_part_with_the_same_result(embedder, corpus, monkeypatch):
+def test_texts_are_tokenised_piece_by_piece_with_the_same_result(embedder, corpus, monkeypatch):
     texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
     with pytest.warns(UserWarning):
         vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
-    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 4)
+    monkeypatch.setattr("jina_jax.token_batches.FIRST_PIECE", 4)
     for kind, expected in zip(VALUES, (vectors, states), strict=True):
         with pytest.warns(UserWarning, match=f"of {len(texts)} texts are longer than 7 tokens") as caught:
             got = embedder.encode(texts, tasks, max_length=7, output_value=kind)
@@ -145,27 +145,32 @@ def test_texts_are_tokenised_part_by_part_with_the_same_result(embedder, corpus,
             np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_the_next_part_is_tokenised_while_one_is_computed(embedder, monkeypatch):
-    begun = [threading.Event() for _ in range(2)]
-    calls, reached = iter(begun), []
+def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch):
+    tokenising, computing = threading.Event(), threading.Event()
+    pieces, in_time = [], []
 
-    def tokenize_and_tell(*arguments):
-        next(calls).set()
-        return tokenize(*arguments)
+    def tokenize_during_computation(tokenizer, texts, limit):
+        pieces.append(len(texts))
+        if len(pieces) == 2:
+            tokenising.set()
+            in_time.append(computing.wait(60))
+        return tokenize(tokenizer, texts, limit)
 
-    def compute_when_the_next_has_begun(*arguments, **options):
-        reached.append(begun[1].wait(60))
+    def compute_during_tokenisation(*arguments, **options):
+        computing.set()
+        in_time.append(tokenising.wait(60))
         return embed_rows(*arguments, **options)
 
-    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 2)
-    monkeypatch.setattr("jina_jax.embedder.tokenize", tokenize_and_tell)
-    monkeypatch.setattr("jina_jax.embedder.embed_rows", compute_when_the_next_has_begun)
-    assert embedder.encode(["a", "b", "c", "d"]).shape == (4, 64)
-    assert reached == [True, True]
+    monkeypatch.setattr("jina_jax.token_batches.FIRST_PIECE", 2)
+    monkeypatch.setattr("jina_jax.embedder.tokenize", tokenize_during_computation)
+    monkeypatch.setattr("jina_jax.embedder.embed_rows", compute_during_tokenisation)
+    one_row = "a " * 500
+    assert embedder.encode([one_row] * 6, batch_size=1).shape == (6, 64)
+    assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
 
 
-def test_an_error_of_a_later_part_comes_before_anything_is_computed(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.embedder.PART_TEXTS", 2)
+def test_an_error_of_a_later_piece_comes_before_anything_is_computed(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.token_batches.FIRST_PIECE", 2)
     monkeypatch.setattr("jina_jax.embedder.embed_rows", None)
     with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
         embedder.encode(["fine"] * 4 + ["bad \ud800"])

@@ -25,8 +25,8 @@ calls = (
 )
 
 assert len(jax.devices()) == 8
-tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
-embedder.WORTH_FOLDING = int(np.median([tokens[i::4].sum() for i in range(4)]))  # two of the four tasks
+characters = np.array([len(text) + len(dict(prompts).get(task, "")) for text, task in zip(texts, tasks, strict=True)])
+embedder.WORTH_FOLDING = int(np.median([characters[i::4].sum() for i in range(4)]))  # two of the four tasks
 plain = Embedder(encoder, config, tokenizer)
 wanted = [plain.encode(some, normalize_embeddings=False, **options) for some, options in calls]
 wanted_states = plain.encode(texts[:9], output_value="token_embeddings")

@@ -1,0 +1,71 @@
+"""Texts to batches of packed rows: tokenised piece by piece, while the device computes batches of earlier pieces."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .packing import Rows, lay_out, plan, plan_full
+
+FIRST_PIECE = 128
+"""Texts of the first piece, for which the device waits. Each piece is twice the one before it."""
+
+LARGEST_PIECE = 4096
+"""Texts that are tokenised, and may wait for others, at most: enough to fill rows well."""
+
+
+def packed_rows(
+    texts: Sequence[str],
+    tokenize: Callable[[Sequence[str]], list[list[int]]],
+    pad_id: int,
+    budget: int,
+    devices: int = 1,
+) -> Iterator[Rows]:
+    """Batches that hold every text once; `Rows.texts` are indices in `texts`.
+
+    Texts that do not fill a batch wait for those of the next pieces, so that pieces cost no empty rows.
+
+    Args:
+        texts: what to pack.
+        tokenize: token ids of some of the texts; it is called in a thread of its own.
+        pad_id: token of empty slots.
+        budget, devices: as in `packing.plan`.
+    """
+    waiting: list[tuple[int, list[int]]] = []  # indices of texts, and their tokens
+    start = 0
+    for piece, is_last in _tokenized(texts, tokenize):
+        waiting += enumerate(piece, start)
+        start += len(piece)
+        token_ids = [ids for _, ids in waiting]
+        indices = np.array([index for index, _ in waiting])
+        plan_now = plan if is_last or len(waiting) >= LARGEST_PIECE else plan_full
+        batches = plan_now([len(ids) for ids in token_ids], budget, devices)
+        for batch in batches:
+            rows = lay_out(token_ids, batch, pad_id)
+            yield rows._replace(texts=np.where(rows.texts < 0, -1, indices[rows.texts]))
+        packed = {text for batch in batches for row in batch.rows for text in row}
+        waiting = [each for i, each in enumerate(waiting) if i not in packed]
+
+
+def _tokenized(
+    texts: Sequence[str], tokenize: Callable[[Sequence[str]], list[list[int]]]
+) -> Iterator[tuple[list[list[int]], bool]]:
+    """Token ids of each piece, and whether it is the last; the next one is tokenised while the caller works on it."""
+    first, *others = _pieces(texts)
+    token_ids = tokenize(first)
+    with ThreadPoolExecutor(1) as pool:
+        for piece in others:
+            following = pool.submit(tokenize, piece)
+            yield token_ids, False
+            token_ids = following.result()
+    yield token_ids, True
+
+
+def _pieces(texts: Sequence[str]) -> list[Sequence[str]]:
+    pieces, size = [texts[:FIRST_PIECE]], FIRST_PIECE
+    start = size
+    while start < len(texts):
+        size = min(2 * size, LARGEST_PIECE)
+        pieces.append(texts[start : start + size])
+        start += size
+    return pieces
