@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
-    {"accumulate", "lora", "shards"},
+    {"accumulate", "lora", "shards", "token_batches"},
     {"kernels.pairs", "kernels.blocks"},
     {"kernels.rows", "kernels.long_rows", "kernels.gpu_blocks"},
     {"attention"},
