@@ -64,7 +64,7 @@ class Pending(NamedTuple):
         return self.vectors
 
 
-def overhead(runs: int = 9) -> dict[str, Any]:
+def overhead(runs: int = 25) -> dict[str, Any]:
     """Seconds of the host's work for a call, and of a call beside each device; medians."""
     embedder, texts = _embedder(WIDE), corpus_sample(TEXTS)
     limit = embedder.max_length
