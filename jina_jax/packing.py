@@ -20,7 +20,6 @@ SMALL_ROW_LENGTHS = (16, 32, 128)
 TOKENS_PER_TEXT = 16
 """A row of t slots holds at most t / 16 texts, which bounds the arrays per text."""
 
-
 FULL = 0.95
 """Share of a batch's token slots from which on it is not worth waiting for more texts to fill it."""
 
@@ -99,7 +98,7 @@ def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
     for length in SMALL_ROW_LENGTHS:
         if sum(lengths) <= length and len(lengths) <= max_texts(length):
             return [Batch([list(range(len(lengths)))], (devices, length))]
-    return _batches(lengths, budget, devices)
+    return plan_large(lengths, budget, devices)
 
 
 def plan_full(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
@@ -113,11 +112,11 @@ def plan_full(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Bat
         held = sum(lengths[text] for row in batch.rows for text in row)
         return b == _most_rows(budget, t) * devices and held >= FULL * b * t
 
-    return [batch for batch in _batches(lengths, budget, devices) if is_full(batch)]
+    return [batch for batch in plan_large(lengths, budget, devices) if is_full(batch)]
 
 
-def _batches(lengths: Sequence[int], budget: int, devices: int) -> list[Batch]:
-    """Full-size rows for all texts, each as short as its longest text allows."""
+def plan_large(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
+    """As `plan`, in full-size rows alone, each as short as its longest text allows. Arguments as there."""
     batches = []
     shortest = 0
     for length in ROW_LENGTHS:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .packing import Rows, lay_out, plan, plan_full
+from .packing import Rows, lay_out, plan, plan_full, plan_large
 
 FIRST_PIECE = 128
 """Texts of the first piece, for which the device waits. Each piece is twice the one before it."""
@@ -27,7 +27,7 @@ def packed_rows(
 
     Args:
         texts: what to pack.
-        tokenize: token ids of some of the texts; it is called in a thread of its own.
+        tokenize: token ids of some of the texts; but for the first, in another thread.
         pad_id: token of empty slots.
         budget, devices: as in `packing.plan`.
     """
@@ -38,7 +38,10 @@ def packed_rows(
         start += len(piece)
         token_ids = [ids for _, ids in waiting]
         indices = np.array([index for index, _ in waiting])
-        plan_now = plan if is_last or len(waiting) >= LARGEST_PIECE else plan_full
+        if not is_last and len(waiting) < LARGEST_PIECE:
+            plan_now = plan_full
+        else:  # a small row is for a small call: for what is left of a larger one it would be a program more to compile
+            plan_now = plan if len(waiting) == start else plan_large
         batches = plan_now([len(ids) for ids in token_ids], budget, devices)
         for batch in batches:
             rows = lay_out(token_ids, batch, pad_id)

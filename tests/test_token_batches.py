@@ -1,5 +1,6 @@
 """Texts to batches piece by piece: every text once, in rows as full as if all were packed together."""
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +17,17 @@ BUDGET = 1024
 def of_length(texts: list[str]) -> list[list[int]]:
     """A text is its number of tokens, and so is each of its tokens."""
     return [[int(text)] * int(text) for text in texts]
+
+
+def recorded() -> tuple[list[int], Callable[[list[str]], list[list[int]]]]:
+    """`of_length`, and the number of texts of each of its calls."""
+    seen: list[int] = []
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        seen.append(len(texts))
+        return of_length(texts)
+
+    return seen, tokenize
 
 
 def pieces(first: int, largest: int):
@@ -63,24 +75,22 @@ def test_the_corpus_in_pieces_takes_no_more_slots_than_together(corpus, tokenize
 
 
 def test_texts_wait_for_others_that_fill_their_rows():
-    seen = []
-
-    def tokenize(texts):
-        seen.append(len(texts))
-        return of_length(texts)
-
+    seen, tokenize = recorded()
     with pieces(2, 100):
         (rows,) = packed_rows(["300", "300", "200", "200"], tokenize, 0, BUDGET)
     assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segments > 0).sum() == 1000
 
 
+def test_only_a_small_call_gets_a_small_row():
+    with pieces(2, 100):
+        shapes = [rows.tokens.shape for rows in packed_rows(["512", "512", "5"], of_length, 0, BUDGET)]
+    assert shapes == [(2, 512), (1, 512)]
+    with pieces(2, 100):
+        assert [rows.tokens.shape for rows in packed_rows(["5", "5", "5"], of_length, 0, BUDGET)] == [(1, 128)]
+
+
 def test_texts_that_nothing_fills_do_not_wait_for_the_end():
-    seen = []
-
-    def tokenize(texts):
-        seen.append(len(texts))
-        return of_length(texts)
-
+    seen, tokenize = recorded()
     with pieces(2, 8):
         batches = packed_rows(["300"] * 40, tokenize, 0, BUDGET)
         next(batches)
