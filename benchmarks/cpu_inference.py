@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from train.corpus import BUNDLED, read_corpus
+from train.data.corpus import BUNDLED, read_corpus
 
 from .machine import machine, versions
 
@@ -139,9 +139,9 @@ def write_model(directory: Path, layers: int = 24) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from convert.torch_writer import write_sentence_transformers
     from jina_jax import Encoder, ModelConfig
-    from jina_jax.tokenizer import load_tokenizer
+    from jina_jax.checkpoints.torch_writer import write_sentence_transformers
+    from jina_jax.text.tokenizer import load_tokenizer
 
     config = ModelConfig(num_layers=layers)
     encoder = jax.jit(lambda: Encoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()

@@ -25,11 +25,11 @@ import numpy as np
 from flax import nnx
 
 from jina_jax import Embedder, Encoder, ModelConfig
-from jina_jax.inference import embed_rows
-from jina_jax.packing import max_texts
-from jina_jax.tokenizer import load_tokenizer, tokenize
-from train.corpus import BUNDLED, read_corpus
-from train.tpu_chips import parse_topology
+from jina_jax.embed.forward import embed_rows
+from jina_jax.text.packing import max_texts
+from jina_jax.text.tokenizer import load_tokenizer, tokenize
+from train.aot.chips import parse_topology
+from train.data.corpus import BUNDLED, read_corpus
 
 from .cpu_inference import corpus_sample
 from .machine import machine, versions
@@ -95,7 +95,7 @@ def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> t
         free_at = max(free_at, time.perf_counter()) + per_slot * ids.size
         return Pending(free_at, vectors((ids.shape[0], max_texts(ids.shape[1]), WIDE.hidden_size)))
 
-    with patch("jina_jax.embedder.embed_rows", compute):
+    with patch("jina_jax.embed.embedder.embed_rows", compute):
         seconds = statistics.median(_seconds(lambda: embedder.encode(texts)) for _ in range(runs))
     return seconds, slots // runs
 

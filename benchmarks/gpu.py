@@ -35,7 +35,7 @@ import click
 from configs import pairs_short
 from jina_jax.config import ModelConfig
 from train.config import Stage
-from train.corpus import BUNDLED, read_corpus
+from train.data.corpus import BUNDLED, read_corpus
 
 from .cpu_inference import write_model
 from .machine import machine, versions
@@ -130,7 +130,7 @@ def attention(small: bool) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jina_jax.attention import chunked_attention, gpu_attention, plain_attention, rotary_tables
+    from jina_jax.model.attention import chunked_attention, gpu_attention, plain_attention, rotary_tables
 
     model = _sizes(small)
     forms = {

@@ -14,11 +14,11 @@ from typing import Any
 
 from jina_jax.config import ModelConfig
 from train.config import Dataset, Stage, Start, TrainConfig
-from train.corpus import BUNDLED, read_corpus
-from train.datasets import title_body_pairs
-from train.loop import train
-from train.metrics import read_metrics
-from train.records import write_records
+from train.data.corpus import BUNDLED, read_corpus
+from train.data.records import write_records
+from train.data.tfds_datasets import title_body_pairs
+from train.run.loop import train
+from train.run.metrics import read_metrics
 
 TOKENIZER = "data/tokenizer"
 EVERY = 10
@@ -115,7 +115,7 @@ def _write_peer(directory: Path, model: ModelConfig, stage: Stage) -> Path:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
-    from jina_jax.tokenizer import load_tokenizer
+    from jina_jax.text.tokenizer import load_tokenizer
 
     sizes = XLMRobertaConfig(
         vocab_size=model.vocab_size,

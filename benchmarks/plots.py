@@ -14,7 +14,7 @@ import click
 import matplotlib
 from matplotlib.figure import Figure
 
-from jina_jax.whole_file import whole_file
+from jina_jax.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,7 +3,7 @@
     python -m benchmarks.tpu_estimate --json benchmarks/results/tpu_estimate.json
 
 Needs no TPU: the programs are compiled ahead of time, and their cycles are the compiler's estimates, loops counted as often as
-they turn, and the schedules of the Pallas kernels (`train.tpu_compiler`). Nothing is run, so waits for memory inside a kernel
+they turn, and the schedules of the Pallas kernels (`train.aot.compiler`). Nothing is run, so waits for memory inside a kernel
 and stalls of the matrix unit are not seen. The naive port has the same products and the same mask, in bfloat16 and in a loop
 over layers: separate q, k and v, XLA's attention, rotation by halves, a float32 stream, LayerNorm in two passes, and
 `jax.nn.gelu`. Needs libtpu: pip install -e '.[train,tpu]'
@@ -25,10 +25,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jina_jax import Encoder, ModelConfig
-from jina_jax.adapters import fold_adapter
-from jina_jax.attention import RotaryTables, attention, rotary_tables
-from jina_jax.packing import max_texts
-from train.tpu_compiler import Slice, load_topology, measure
+from jina_jax.model.adapters import fold_adapter
+from jina_jax.model.attention import RotaryTables, attention, rotary_tables
+from jina_jax.text.packing import max_texts
+from train.aot.compiler import Slice, load_topology, measure
 
 from .machine import versions
 

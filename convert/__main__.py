@@ -6,15 +6,14 @@ from pathlib import Path
 
 import click
 
-from jina_jax import checkpoint
+from jina_jax.checkpoints import native, torch_writer
+from jina_jax.checkpoints.sources import find_model, model_kind
+from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.cli import Programs, whole_file
 from jina_jax.config import SERVING_ROPE_THETA
-from jina_jax.model import Encoder
-from jina_jax.sources import find_model, model_kind
-from jina_jax.tokenizer import PreTrainedTokenizerFast, load_tokenizer, max_tokens
-from jina_jax.torch_checkpoint import read_torch_checkpoint
+from jina_jax.model.encoder import Encoder
+from jina_jax.text.tokenizer import PreTrainedTokenizerFast, load_tokenizer, max_tokens
 
-from . import torch_writer
 from .verify import verify as compare
 
 LAYOUTS = ("original", "transformers", "sentence-transformers")
@@ -35,12 +34,12 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
 def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
     """Write SRC (a PyTorch checkpoint in any layout: directory or hub id) as the native checkpoint DST."""
-    checkpoint.check_free(dst)
+    native.check_free(dst)
     directory = find_model(src, revision)
     if model_kind(directory) == "native":
         raise ValueError(f"{src} is a native checkpoint already")
     encoder = read_torch_checkpoint(directory, param_dtype=dtype, allow_pickle=allow_pickle)
-    checkpoint.save_checkpoint(dst, encoder, load_tokenizer(directory, encoder.config))
+    native.save_checkpoint(dst, encoder, load_tokenizer(directory, encoder.config))
     click.echo(f"{dst}: {_describe(encoder)}")
 
 
@@ -53,7 +52,7 @@ def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revisi
 @click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
 def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
     """Write SRC (a native checkpoint, or any other that this library reads) as a PyTorch checkpoint DST."""
-    checkpoint.check_free(dst)
+    native.check_free(dst)
     if task and layout != "sentence-transformers":
         raise ValueError(f"--task goes with --layout sentence-transformers; {layout} holds all tasks")
     encoder, tokenizer = _load(find_model(src))
@@ -94,16 +93,16 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
 @click.argument("directory", type=click.Path(path_type=Path))
 def seal(directory: Path) -> None:
     """Accept the files of a native checkpoint as they are now: write its manifest anew."""
-    if not checkpoint.is_checkpoint(directory):
-        raise ValueError(f"{directory} has no {checkpoint.MANIFEST}; it is no native checkpoint")
-    checkpoint.seal(directory)
-    checkpoint.load_checkpoint(directory)
+    if not native.is_checkpoint(directory):
+        raise ValueError(f"{directory} has no {native.MANIFEST}; it is no native checkpoint")
+    native.seal(directory)
+    native.load_checkpoint(directory)
     click.echo(f"{directory}: sealed")
 
 
 def _load(directory: Path) -> tuple[Encoder, PreTrainedTokenizerFast]:
-    native = model_kind(directory) == "native"
-    encoder = (checkpoint.load_checkpoint if native else read_torch_checkpoint)(directory)
+    read = native.load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
+    encoder = read(directory)
     return encoder, load_tokenizer(directory, encoder.config)
 
 

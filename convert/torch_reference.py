@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jina_jax.checkpoints.peft import adapter_folder, find_peft_adapters
+from jina_jax.checkpoints.tensor_files import open_tensors
 from jina_jax.config import ModelConfig
-from jina_jax.peft_adapter import adapter_folder, find_peft_adapters
-from jina_jax.tensor_files import open_tensors
 
 _NATIVE_NAMES = {
     "emb_ln": "embeddings.LayerNorm",

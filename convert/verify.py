@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jina_jax import packing
-from jina_jax.embedder import Embedder
-from jina_jax.inference import encode_rows
-from jina_jax.model import Encoder, Normalised, pool, task_of_tokens
-from jina_jax.sources import find_model, model_kind
-from jina_jax.torch_checkpoint import read_torch_checkpoint
+from jina_jax.checkpoints.sources import find_model, model_kind
+from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
+from jina_jax.embed.embedder import Embedder
+from jina_jax.embed.forward import encode_rows
+from jina_jax.model.encoder import Encoder, Normalised, pool, task_of_tokens
+from jina_jax.text import packing
 
 TOLERANCES = {"layer": 1e-5, "states": 1e-4, "embedding": 1e-5}
 """Largest differences in float32. `layer`: output of one layer given the reference's input, `states`: of all layers in turn,

@@ -6,8 +6,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers advises to install PyTorch
 
 from .config import ModelConfig as ModelConfig
-from .embedder import Embedder as Embedder
-from .model import Encoder as Encoder
-from .model import pool as pool
+from .embed.embedder import Embedder as Embedder
+from .model.encoder import Encoder as Encoder
+from .model.encoder import pool as pool
 
 __version__ = "0.1.0"

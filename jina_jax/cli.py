@@ -16,12 +16,12 @@ except ImportError:
 import jax
 import numpy as np
 
-from . import bulk
-from .embedder import Embedder
-from .quantize import PRECISIONS
-from .remote import is_remote
-from .sources import find_model
-from .whole_file import whole_file as whole_file
+from .bulk import run as bulk
+from .checkpoints.remote import is_remote
+from .checkpoints.sources import find_model
+from .embed.embedder import Embedder
+from .embed.quantize import PRECISIONS
+from .files import whole_file as whole_file
 
 MAX_CACHE_BYTES = 10 * 2**30
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."

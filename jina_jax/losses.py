@@ -23,8 +23,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from .lora import contract, contract_table
-from .model import MLMHead
+from .model.encoder import MLMHead
+from .model.lora import contract, contract_table
 
 AxisName = str | tuple[str, ...] | None
 Tree = TypeVar("Tree")

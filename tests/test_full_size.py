@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
-from convert.torch_writer import write_transformers
 from jina_jax import Embedder, Encoder, ModelConfig
-from jina_jax.adapters import base_arrays, extract_adapters
+from jina_jax.checkpoints.torch_writer import write_transformers
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.model import from_arrays
-from jina_jax.tokenizer import load_tokenizer
+from jina_jax.model.adapters import base_arrays, extract_adapters
+from jina_jax.model.encoder import from_arrays
+from jina_jax.text.tokenizer import load_tokenizer
 from oracles import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,40 +1,49 @@
-"""Who may import whom: arrows point one way, and heavy packages stay where they belong."""
+"""Who may import whom: rooms import only rooms below them, and heavy packages stay where they belong."""
 
 import ast
-import subprocess
-import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEVELS = [
-    {"config", "packing", "processes", "quantize", "tensor_files", "text_files", "remote", "whole_file"},
-    {"accumulate", "lora", "shards", "token_batches"},
-    {"kernels.pairs", "kernels.blocks"},
-    {"kernels.rows", "kernels.long_rows", "kernels.gpu_blocks"},
-    {"attention"},
-    {"weights", "model"},
-    {"sharding"},
-    {"adapters", "inference", "losses", "peft_adapter", "checkpoint", "tokenizer"},
-    {"torch_checkpoint", "sources", "arguments"},
-    {"embedder"},
-    {"bulk", "__init__", "kernels.__init__"},
-    {"cli"},
-]
-"""A module of jina_jax imports only from levels above its own line."""
+LIBRARY = (
+    ("config",),
+    ("files",),
+    ("model",),
+    ("losses", "parallel"),
+    ("checkpoints",),
+    ("text",),
+    ("embed",),
+    ("bulk",),
+    ("adapters", "__init__"),
+    ("cli",),
+)
+"""The floors of jina_jax, from the ground up: a room imports only from floors below its own, and from itself."""
 
-ALLOWED = {  # heavy packages, and the files that may import them
-    "torch": {"tensor_files.py", "torch_reference.py", "verify.py"},
-    "click": {"cli.py", "__main__.py", "quickstart.py", "mine.py", "evaluate.py", "prepare.py", "compile.py"},
-    "pyarrow": {"cli.py", "shards.py", "text_files.py", "records.py"},
-    "optax": {"optimizer.py", "step.py"},
-    "grain": {"data.py", "loop.py"},
+PROGRAMS = (
+    ("config", "__init__"),
+    ("data",),
+    ("step",),
+    ("run",),
+    ("evaluation", "aot"),
+    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart"),
+)
+"""The same of train."""
+
+FLOORS = {"jina_jax": LIBRARY, "train": PROGRAMS}
+
+ALLOWED = {  # heavy packages, and the rooms or files that may import them
+    "torch": {"jina_jax/checkpoints/tensor_files.py", "convert/torch_reference.py", "convert/verify.py"},
+    "click": {"jina_jax/command.py", "jina_jax/cli.py", "train", "convert/__main__.py"},
+    "pyarrow": {"jina_jax/cli.py", "jina_jax/bulk", "jina_jax/text/readers.py"},
+    "optax": {"train/step"},
+    "grain": {"train/data/stream.py", "train/run/loop.py"},
     "tensorflow": set(),
-    "tensorflow_datasets": {"datasets.py"},
-    "tensorboardX": {"metrics.py"},
-    "matplotlib": {"report.py"},
+    "tensorflow_datasets": {"train/data/tfds_datasets.py"},
+    "tensorboardX": {"train/run/metrics.py"},
+    "matplotlib": {"train/evaluation/report.py"},
     "peft": set(),
     "sentence_transformers": set(),
 }
@@ -43,12 +52,13 @@ ALLOWED = {  # heavy packages, and the files that may import them
 def imports(path: Path) -> set[tuple[str, int]]:
     """(module, relative level) of every import of a file, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(alias.name, 0) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {(name or "", node.level) for name in names}
+            names = [f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names]
+            found |= {(name, node.level) for name in names}
     return found
 
 
@@ -56,51 +66,64 @@ def files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def module(path: Path) -> str:
-    """Name of a module of the library: "model", or "kernels.rows"."""
-    return ".".join(path.relative_to(ROOT / "jina_jax").with_suffix("").parts)
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def within(path: Path) -> set[str]:
-    """The library's modules that one of them imports by relative names."""
-    package = module(path).split(".")
-    return {".".join([*package[:-level], name]) for name, level in imports(path) if level}
+def room(path: Path) -> str:
+    """The folder or root module that a file is in: "model", "config", "__init__"."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
-def test_every_module_of_the_library_has_a_level():
-    assert {module(path) for path in files("jina_jax")} == set().union(*LEVELS)
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of its own package that a file imports."""
+    package = path.relative_to(ROOT).parts[0]
+    here = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for name, level in imports(path):
+        target = [*here[: len(here) - level + 1], *name.split(".")] if level else name.split(".")
+        if target[0] == package and len(target) > 1:
+            found.add(target[1])
+    return found
 
 
-@pytest.mark.parametrize("path", files("jina_jax"), ids=module)
-def test_the_library_imports_only_what_lies_below(path):
-    level = next(i for i, names in enumerate(LEVELS) if module(path) in names)
-    below = set().union(*LEVELS[:level])
-    assert within(path) <= below
-    assert not {name for name, _ in imports(path) if name.split(".")[0] in ("train", "convert", "configs", "benchmarks")}
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_file_is_in_a_room_with_a_floor(package):
+    assert {room(path) for path in files(package)} <= {name for floor in FLOORS[package] for name in floor}
 
 
-def test_train_and_convert_do_not_import_each_other():
-    for package, other in (("train", "convert"), ("convert", "train")):
+@pytest.mark.parametrize("path", [path for package in FLOORS for path in files(package)], ids=place)
+def test_a_room_imports_only_what_lies_below(path):
+    floors = FLOORS[path.relative_to(ROOT).parts[0]]
+    floor = next(i for i, names in enumerate(floors) if room(path) in names)
+    below = {name for names in floors[:floor] for name in names}
+    assert imported_rooms(path) <= below | {room(path)} | ({"data"} if place(path) == "train/config.py" else set())
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_inside_a_room_no_imports_go_in_circles(package):
+    graph = {}
+    for path in files(package):
+        here = path.relative_to(ROOT).parts[:-1]
+        targets = {".".join([*here[: len(here) - level + 1], *name.split(".")]) for name, level in imports(path) if level}
+        graph[".".join(path.relative_to(ROOT).with_suffix("").parts)] = targets
+    known = {
+        module: {name for target in targets for name in (target, target.rpartition(".")[0]) if name in graph and name != module}
+        for module, targets in graph.items()
+    }
+    TopologicalSorter(known).prepare()  # CycleError names the circle
+
+
+def test_programs_import_the_library_and_never_each_other():
+    others = {"jina_jax": {"train", "convert"}, "train": {"convert"}, "convert": {"train", "configs"}}
+    for package, forbidden in others.items():
         for path in files(package):
-            assert not {name for name, _ in imports(path) if name.split(".")[0] == other}, path
+            assert not {name for name, level in imports(path) if not level and name.split(".")[0] in forbidden}, path
 
 
 @pytest.mark.parametrize("package", ["jina_jax", "convert", "train"])
 def test_heavy_packages_stay_where_they_belong(package):
     for path in files(package):
-        for name, relative in imports(path):
-            if not relative and (top := name.split(".")[0]) in ALLOWED:
-                assert path.name in ALLOWED[top], f"{path} imports {top}"
-
-
-def test_the_library_itself_needs_no_package_of_training():
-    for path in files("jina_jax"):
-        found = {name.split(".")[0] for name, relative in imports(path) if not relative}
-        assert not found & {"optax", "grain", "tensorflow_datasets", "tensorboardX", "matplotlib"}, path
-
-
-def test_importing_the_library_imports_no_torch():
-    code = "import sys, jina_jax; print(sorted({'torch', 'tensorflow', 'click', 'pyarrow', 'optax'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    found = set(ast.literal_eval(done.stdout.splitlines()[-1]))
-    assert found <= {"optax"}  # flax brings it
+        for name, level in imports(path):
+            if not level and (top := name.split(".")[0]) in ALLOWED:
+                assert place(path).startswith(tuple(ALLOWED[top])), f"{place(path)} imports {top}"

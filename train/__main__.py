@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from jina_jax import processes
+from jina_jax.checkpoints.remote import is_remote
 from jina_jax.cli import Program
-from jina_jax.remote import is_remote
+from jina_jax.parallel import processes
 
 from .config import load_config
-from .loop import train
+from .run.loop import train
 
 
 @click.command(cls=Program)

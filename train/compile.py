@@ -12,17 +12,17 @@ import jax.numpy as jnp
 
 from jina_jax.cli import Program
 from jina_jax.config import dump_json
-from jina_jax.inference import embed_rows
-from jina_jax.model import from_parts
-from jina_jax.sharding import check_divides, make_mesh
+from jina_jax.embed.forward import embed_rows
+from jina_jax.model.encoder import from_parts
+from jina_jax.parallel.mesh import check_divides, make_mesh
 
-from .abstract import Parts, abstract_parts, source_sizes, step_arguments, whole_numbers
+from .aot.abstract_step import Parts, abstract_parts, source_sizes, step_arguments, whole_numbers
+from .aot.chips import GIB
+from .aot.compiler import DoesNotFit, Measurement, Slice, load_topology, measure
 from .config import Mesh, Stage, TrainConfig, load_config
-from .examples import texts_per_example
-from .flops import training_flops
-from .step import make_step
-from .tpu_chips import GIB
-from .tpu_compiler import DoesNotFit, Measurement, Slice, load_topology, measure
+from .data.examples import texts_per_example
+from .step.flops import training_flops
+from .step.update import make_step
 
 INFERENCE_ROWS = 16
 """Rows of each device in the embedder's program, where the stage has no `chunk_rows`."""

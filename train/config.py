@@ -12,9 +12,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jina_jax.config import ModelConfig, Remat
-from jina_jax.packing import TOKENS_PER_TEXT
+from jina_jax.text.packing import TOKENS_PER_TEXT
 
-from .records import kind_named
+from .data.records import kind_named
 
 Objective = Literal["mlm", "pairs", "retrieval", "text_matching", "classification", "separation"]
 

@@ -13,12 +13,12 @@ from flax import nnx
 from jina_jax import Embedder, Encoder
 from jina_jax.cli import Program
 
-from . import report
-from .benchmark import Retrieval, corpus_tasks
-from .benchmark.bm25 import bm25_score
-from .benchmark.embeddings import model_scores
-from .benchmark.scores import Score
-from .corpus import Package, read_corpus
+from .data.corpus import Package, read_corpus
+from .evaluation import report
+from .evaluation.bm25 import bm25_score
+from .evaluation.model_scores import model_scores
+from .evaluation.scores import Score
+from .evaluation.tasks import Retrieval, corpus_tasks
 
 
 @click.command(cls=Program)

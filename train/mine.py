@@ -8,8 +8,8 @@ import click
 from jina_jax import Embedder
 from jina_jax.cli import Program, whole_file
 
-from .negatives import Scorer, Selection, bm25_scores, embedding_scores, mine
-from .records import Pair, read_records, write_records
+from .data.hard_negatives import Scorer, Selection, bm25_scores, embedding_scores, mine
+from .data.records import Pair, read_records, write_records
 
 
 @click.command(cls=Program)

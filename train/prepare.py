@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
-from jina_jax.checkpoint import check_free
+from jina_jax.checkpoints.native import check_free
 from jina_jax.cli import Programs
 
-from .corpus import BUNDLED, SPLITS
-from .datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
-from .records import KINDS
+from .data.corpus import BUNDLED, SPLITS
+from .data.records import KINDS
+from .data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
 
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or empty directory.")
 

@@ -17,14 +17,14 @@ from configs import quickstart as presets
 from jina_jax import Embedder
 from jina_jax.cli import Program
 
-from .benchmark.scores import Score
 from .config import TrainConfig, from_dict, to_dict
-from .corpus import BUNDLED, read_corpus
-from .datasets import CORPUS_RECORDS, prepare_corpus
+from .data.corpus import BUNDLED, read_corpus
+from .data.tfds_datasets import CORPUS_RECORDS, prepare_corpus
 from .evaluate import evaluate, untrained
-from .loop import train
-from .metrics import FILE
-from .summary import write_summary
+from .evaluation.scores import Score
+from .evaluation.stage_summary import write_summary
+from .run.loop import train
+from .run.metrics import FILE
 
 HOME = "runs/quickstart"
 """The working directory that the presets name."""

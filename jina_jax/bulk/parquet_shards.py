@@ -1,0 +1,135 @@
+"""The shards of a bulk run on disk: each appears whole, and its hash beside it tells at a restart whether it still is.
+
+OUTPUT/part-00000.parquet     rows of the input, in its order: id, embedding
+OUTPUT/_run/part-00000.json   its rows, size and hash; written behind it
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checkpoints.tensor_files import read_json
+from ..config import dump_json
+from ..files import whole_file
+from ..text.readers import RowError, parquet
+
+logger = logging.getLogger(__name__)
+
+RUN = "_run"
+
+
+class Shard(NamedTuple):
+    """Rows first..end of all rows of the input."""
+
+    number: int
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:05d}"
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.first
+
+    def file(self, output: Path) -> Path:
+        return output / f"{self.name}.parquet"
+
+    def record(self, output: Path) -> Path:
+        return output / RUN / f"{self.name}.json"
+
+
+def shards_of(rows: int, shard_rows: int) -> list[Shard]:
+    """All shards of so many rows; the last may have fewer than `shard_rows`."""
+    return [Shard(i, first, min(first + shard_rows, rows)) for i, first in enumerate(range(0, rows, shard_rows))]
+
+
+def schema(ids: str, embeddings: np.ndarray) -> Any:
+    """Arrow's schema of a shard: ids of the type named, and vectors like those of `embeddings`."""
+    parquet()
+    import pyarrow as pa
+
+    vector = pa.list_(pa.from_numpy_dtype(embeddings.dtype), embeddings.shape[1])
+    return pa.schema([("id", ids), ("embedding", vector)])
+
+
+def write_shard(output: Path, shard: Shard, of: Any, batches: Iterable[tuple[Sequence[str | int], np.ndarray]]) -> None:
+    """Writes a shard and then its record, each whole or not at all.
+
+    Args:
+        output: the run's directory.
+        shard: which.
+        of: its `schema`.
+        batches: ids and embeddings [rows, dim] of its rows.
+
+    Raises:
+        RowError: there are fewer rows than the shard has.
+    """
+    import pyarrow as pa
+
+    rows = 0
+    with whole_file(shard.file(output)) as target:
+        with parquet().ParquetWriter(target, of, use_dictionary=False) as writer:
+            for ids, embeddings in batches:
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+                writer.write_table(pa.table([pa.array(ids, of.field("id").type), vectors], schema=of))
+                rows += len(ids)
+        if rows != shard.rows:
+            raise RowError(f"an input has become shorter: there are {rows} of the {shard.rows} rows of {shard.name}")
+        record = {"rows": rows, "bytes": target.stat().st_size, "sha256": sha256(target)}
+    write_json(shard.record(output), record)
+
+
+def is_finished(output: Path, shard: Shard) -> bool:
+    """Whether a shard is there as it was written. The record of a damaged one is removed."""
+    record = record_if_there(output, shard)
+    if not record:
+        return False
+    if sha256(shard.file(output)) == record.get("sha256"):
+        return True
+    logger.warning("%s is damaged, and made again", shard.file(output))
+    shard.record(output).unlink()
+    return False
+
+
+def record_if_there(output: Path, shard: Shard) -> dict[str, Any]:
+    """The record of a shard whose file has the recorded size; else nothing."""
+    file, record = shard.file(output), read_if_good(shard.record(output))
+    return record if file.exists() and file.stat().st_size == record.get("bytes") else {}
+
+
+def rows_done(output: Path, shards: Iterable[Shard]) -> int:
+    """Rows of the shards that have a record, whichever process wrote it."""
+    there = {path.stem for path in (output / RUN).glob("part-*.json")}
+    return sum(shard.rows for shard in shards if shard.name in there)
+
+
+def remove_unfinished(output: Path, shards: Iterable[Shard]) -> None:
+    """Removes what killed processes left of these shards."""
+    names = {shard.file(output).name for shard in shards}
+    for partial in output.glob(".part-*.partial-*"):
+        if partial.name[1:].partition(".partial-")[0] in names:
+            partial.unlink(missing_ok=True)
+
+
+def read_if_good(path: Path) -> dict[str, Any]:
+    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(dump_json(fields), "utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,317 @@
+"""Bulk embedding: the rows of many files as Parquet shards, by any number of processes, each of which may end at any moment.
+
+OUTPUT/part-00000.parquet     a shard: rows of the input, in its order
+OUTPUT/_manifest.json         what all of it is; written last
+OUTPUT/_run/                  what a restart needs: the run, the inputs as they were counted, the hash of each finished shard
+
+Which rows a shard has follows from the files alone, and how they are batched from the shard alone: the shards are the same
+whatever the processes, which never talk. Names with an underscore are passed over by what reads a directory of Parquet files.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..checkpoints.tensor_files import read_json
+from ..config import differences
+from ..embed.embedder import Embedder
+from ..embed.quantize import Precision
+from ..parallel.mesh import make_mesh
+from ..text.readers import Row, RowError, check_file, parquet, read_rows
+from .parquet_shards import (
+    RUN,
+    Shard,
+    is_finished,
+    read_if_good,
+    record_if_there,
+    remove_unfinished,
+    rows_done,
+    schema,
+    sha256,
+    shards_of,
+    write_json,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "jina-jax embeddings"
+VERSION = 1
+MANIFEST = "_manifest.json"
+
+SHARD_ROWS = 32_768
+CALL_ROWS = 4096
+"""Rows of a shard embedded in one call. It bounds memory, and is large enough to fill packed rows well."""
+
+MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
+
+
+class OutputError(ValueError):
+    """The output directory holds something else; the message lists what differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the embeddings depend on beside model and input; as in `Embedder.encode` and `text_files.read_rows`."""
+
+    task: str | None = None
+    dim: int | None = None
+    precision: Precision = "float32"
+    batch_size: int = 32
+    field: str = "text"
+    id_field: str | None = None
+    shard_rows: int = SHARD_ROWS
+    """The last shard may have fewer."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows must be at least 1, not {self.shard_rows}")
+        if self.precision in ("int8", "uint8"):
+            raise ValueError(
+                f"{self.precision} takes its ranges from all embeddings, which are never together here; "
+                "write float32 and quantise what you read, or take binary or ubinary"
+            )
+
+
+class Result(NamedTuple):
+    """What is there when a process has done its part."""
+
+    rows: int
+    shards: int
+    complete: bool
+    """Whether all shards are there and the manifest is written, or other processes are still at work."""
+
+
+def load_here(directory: Path) -> Embedder:
+    """The model on all devices of this host.
+
+    Raises:
+        ValueError: they are part of a larger slice, which runs as one program and not as processes on their own.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this host is one of {jax.process_count()} of a TPU slice; to use it alone set TPU_PROCESS_BOUNDS=1,1,1 and "
+            "TPU_CHIPS_PER_PROCESS_BOUNDS to its chips, such as 2,2,1"
+        )
+    devices = jax.local_devices()
+    return Embedder.load(directory, mesh=make_mesh(devices=devices) if len(devices) > 1 else None)
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 over the files of a model."""
+    paths = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
+    if (directory / "manifest.json") in paths:  # it has the hashes of all others
+        paths = [directory / "manifest.json"]
+    hashes = [f"{path.relative_to(directory).as_posix()} {sha256(path)}" for path in paths]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def embed_files(
+    embedder: Embedder,
+    fingerprint: str,
+    files: Sequence[str],
+    output: Path,
+    options: Options,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = False,
+) -> Result:
+    """Embeds this process's shards of all rows of `files`: those of its number modulo `processes` that are not there yet.
+
+    Args:
+        embedder: on this process's own devices.
+        fingerprint: of its model.
+        files: as `text_files.read_rows` takes them.
+        output: a directory that all processes share, new or of this very run.
+        options: the same in all processes.
+        process: number of this one, from 0.
+        processes: how many there are. Another number than before is fine.
+        progress: show a bar.
+
+    Raises:
+        OutputError: `output` holds another run.
+        ValueError, OSError: an argument, an input or the disk. What is finished stays, and a later call goes on from there.
+    """
+    check_arguments(files, options, process, processes)
+    no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
+    _open_output(output)
+    inputs = _surveyed(files, output, options, process, processes, progress)
+    of = schema(_id_type(inputs), no_embeddings)
+    identity = _identity(embedder, fingerprint, options, inputs)
+    _claim(output, identity)
+
+    total = sum(known["rows"] for known in inputs)
+    shards = shards_of(total, options.shard_rows)
+    own = shards[process::processes]
+    remove_unfinished(output, own)
+    todo = [shard for shard in own if not is_finished(output, shard)]
+    if todo:
+        (output / MANIFEST).unlink(missing_ok=True)
+    rows = _rows(inputs, todo, options)
+    with _progress_bar("Embedding", total, "text", progress) as bar:
+        bar.update(rows_done(output, shards))
+        for shard in todo:
+            began = time.perf_counter()
+            # The first shard goes call by call: it compiles, and folds the adapter. Then one call is tokenised during another.
+            batches = _embedded(embedder, islice(rows, shard.rows), options, bar, calls=1 if shard is todo[0] else 2)
+            write_shard(output, shard, of, batches)
+            bar.n = rows_done(output, shards)  # those of other processes, too
+            bar.refresh()
+            speed = shard.rows / (time.perf_counter() - began)
+            logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, total, speed)
+    return Result(total, len(shards), _finish(output, identity, shards))
+
+
+def check_arguments(files: Sequence[str], options: Options, process: int, processes: int) -> None:
+    """What can be told at once, before a model is loaded."""
+    if not files:
+        raise ValueError("there are no files to embed")
+    if twice := sorted(file for file, count in Counter(files).items() if count > 1):
+        raise ValueError(f"files are given twice: {twice}")
+    if processes < 1:
+        raise ValueError(f"there must be at least 1 process, not {processes}")
+    if not 0 <= process < processes:
+        raise ValueError(f"the number of a process must be in 0..{processes - 1}, not {process}")
+    for file in files:
+        check_file(file, options.id_field)
+    parquet()
+
+
+# ---- the run and its inputs
+
+
+def _open_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file, not a directory")
+    if output.exists() and any(output.iterdir()) and not (output / RUN).is_dir():
+        raise FileExistsError(f"{output} is not empty and holds no embeddings of this program; choose another directory")
+    (output / RUN).mkdir(parents=True, exist_ok=True)
+
+
+def _surveyed(
+    files: Sequence[str], output: Path, options: Options, process: int, processes: int, progress: bool
+) -> list[dict[str, Any]]:
+    """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
+    found: dict[int, dict[str, Any]] = {}
+    begin = len(files) * process // processes
+    with _progress_bar("Reading", len(files), "file", progress) as bar:
+        for i in (*range(begin, len(files)), *range(begin)):
+            found[i] = _input(files[i], output / RUN / f"input-{i:05d}.json", options)
+            bar.update()
+    return [found[i] for i in range(len(files))]
+
+
+def _input(file: str, record: Path, options: Options) -> dict[str, Any]:
+    """What is known of a file, from the record where that is of the file as it is now. Every row is checked."""
+    stat = Path(file).stat()
+    now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
+    known = read_if_good(record)
+    if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
+        return known
+    digest, rows, types = sha256(Path(file)), 0, set()
+    for row in read_rows(file, options.field, options.id_field):
+        rows += 1
+        types.add("string" if isinstance(row.id, str) else "int64")
+    known = now | {"rows": rows, "sha256": digest, "id_types": sorted(types)}
+    write_json(record, known)
+    return known
+
+
+def _id_type(inputs: list[dict[str, Any]]) -> str:
+    first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
+    if len(first) > 1:
+        raise RowError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
+    return next(iter(first), "string")
+
+
+def _identity(embedder: Embedder, fingerprint: str, options: Options, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a restart must agree with."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
+        "options": dataclasses.asdict(options),
+        "inputs": [{key: known[key] for key in ("file", "bytes", "rows", "sha256")} for known in inputs],
+    }
+
+
+def _claim(output: Path, identity: dict[str, Any]) -> None:
+    """Marks the output as this run's. OutputError where it is another's."""
+    file = output / RUN / "run.json"
+    if not file.exists():
+        write_json(file, identity)
+    if changed := differences(read_json(file), identity):
+        raise OutputError(
+            f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
+            "Give the same files, model and options, or another directory"
+        )
+
+
+def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Row]:
+    """Rows of the shards, in one pass over the files that have any."""
+    base = 0
+    for known in inputs:
+        end = base + known["rows"]
+        ranges = [(max(s.first, base) - base, min(s.end, end) - base) for s in shards if s.first < end and s.end > base]
+        if ranges:
+            yield from read_rows(known["file"], options.field, options.id_field, ranges)
+        base = end
+
+
+# ---- embedding
+
+
+def _embedded(
+    embedder: Embedder, rows: Iterator[Row], options: Options, bar: Any, *, calls: int
+) -> Iterator[tuple[list[str | int], np.ndarray]]:
+    """Ids and embeddings of rows, a call's worth at a time and in order; so many calls are under way at once."""
+    running: deque[tuple[list[str | int], Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(calls) as pool:
+        while True:
+            if batch := list(islice(rows, CALL_ROWS)):
+                call = pool.submit(_encoded, embedder, [row.text for row in batch], options)
+                running.append(([row.id for row in batch], call))
+            if not running:
+                return
+            if not batch or len(running) == calls:
+                ids, call = running.popleft()
+                yield ids, call.result()
+                bar.update(len(ids))
+
+
+def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarray:
+    return embedder.encode(
+        texts,
+        options.task,
+        truncate_dim=options.dim,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        show_progress_bar=False,
+    )
+
+
+def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:
+    """Writes the manifest if all shards are there. Whichever process comes last finds them all."""
+    records = [record_if_there(output, shard) for shard in shards]
+    if not all(records):
+        return False
+    listed = [{"file": shard.file(output).name} | record for shard, record in zip(shards, records, strict=True)]
+    write_json(output / MANIFEST, identity | {"rows": sum(shard.rows for shard in shards), "shards": listed})
+    return True
+
+
+def _progress_bar(name: str, total: int, unit: str, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=name, unit=unit, disable=not show)

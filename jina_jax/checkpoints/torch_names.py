@@ -1,0 +1,235 @@
+"""THE table: PyTorch names <-> Flax paths, for every layout and in both directions.
+
+Three pieces make it up, and everything else is derived from them:
+
+  * MODULES and LAYER_MODULES: which module of a checkpoint is which module of the encoder, in each spelling;
+  * TENSORS: the tensors of a module of each kind, and how their axes change;
+  * STACKED_ADAPTERS and PEFT_ADAPTERS: the same for adapters, stacked over tasks (the original) or a folder a task (PEFT).
+
+The functions below write the table out for a configuration: for each tensor name an `Entry`, a place in a Flax array and an
+invertible change of axes. Nothing here opens a file.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ..config import ModelConfig
+
+Spelling = Literal["fused", "split", "xlmr"]
+"""fused: files of jina-embeddings-v3, the original's and transformers'. split: the names transformers gives the modules of
+jina-embeddings-v3 in memory, which some files and all PEFT adapters use. xlmr: XLM-RoBERTa and multilingual-E5."""
+
+Kind = Literal["dense", "fused", "part", "embedding", "norm", "bias"]
+"""fused: q, k and v in one matrix. part: one of q, k, v, a third of the fused array here."""
+
+
+class Module(NamedTuple):
+    """A module of the encoder and its name in each spelling, "" where a layout has none."""
+
+    path: str
+    kind: Kind
+    fused: str
+    split: str
+    xlmr: str
+    part: int = 0
+    adapted: bool = True
+
+
+def _everywhere(path: str, kind: Kind, name: str, *, adapted: bool = True) -> Module:
+    return Module(path, kind, name, name, name, adapted=adapted)
+
+
+# fmt: off
+MODULES = (
+    _everywhere("tokens",         "embedding", "embeddings.word_embeddings"),
+    _everywhere("token_types",    "embedding", "embeddings.token_type_embeddings"),
+    Module("positions",           "embedding", "", "", "embeddings.position_embeddings", adapted=False),
+    Module("embed_norm",          "norm",      "emb_ln", "embeddings.LayerNorm", "embeddings.LayerNorm"),
+    _everywhere("pooler",         "dense",     "pooler.dense"),
+    _everywhere("mlm_head.dense", "dense",     "lm_head.dense", adapted=False),
+    _everywhere("mlm_head.norm",  "norm",      "lm_head.layer_norm"),
+    _everywhere("mlm_head",       "bias",      "lm_head"),
+)
+
+LAYER_PREFIXES: dict[Spelling, str] = {
+    "fused": "encoder.layers.{l}.",
+    "split": "layers.{l}.",
+    "xlmr": "encoder.layer.{l}.",
+}
+
+LAYER_MODULES = (
+    #      path                     kind      fused             split                       xlmr
+    Module("layers.qkv",            "fused",  "mixer.Wqkv",     "",                         ""),
+    Module("layers.qkv",            "part",   "",               "self_attn.q_proj",         "attention.self.query", 0),
+    Module("layers.qkv",            "part",   "",               "self_attn.k_proj",         "attention.self.key",   1),
+    Module("layers.qkv",            "part",   "",               "self_attn.v_proj",         "attention.self.value", 2),
+    Module("layers.out",            "dense",  "mixer.out_proj", "self_attn.o_proj",         "attention.output.dense"),
+    Module("layers.attention_norm", "norm",   "norm1",          "post_attention_layernorm", "attention.output.LayerNorm"),
+    Module("layers.up",             "dense",  "mlp.fc1",        "mlp.fc1",                  "intermediate.dense"),
+    Module("layers.down",           "dense",  "mlp.fc2",        "mlp.fc2",                  "output.dense"),
+    Module("layers.mlp_norm",       "norm",   "norm2",          "post_mlp_layernorm",       "output.LayerNorm"),
+)
+
+IGNORED = {
+    "embeddings.position_ids": "a buffer that counts 0, 1, 2, ...",
+    "lm_head.decoder.weight": "a copy of the tied embedding table; an error where it differs",
+    "lm_head.decoder.bias": "a copy of lm_head.bias; an error where it differs",
+}
+"""Tensors that are left out on purpose, with the reason. TIED are compared before they are left out."""
+
+TIED = {
+    "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
+# fmt: on
+
+
+class Transform(NamedTuple):
+    """An invertible change of axes between a tensor and its place in a Flax array."""
+
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Transform(lambda x: x, lambda x: x)
+SWAP = Transform(np.transpose, np.transpose)  # [o, i] <-> [i, o]
+FUSED_KERNEL = Transform(  # [3 o, i] <-> [i, 3, o]
+    lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),
+    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+)
+FUSED_BIAS = Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1))  # [3 o] <-> [3, o]
+TASKS_SECOND = Transform(lambda x: x.transpose(1, 0, 2), lambda x: x.transpose(1, 0, 2))  # [k, v, r] <-> [v, k, r]
+TASKS_INNER = Transform(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))  # [k, r, i] <-> [i, k, r]
+RANK_SECOND = Transform(lambda x: x.transpose(0, 2, 1), lambda x: x.transpose(0, 2, 1))  # [k, o, r] <-> [k, r, o]
+FUSED_UP = Transform(  # [k, 3 o, r] <-> [k, r, 3, o]
+    lambda x: x.reshape(x.shape[0], 3, -1, x.shape[2]).transpose(0, 3, 1, 2),
+    lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]),
+)
+
+# kind -> (tensor, array, transform). A part fills its third of the array: `_part_index`.
+TENSORS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
+    "dense": (("weight", "kernel", SWAP), ("bias", "bias", SAME)),
+    "part": (("weight", "kernel", SWAP), ("bias", "bias", SAME)),
+    "fused": (("weight", "kernel", FUSED_KERNEL), ("bias", "bias", FUSED_BIAS)),
+    "embedding": (("weight", "table", SAME),),
+    "norm": (("weight", "scale", SAME), ("bias", "bias", SAME)),
+    "bias": (("bias", "bias", SAME),),
+}
+
+# The update of an embedding is A @ B, that of a dense layer B @ A. The ".0." is the number of the parametrization, not a task.
+STACKED_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
+    "dense": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", RANK_SECOND)),
+    "fused": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", FUSED_UP)),
+    "embedding": (("lora_A", "a", TASKS_SECOND), ("lora_B", "b", SAME)),
+}
+PEFT_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
+    "dense": (("lora_A.weight", "a", SWAP), ("lora_B.weight", "b", SWAP)),
+    "part": (("lora_A.weight", "a", SWAP), ("lora_B.weight", "b", SWAP)),
+    "embedding": (("lora_embedding_A", "a", SWAP), ("lora_embedding_B", "b", SWAP)),
+}
+
+Index = tuple[int | slice, ...]
+EVERY = slice(None)
+
+
+class Entry(NamedTuple):
+    """One line of the table: a tensor, after `transform`, is `array[index]` of the Flax array at `path`."""
+
+    path: str
+    index: Index
+    transform: Transform
+
+    def tensor_shape(self, array_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the PyTorch tensor, given that of the whole Flax array."""
+        return self.transform.to_torch(np.broadcast_to(np.zeros(()), array_shape)[self.index]).shape
+
+    def fill(self, array: np.ndarray, tensor: np.ndarray) -> None:
+        """Writes the tensor to its place; an adapter of a smaller rank fills the leading part of it."""
+        value, place = self.transform.to_flax(tensor), array[self.index]
+        place[tuple(slice(size) for size in value.shape)] = value
+
+    def extract(self, array: np.ndarray) -> np.ndarray:
+        """The tensor, contiguous."""
+        return np.ascontiguousarray(self.transform.to_torch(array[self.index]))
+
+
+def base_entries(config: ModelConfig, spelling: Spelling, *, parametrized: bool = False) -> dict[str, Entry]:
+    """Every tensor of the base model, by its name without a `roberta.` prefix.
+
+    `parametrized`: adapted weights are called `parametrizations.weight.original`, as in the original with adapters.
+    """
+    entries = {}
+    for module, name, layer in _modules(config, spelling):
+        for tensor, leaf, transform in TENSORS[module.kind]:
+            if parametrized and tensor == "weight" and module.adapted and module.kind in STACKED_ADAPTERS:
+                tensor = "parametrizations.weight.original"
+            index = layer + (_part_index(leaf, module.part) if module.kind == "part" else ())
+            entries[f"{name}.{tensor}"] = Entry(f"{module.path}.{leaf}", index, transform)
+    return entries
+
+
+def stacked_adapter_entries(config: ModelConfig) -> dict[str, Entry]:
+    """Adapters of the original layout: one tensor for all tasks, q, k and v sharing one `lora_A`."""
+    entries = {}
+    for module, name, layer in _modules(config, "fused"):
+        if not module.adapted:
+            continue
+        for tensor, leaf, transform in STACKED_ADAPTERS.get(module.kind, ()):
+            shared = (EVERY, 0) if module.kind == "fused" and leaf == "a" else ()
+            entry = Entry(f"{module.path}.{leaf}", layer + shared, transform)
+            entries[f"{name}.parametrizations.weight.0.{tensor}"] = entry
+    return entries
+
+
+def peft_adapter_entries(config: ModelConfig, task: int, spelling: Spelling) -> dict[str, Entry]:
+    """Tensors of one task's PEFT adapter, by their names without the `base_model.model.` prefix."""
+    entries = {}
+    for module, name, layer in _modules(config, spelling):
+        if not module.adapted:
+            continue
+        for tensor, leaf, transform in PEFT_ADAPTERS.get(module.kind, ()):
+            if leaf == "b":
+                index = (task, EVERY, module.part) if module.kind == "part" else (task,)
+            elif module.kind == "part":
+                index = (EVERY, module.part if config.separate_qkv_adapters else 0, task)
+            else:
+                index = (EVERY, task)
+            entries[f"{name}.{tensor}"] = Entry(f"{module.path}.{leaf}", layer + index, transform)
+    return entries
+
+
+def standard_module_name(name: str) -> str:
+    """A module's name in the split (or XLM-R) spelling, from any mixture of spellings, as published adapters have it.
+
+    `encoder.layers.3.mixer.out_proj` -> `layers.3.self_attn.o_proj`. Names that are not of a layer are returned as they are.
+    """
+    for spelling in ("fused", "split"):
+        prefix, _, suffix = LAYER_PREFIXES[spelling].partition("{l}")
+        layer, dot, rest = name.removeprefix(prefix).partition(suffix)
+        if name.startswith(prefix) and layer.isdecimal() and dot:
+            names = {module.fused: module.split for module in LAYER_MODULES if module.fused and module.split}
+            for fused, split in names.items():
+                if rest == fused or rest.startswith(fused + "."):
+                    rest = split + rest.removeprefix(fused)
+                    break
+            return LAYER_PREFIXES["split"].format(l=layer) + rest
+    return name
+
+
+def _modules(config: ModelConfig, spelling: Spelling) -> Iterator[tuple[Module, str, Index]]:
+    """(module, its name, index of its layer) of every module that this configuration and spelling have."""
+    present = {"positions": config.position_type == "absolute", "pooler": config.pooler, "mlm_head": config.mlm_head}
+    for module in MODULES:
+        if (name := getattr(module, spelling)) and present.get(module.path.split(".")[0], True):
+            yield module, name, ()
+    for layer in range(config.num_layers):
+        for module in LAYER_MODULES:
+            if name := getattr(module, spelling):
+                yield module, LAYER_PREFIXES[spelling].format(l=layer) + name, (layer,)
+
+
+def _part_index(leaf: str, part: int) -> Index:
+    """Place of q, k or v in kernel [i, 3, o] and bias [3, o]."""
+    return (EVERY, part) if leaf == "kernel" else (part,)

@@ -1,0 +1,259 @@
+"""Reads a PyTorch checkpoint directory, in any published layout, into an Encoder.
+
+The layout is recognised by its tensor names; `config.json` must agree with the tensors. Conversion is total: a tensor that is
+missing, unexpected or of the wrong shape or dtype is an error, and one error lists them all. Tensors are read one at a time
+and one Flax array is completed before the next is begun.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ..config import PUBLISHED_INSTRUCTIONS, ConfigError, ModelConfig, from_hf
+from ..model.encoder import Encoder, abstract_variables, from_arrays
+from ..model.lora import AdapterParam, AdapterScale
+from . import torch_names
+from .peft import PeftAdapter, find_peft_adapters, matched_tensors, module_scales, share_down_projections
+from .tensor_files import FLOATS, CheckpointError, LazyTensor, open_tensors, read_json
+from .torch_names import Entry, Spelling
+
+logger = logging.getLogger(__name__)
+
+_STACKED = ".parametrizations.weight.0.lora_A"
+
+
+class _Source(NamedTuple):
+    """A tensor of the checkpoint and its line of the table."""
+
+    name: str
+    tensor: LazyTensor
+    entry: Entry
+
+
+def read_torch_checkpoint(
+    directory: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    allow_pickle: bool = False,
+) -> Encoder:
+    """The encoder of a checkpoint; its configuration is `encoder.config`.
+
+    Args:
+        directory: holds `config.json`, the weights, and PEFT adapters in sub-folders if it has any.
+        dtype: compute dtype; None = that of the parameters.
+        param_dtype: dtype of the parameters; None keeps each file's own, bit for bit.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
+
+    Raises:
+        CheckpointError: the files are damaged, or the tensors are not those of a model that this library knows.
+        ConfigError: `config.json` asks for what is not built, or contradicts the tensors.
+        FileNotFoundError: a file is missing.
+    """
+    hf = read_json(directory / "config.json")
+    tensors = _without_prefix(open_tensors(directory, allow_pickle=allow_pickle), directory)
+    spelling = recognise_spelling(tensors, directory)
+    stacked = any(name.endswith(_STACKED) for name in tensors)
+    config = _checked_config(from_hf(hf), hf, tensors, spelling, stacked)
+    config = replace(
+        config,
+        pooler=any(name.startswith("pooler.dense.") for name in tensors),
+        mlm_head="lm_head.dense.weight" in tensors,
+    )
+    adapters = find_peft_adapters(directory, tuple(hf.get("lora_adaptations") or ()), allow_pickle=allow_pickle)
+    if stacked and adapters:
+        raise CheckpointError(
+            f"{directory} is ambiguous: its weights hold stacked adapters, {[a.folder.name for a in adapters]} hold PEFT ones"
+        )
+    if adapters:
+        rank = max(adapter.rank for adapter in adapters)
+        separate = not share_down_projections(adapters, config)
+        tasks = tuple(adapter.task for adapter in adapters)
+        config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
+    config = _with_prompts(config, directory)
+
+    table = torch_names.base_entries(config, spelling, parametrized=stacked)
+    if stacked:
+        table |= torch_names.stacked_adapter_entries(config)
+    return _fill(config, _match(table, tensors, config, directory), adapters, dtype, param_dtype)
+
+
+def recognise_spelling(names: Iterable[str], directory: Path) -> Spelling:
+    """Which layout the tensor names (without `roberta.`) are written in."""
+    marks: dict[str, Spelling] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "xlmr"}
+    names = list(names)
+    found: set[Spelling] = {spelling for mark, spelling in marks.items() for name in names if mark in name}
+    if len(found) == 1:
+        (spelling,) = found
+        return spelling
+    if found:
+        raise CheckpointError(f"{directory} is ambiguous: its tensor names mix the layouts {sorted(found)}")
+    raise CheckpointError(
+        f"{directory} is of an unknown kind: its tensors are {sorted(names)[:5]} ...; supported are jina-embeddings-v3 "
+        "(original or transformers), XLM-RoBERTa and multilingual-E5"
+    )
+
+
+def _without_prefix(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
+    plain = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise CheckpointError(f"{directory} is ambiguous: it holds tensors both with and without the prefix 'roberta.'")
+    if "lm_head.decoder.bias" in plain and "lm_head.bias" not in plain:
+        plain["lm_head.bias"] = plain.pop("lm_head.decoder.bias")
+    return plain
+
+
+def _checked_config(
+    config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], spelling: Spelling, stacked: bool
+) -> ModelConfig:
+    """The configuration with what only the tensors know; ConfigError names every field that contradicts them."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    found = _sizes(shapes, spelling, stacked)
+    position_type = "absolute" if "embeddings.position_embeddings.weight" in tensors else "rope"
+    said = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "type_vocab_size": config.type_vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "number of lora_adaptations": len(config.tasks),
+        "lora_rank": hf.get("lora_rank", found.get("lora_rank")),
+    }
+    wrong = [f"{field} is {said[field]}, in the tensors {size}" for field, size in found.items() if said[field] != size]
+    if config.position_type != position_type:
+        in_file = hf.get("position_embedding_type")
+        wrong.append(f"position_embedding_type is {in_file!r}, in the tensors {position_type}")
+    if config.tasks and not stacked and hf.get("model_type") != "jina_embeddings_v3":
+        wrong.append(f"lora_adaptations is {list(config.tasks)}, the tensors have no adapters")
+    if wrong:
+        raise ConfigError("config.json contradicts the tensors: " + "; ".join(wrong))
+    return replace(config, lora_rank=found["lora_rank"]) if stacked else replace(config, tasks=())
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], spelling: Spelling, stacked: bool) -> dict[str, int]:
+    """Sizes that the tensors themselves state, by their name in `config.json`. A missing tensor states nothing."""
+    prefix, _, suffix = torch_names.LAYER_PREFIXES[spelling].partition("{l}")
+    up = {"fused": "mlp.fc1", "split": "mlp.fc1", "xlmr": "intermediate.dense"}[spelling]
+    weight = "parametrizations.weight.original" if stacked else "weight"
+    layers = {name.removeprefix(prefix).split(suffix)[0] for name in shapes if name.startswith(prefix) and suffix in name}
+    sizes = {"num_hidden_layers": 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)}
+    for field, name, axis in (
+        ("vocab_size", f"embeddings.word_embeddings.{weight}", 0),
+        ("hidden_size", f"embeddings.word_embeddings.{weight}", 1),
+        ("type_vocab_size", f"embeddings.token_type_embeddings.{weight}", 0),
+        ("max_position_embeddings", "embeddings.position_embeddings.weight", 0),
+        ("intermediate_size", f"{prefix}0{suffix}{up}.{weight}", 0),
+        ("number of lora_adaptations", "embeddings.word_embeddings.parametrizations.weight.0.lora_A", 0),
+        ("lora_rank", "embeddings.word_embeddings.parametrizations.weight.0.lora_A", 2),
+    ):
+        if axis < len(shapes.get(name, ())):
+            sizes[field] = shapes[name][axis]
+    return sizes
+
+
+def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
+    """Instructions from `config.json`, else from sentence-transformers' file, else, for published task names, the published."""
+    published = {task: PUBLISHED_INSTRUCTIONS[task] for task in config.tasks if task in PUBLISHED_INSTRUCTIONS}
+    path = directory / "config_sentence_transformers.json"
+    library = read_json(path) if path.exists() else {}
+    named = library.get("prompts") or {}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+        raise ConfigError(f"{path}: prompts must be texts by name, not {named!r}")
+    prompts = published | named | dict(config.prompts)
+    return replace(config, prompts=tuple(prompts.items()), default_prompt=library.get("default_prompt_name"))
+
+
+def _match(
+    table: Mapping[str, Entry], tensors: Mapping[str, LazyTensor], config: ModelConfig, directory: Path
+) -> list[_Source]:
+    """Pairs every tensor with its line of the table, or raises one error that lists all that do not fit."""
+    arrays = {path: variable.shape for path, variable in abstract_variables(config).items()}
+    for name, partner in torch_names.TIED.items():
+        if name in tensors and partner in tensors and not np.array_equal(tensors[name].read(), tensors[partner].read()):
+            raise CheckpointError(f"{directory}: {name} differs from {partner}; an untied head is not supported")
+    for name in torch_names.IGNORED.keys() & tensors.keys():
+        logger.info("%s: %s is left out: %s", directory, name, torch_names.IGNORED[name])
+    problems = [f"missing: {name}" for name in table if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in table and name not in torch_names.IGNORED]
+    sources = [_Source(name, tensors[name], entry) for name, entry in table.items() if name in tensors]
+    for name, tensor, entry in sources:
+        expected = entry.tensor_shape(arrays[entry.path])
+        if tensor.shape != expected:
+            problems.append(f"wrong shape: {name} is {tensor.shape}, should be {expected}")
+        if tensor.dtype not in FLOATS:
+            problems.append(f"wrong dtype: {name} is {tensor.dtype}, should be one of {[str(dtype) for dtype in FLOATS]}")
+    if problems:
+        raise CheckpointError(f"the tensors of {directory} do not fit its config.json:\n  " + "\n  ".join(problems))
+    return sources
+
+
+def _fill(
+    config: ModelConfig,
+    sources: list[_Source],
+    adapters: list[PeftAdapter],
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike | None,
+) -> Encoder:
+    variables = abstract_variables(config)
+    by_path: dict[str, list[_Source]] = {}
+    for source in sources:
+        by_path.setdefault(source.entry.path, []).append(source)
+    shapes = {path: variable.shape for path, variable in variables.items()}
+    for task, adapter in enumerate(adapters):
+        for name, (tensor, entry) in matched_tensors(adapter, config, task, shapes).items():
+            by_path.setdefault(entry.path, []).append(_Source(f"{adapter.folder}: {name}", tensor, entry))
+    scales = [module_scales(adapter, config) for adapter in adapters]
+    not_finite: list[str] = []
+    arrays = {}
+    for path, variable in variables.items():
+        if isinstance(variable, AdapterScale):
+            array = np.full(variable.shape, config.lora_alpha / config.lora_rank, np.float32)
+            for task, of_module in enumerate(scales):
+                array[..., task] = of_module[path.removesuffix(".scale")]
+        else:
+            array = _assemble(path, variable, by_path.pop(path, []), param_dtype, not_finite)
+        arrays[path] = jax.device_put(array)
+    if not_finite:
+        raise CheckpointError(f"{len(not_finite)} tensors hold NaN or infinity: {not_finite}")
+    return from_arrays(config, arrays, dtype=arrays["tokens.table"].dtype if dtype is None else dtype)
+
+
+def _assemble(
+    path: str, variable: nnx.Variable, sources: list[_Source], dtype: DTypeLike | None, not_finite: list[str]
+) -> np.ndarray:
+    """One Flax array from its tensors. What no tensor fills (a smaller rank, a module without adapter) is zero."""
+    found = sorted({str(source.tensor.dtype) for source in sources})
+    if len(found) > 1 and dtype is None and not isinstance(variable, AdapterParam):
+        raise CheckpointError(f"the tensors of {path} have different dtypes {found}; choose one with dtype")
+    own = np.result_type(*(source.tensor.dtype for source in sources)) if sources else np.dtype(np.float32)
+    array = _aligned_zeros(variable.shape, own if dtype is None else jnp.dtype(dtype))
+    for name, tensor, entry in sources:
+        values = tensor.read()
+        if not _finite(values):
+            not_finite.append(name)
+        entry.fill(array, values)
+    return array
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that jax takes over on CPU without a copy (a multiple of 64)."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.zeros(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _finite(values: np.ndarray) -> bool:
+    if values.dtype == ml_dtypes.bfloat16:  # five times faster than ml_dtypes' own: an exponent of all ones
+        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(values).all())

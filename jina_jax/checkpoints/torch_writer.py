@@ -1,0 +1,248 @@
+"""Writes an encoder as a PyTorch checkpoint, in the original's, transformers' or sentence-transformers' layout."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
+
+from ..config import ModelConfig, dump_json, to_hf
+from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
+from ..model.encoder import Encoder
+from . import torch_names
+from .native import written_whole
+from .peft import adapter_folder
+from .torch_names import Entry
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+PEFT_TARGETS = {
+    "rope": ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    "absolute": [
+        "word_embeddings",
+        "token_type_embeddings",
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ],
+}
+
+
+def write_original(directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None):
+    """The layout of the released jina-embeddings-v3: adapters stacked over tasks, names with the prefix `roberta.`.
+
+    Adapters with a down-projection for each of q, k and v are written exactly, as shared ones of three times the rank.
+    """
+    config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
+    table = torch_names.base_entries(config, "fused", parametrized=bool(config.tasks))
+    if config.tasks:
+        adapters = _on_host(extract_adapters(encoder), dtype)
+        if config.separate_qkv_adapters:
+            config = replace(config, lora_rank=3 * config.lora_rank, separate_qkv_adapters=False)
+            logger.warning("q, k and v have down-projections of their own: written as shared ones of rank %d", config.lora_rank)
+            adapters = share_down_projections(adapters)
+        adapters, scale = with_one_scale(adapters)
+        config = replace(config, lora_alpha=_alpha(scale, config.lora_rank))
+        table |= torch_names.stacked_adapter_entries(config)
+        arrays |= adapters
+    hf = to_hf(config, "original", _torch_dtype(arrays))
+    with written_whole(directory) as target:
+        _write(target, _prefixed(_tensors(table, arrays)), hf, tokenizer)
+        _write_prompts(target, config)
+
+
+def write_transformers(
+    directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None
+):
+    """The layout of transformers' own classes, and for each task a folder with a PEFT adapter."""
+    with written_whole(directory) as target:
+        _write_transformers(target, encoder, tokenizer, dtype)
+        _write_prompts(target, encoder.config)
+
+
+def write_sentence_transformers(
+    directory: str | Path,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: DTypeLike | None = None,
+    *,
+    task: str | None = None,
+    max_length: int,
+):
+    """A model that sentence-transformers loads without remote code: the base, or one task merged into it.
+
+    The task's instruction becomes the default prompt, so that `encode(texts)` there is `encode(texts, task)` here.
+    """
+    config = encoder.config
+    instruction = (config.prompt(task) or "") if task else ""
+    prompts = {task: instruction} if task else {k: v for k, v in config.prompts if k not in config.tasks}
+    base = merge_adapter(encoder, task) if task else _without_adapters(encoder)
+    library = {"prompts": prompts, "default_prompt_name": task, "similarity_fn_name": "cosine"}
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    with written_whole(directory) as target:
+        _write_transformers(target, base, tokenizer, dtype)
+        _write_json(target / "config_sentence_transformers.json", library)
+        _write_json(target / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+        (target / "modules.json").write_text(
+            json.dumps(
+                [
+                    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                    for i, (path, kind) in enumerate(modules)
+                ],
+                indent=2,
+            )
+        )
+        (target / "2_Normalize").mkdir()
+        (target / "1_Pooling").mkdir()
+        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+        _write_json(target / "1_Pooling" / "config.json", pooling)
+
+
+def share_down_projections(adapters: Arrays) -> Arrays:
+    """Adapters whose q, k and v share one down-projection of rank 3 r, equal to those with one of rank r each.
+
+    The three are laid side by side along the rank, and each part of the up-projection reads its own third.
+    """
+    a, b, scale = (adapters[f"layers.qkv.{name}"] for name in ("a", "b", "scale"))
+    layers, inputs, c, k, r = a.shape
+    shared = a.transpose(0, 1, 3, 2, 4).reshape(layers, inputs, 1, k, c * r)
+    own = np.eye(c, dtype=b.dtype)[None, None, :, None, :, None]  # [l, k, c, r, c, o]
+    wide = (own * b[:, :, None]).reshape(layers, k, c * r, c, -1)
+    largest = np.abs(scale).max(axis=1, keepdims=True)  # scales of [l, c, k]; where they differ the ratio goes into b
+    ratio = np.divide(scale, largest, out=np.zeros_like(scale), where=largest > 0).transpose(0, 2, 1)
+    wide = wide if (ratio == 1).all() else (wide.astype(np.float32) * ratio[:, :, None, :, None]).astype(b.dtype)
+    out = {"layers.qkv.a": shared, "layers.qkv.b": wide, "layers.qkv.scale": largest}
+    for path, array in adapters.items():
+        rank_axis = {"a": -1, "b": -2}.get(path.rpartition(".")[2])
+        if path in out:
+            continue
+        padding = [(0, 0)] * array.ndim
+        if rank_axis is not None:
+            padding[rank_axis] = (0, (c - 1) * r)
+        out[path] = np.pad(array, padding)
+    return out
+
+
+def with_one_scale(adapters: Arrays) -> tuple[Arrays, float]:
+    """Adapters that all have one scale, as these layouts want it, and that scale.
+
+    Where a module's scale is another, the ratio is multiplied into its `b`, which rounds.
+    """
+    scales = {path: array for path, array in adapters.items() if path.endswith(".scale")}
+    target = max(float(np.abs(scale).max()) for scale in scales.values()) or 1.0
+    out = dict(adapters)
+    for path, scale in scales.items():
+        if (scale == target).all():
+            continue
+        b = path.removesuffix("scale") + "b"
+        ratio = (scale / target)[..., None, None]  # [..., k] against b [..., k, r, o]
+        if path == "layers.qkv.scale":  # [l, c, k] against b [l, k, r, 3, o]
+            ratio = np.broadcast_to((scale / target).transpose(0, 2, 1)[:, :, None, :, None], (*scale.shape[::2], 1, 3, 1))
+        out[b] = (adapters[b].astype(np.float32) * ratio).astype(adapters[b].dtype)
+        out[path] = np.full_like(scale, target)
+        logger.warning("%s: the scales of the adapters differ; their ratio was multiplied into b", path)
+    return out, target
+
+
+def _write_transformers(target: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None) -> None:
+    config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
+    if len({adapter_folder(task) for task in config.tasks}) < len(config.tasks):
+        raise ValueError(f"two of the tasks {list(config.tasks)} would share a folder: only letters and digits tell them apart")
+    spelling = "fused" if config.position_type == "rope" else "xlmr"
+    tensors = _tensors(torch_names.base_entries(config, spelling), arrays)
+    _write(
+        target,
+        _prefixed(tensors) if config.mlm_head else tensors,
+        to_hf(config, "transformers", _torch_dtype(arrays)),
+        tokenizer,
+    )
+    for task in config.tasks:
+        adapter, scale = with_one_scale(_on_host(extract_adapter(encoder, task), dtype))
+        folder = target / adapter_folder(task)
+        folder.mkdir()
+        table = torch_names.peft_adapter_entries(config, 0, "split" if spelling == "fused" else "xlmr")
+        save_file(
+            {f"base_model.model.{name}": entry.extract(adapter[entry.path]) for name, entry in table.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        _write_json(folder / "adapter_config.json", _adapter_config(config, scale))
+
+
+def _adapter_config(config: ModelConfig, scale: float) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "r": config.lora_rank,
+        "lora_alpha": _alpha(scale, config.lora_rank),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": PEFT_TARGETS[config.position_type] + (["pooler.dense"] if config.pooler else []),
+    }
+
+
+def _on_host(arrays: Mapping[str, Array], dtype: DTypeLike | None) -> Arrays:
+    """Arrays in host memory, parameters in `dtype` (None = as they are), scales as they are."""
+    keep = {path for path in arrays if path.removesuffix("scale") + "b" in arrays}
+    host = {path: np.asarray(array) for path, array in arrays.items()}
+    return {path: a if dtype is None or path in keep else a.astype(jnp.dtype(dtype)) for path, a in host.items()}
+
+
+def _tensors(table: Mapping[str, Entry], arrays: Arrays) -> Arrays:
+    return {name: entry.extract(arrays[entry.path]) for name, entry in table.items()}
+
+
+def _prefixed(tensors: Arrays) -> Arrays:
+    return {name if name.startswith("lm_head.") else f"roberta.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    _write_json(target / "config.json", hf)
+    tokenizer.save_pretrained(target)
+
+
+def _write_prompts(target: Path, config: ModelConfig) -> None:
+    """Prompts that are no task's instruction, which `config.json` has no place for."""
+    prompts = {name: text for name, text in config.prompts if name not in config.tasks}
+    if prompts or config.default_prompt:
+        library = {"prompts": prompts, "default_prompt_name": config.default_prompt}
+        _write_json(target / "config_sentence_transformers.json", library)
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(dump_json(fields), "utf-8")
+
+
+def _without_adapters(encoder: Encoder) -> Encoder:
+    for task in encoder.config.tasks:
+        encoder = drop_adapter(encoder, task)
+    return encoder
+
+
+def _torch_dtype(arrays: Arrays) -> str:
+    return str(arrays["tokens.table"].dtype)
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """alpha of a float32 scale alpha / rank: the short number it came from, where that gives the same scale."""
+    short = float(f"{scale * rank:.6g}")
+    return short if np.float32(short / rank) == np.float32(scale) else scale * rank

@@ -1,0 +1,1 @@
+"""Embedding in memory: `Embedder`, its arguments, and the compiled forward passes."""

@@ -1,0 +1,84 @@
+"""The compiled programs of the embedder: packed rows to token states, and to one vector for each text."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+
+from ..model.attention import platform
+from ..model.encoder import Encoder, pool
+from ..parallel.mesh import AXES, BATCH
+from ..text.packing import max_texts
+
+
+@partial(jax.jit, static_argnames="mesh")
+def encode_rows(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "b t d"]:
+    """Token states of packed rows, compiled once for each shape. Over a mesh every process gets all of them."""
+    return _over(mesh, _encode)(encoder, tokens, segments, positions, tasks)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def embed_rows(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "b g d"]:
+    """Mean of each text of packed rows, before normalisation; otherwise as `encode_rows`."""
+    return _over(mesh, _embed)(encoder, tokens, segments, positions, tasks)
+
+
+def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Array]:
+    """With rows split over a mesh, and parameters on every device: in half precision the published model has 1.1 GB."""
+    if mesh is None:
+        return compute
+
+    def part(encoder: Encoder, *inputs: Any) -> Array:
+        result = compute(encoder, *inputs)
+        return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
+
+    def whole(encoder: Encoder, *inputs: Any) -> Array:
+        of_inputs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
+        of_result = PartitionSpec() if mesh.is_multi_process else BATCH
+        split = jax.shard_map(part, mesh=mesh, in_specs=(PartitionSpec(), *of_inputs), out_specs=of_result, check_vma=False)
+        return split(encoder, *inputs)
+
+    return whole
+
+
+def layers_apart(encoder: Encoder) -> Encoder:
+    """The same on CPU with a list of layers, whose parameters lie in the memory of the stacked ones.
+
+    A product of XLA on CPU reads a layer of a stack from a copy that is made before: a single query would be copies for the
+    most part. Programs for accelerators read it where it is, and `encoder` itself is returned.
+    """
+    if platform() != "cpu":
+        return encoder
+    apart = nnx.merge(*nnx.split(encoder))  # variables of its own
+    stacked = jax.tree.map(np.asarray, encoder.layers)
+    layers = [jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(encoder.config.num_layers)]
+    apart.layers = nnx.List(jax.device_put(layers, may_alias=True))
+    return apart
+
+
+def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:
+    return pool(_encode(encoder, tokens, segments, *inputs), segments, max_texts(tokens.shape[1]))
+
+
+def _encode(encoder: Encoder, *inputs: Any) -> Array:
+    return encoder(*inputs)

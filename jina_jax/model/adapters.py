@@ -1,0 +1,211 @@
+"""Operations on the adapters of a finished model. Each returns a new encoder that shares the arrays it did not change.
+
+An adapter on its own is a mapping of paths to arrays with one task: what `extract_adapter` gives and `add_adapter` takes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Int
+
+from ..config import ModelConfig
+from .encoder import Encoder, abstract_variables, from_arrays, variables
+from .lora import AdaptedDense, AdaptedEmbed, AdapterParam, AdapterScale
+
+Adapter = Mapping[str, Array]
+
+
+def add_adapter(
+    encoder: Encoder,
+    task: str,
+    adapter: Adapter | None = None,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    instruction: str = "",
+    rngs: nnx.Rngs | None = None,
+) -> Encoder:
+    """The model with one more task, behind those it has.
+
+    Args:
+        encoder: a model with or without adapters.
+        task: a name that the model does not have yet.
+        adapter: as from `extract_adapter`; None for a fresh one, which changes nothing until it is trained.
+        rank, alpha: of a fresh adapter; None = those of the configuration. Different ranks are padded to the largest, exactly.
+        instruction: text put before the inputs of this task.
+        rngs: for a fresh adapter.
+
+    Raises:
+        ValueError: the task exists, or the adapter is not one for this model.
+    """
+    config = encoder.config
+    if task in config.tasks:
+        raise ValueError(f"the model has a task {task!r} already; its tasks are {list(config.tasks)}")
+    if adapter is None:
+        if rngs is None:
+            raise ValueError("a fresh adapter needs rngs")
+        adapter = _fresh_adapter(encoder, {"lora_rank": rank, "lora_alpha": alpha}, rngs)
+    old = extract_adapters(encoder)
+    ranks = (array.shape[-1] for path, array in (*old.items(), *adapter.items()) if path.endswith(".a"))
+    parts = (arrays["layers.qkv.a"].shape[-3] for arrays in (old, adapter) if "layers.qkv.a" in arrays)
+    new_config = replace(
+        config,
+        tasks=(*config.tasks, task),
+        lora_rank=max(ranks, default=config.lora_rank),
+        separate_qkv_adapters=max(parts, default=1) == 3,
+        prompts=(*(item for item in config.prompts if item[0] != task), (task, instruction)),
+    )
+    expected = abstract_variables(_of_one(new_config, task))
+    adapted = {path for path, variable in expected.items() if _is_adapter(variable)}
+    if adapted != adapter.keys():
+        raise ValueError(f"not an adapter of this model: missing or unexpected {sorted(adapted ^ adapter.keys())}")
+    arrays = {}
+    for path in adapted:
+        pieces = [_widened(path, array, expected[path]) for array in (old.get(path), adapter[path]) if array is not None]
+        arrays[path] = jnp.concatenate(pieces, expected[path].get_metadata("task_axis"))
+    return _with_adapters(encoder, new_config, arrays)
+
+
+def drop_adapter(encoder: Encoder, task: str) -> Encoder:
+    """The model without one of its tasks; without its last one it has no adapter parameters at all."""
+    config, index = encoder.config, encoder.config.task_index(task)
+    others = jnp.array([i for i in range(len(config.tasks)) if i != index], jnp.int32)
+    arrays = _of_tasks(encoder, others) if len(others) else {}
+    tasks = tuple(name for name in config.tasks if name != task)
+    return _with_adapters(
+        encoder, replace(config, tasks=tasks, prompts=tuple(item for item in config.prompts if item[0] != task)), arrays
+    )
+
+
+def extract_adapter(encoder: Encoder, task: str) -> dict[str, Array]:
+    """One task's adapter on its own, by path."""
+    return _of_tasks(encoder, jnp.array([encoder.config.task_index(task)], jnp.int32))
+
+
+def extract_adapters(encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, Array]:
+    """Adapter arrays by path: those of some tasks, in the order given, or all."""
+    if tasks is not None:
+        return _of_tasks(encoder, jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32))
+    return {path: variable.get_value() for path, variable in variables(encoder).items() if _is_adapter(variable)}
+
+
+def replace_adapters(encoder: Encoder, tasks: Sequence[str], adapters: Adapter) -> Encoder:
+    """The model with other arrays for some of its tasks; the inverse of `extract_adapters(encoder, tasks)`."""
+    indices = jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32)
+    arrays = extract_adapters(encoder)
+    for path, variable in abstract_variables(encoder.config).items():
+        if path in adapters:
+            axis = variable.get_metadata("task_axis")
+            moved = jnp.moveaxis(arrays[path], axis, 0).at[indices].set(jnp.moveaxis(adapters[path], axis, 0))
+            arrays[path] = jnp.moveaxis(moved, 0, axis)
+    return _with_adapters(encoder, encoder.config, arrays)
+
+
+def base_arrays(encoder: Encoder) -> dict[str, Array]:
+    """All other arrays of a model, by path."""
+    return {path: variable.get_value() for path, variable in variables(encoder).items() if not _is_adapter(variable)}
+
+
+def merge_adapter(encoder: Encoder, task: str) -> Encoder:
+    """The model of one task without adapters: the adapter is added to the base weights, in float32. The others are left out,
+    since they were trained beside the old base."""
+    index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
+    arrays = base_arrays(encoder) | _folded_kernels(encoder, index)
+    arrays["tokens.table"] = _folded_table(encoder.tokens, index)
+    arrays["token_types.table"] = _folded_table(encoder.token_types, index)
+    return from_arrays(replace(encoder.config, tasks=()), arrays, dtype=encoder.dtype)
+
+
+def fold_adapter(encoder: Encoder, task: str) -> Encoder:
+    """The model of one task, for inference: its adapter folded into the kernels, and kept beside the embedding table, which
+    stays as it is and is shared with `encoder`. Its only task has index 0 and no name of its own, so that all tasks share
+    their compiled programs."""
+    index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
+    folded = nnx.eval_shape(lambda: Encoder(_of_one(encoder.config, "folded"), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
+    for module in _dense_modules(folded).values():
+        module.a = module.b = module.scale = nnx.data(None)
+    arrays = base_arrays(encoder) | _of_tasks(encoder, index[None]) | _folded_kernels(encoder, index)
+    graphdef, state = nnx.split(folded)
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(arrays[".".join(map(str, path))])
+    return nnx.merge(graphdef, state)
+
+
+def _fresh_adapter(encoder: Encoder, sizes: Mapping[str, Any], rngs: nnx.Rngs) -> Adapter:
+    given = {name: size for name, size in sizes.items() if size is not None}
+    config = replace(encoder.config, tasks=("fresh",), **given)
+    param_dtype = encoder.tokens.table.get_value().dtype
+
+    @jax.jit  # so that the base parameters made beside the adapter are never computed
+    def initialise(key: Array) -> dict[str, Array]:
+        return extract_adapters(Encoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(key)))
+
+    return initialise(rngs.params())
+
+
+def _widened(path: str, array: Array, expected: nnx.Variable) -> Array:
+    """An adapter array at the model's rank and parts: zeros for further ranks, a shared down-projection for each of q, k, v."""
+    task_axis = expected.get_metadata("task_axis") % len(expected.shape)
+    if path in ("layers.qkv.a", "layers.qkv.scale") and array.shape[task_axis - 1] < expected.shape[task_axis - 1]:
+        array = jnp.repeat(array, expected.shape[task_axis - 1], axis=task_axis - 1)
+    padding = [0] * array.ndim
+    if not path.endswith(".scale"):
+        padding[task_axis + 1] = expected.shape[task_axis + 1] - array.shape[task_axis + 1]
+    shape = tuple(size + more for size, more in zip(array.shape, padding, strict=True))
+    if shape[:task_axis] + shape[task_axis + 1 :] != expected.shape[:task_axis] + expected.shape[task_axis + 1 :]:
+        raise ValueError(f"not an adapter of this model: {path} is {array.shape}, should be like {expected.shape}")
+    return jnp.pad(array, [(0, more) for more in padding])
+
+
+def _with_adapters(encoder: Encoder, config: ModelConfig, arrays: Mapping[str, Array]) -> Encoder:
+    return from_arrays(config, base_arrays(encoder) | dict(arrays), dtype=encoder.dtype)
+
+
+def _of_tasks(encoder: Encoder, tasks: Int[Array, " k"]) -> dict[str, Array]:
+    return {
+        path: jnp.take(variable.get_value(), tasks, axis=variable.get_metadata("task_axis"))
+        for path, variable in variables(encoder).items()
+        if _is_adapter(variable)
+    }
+
+
+def _is_adapter(variable: nnx.Variable) -> bool:
+    return isinstance(variable, AdapterParam | AdapterScale)
+
+
+def _dense_modules(encoder: Encoder) -> dict[str, AdaptedDense]:
+    """The dense modules that have adapters, by path."""
+    layers = {f"layers.{name}": getattr(encoder.layers, name) for name in ("qkv", "out", "up", "down")}
+    return layers | ({} if encoder.pooler is None else {"pooler": encoder.pooler})
+
+
+def _folded_kernels(encoder: Encoder, task: Int[Array, ""]) -> dict[str, Array]:
+    return {
+        f"{path}.kernel": (_fold_layers if path.startswith("layers.") else _fold)(module, task)
+        for path, module in _dense_modules(encoder).items()
+    }
+
+
+@jax.jit
+def _fold(module: AdaptedDense, task: Int[Array, ""]) -> Array:
+    return module.folded_kernel(task)
+
+
+@jax.jit
+def _fold_layers(module: AdaptedDense, task: Int[Array, ""]) -> Array:
+    return jax.lax.map(lambda layer: layer.folded_kernel(task), module)  # one layer's float32 update at a time
+
+
+@jax.jit
+def _folded_table(module: AdaptedEmbed, task: Int[Array, ""]) -> Array:
+    entries = jnp.arange(module.table.get_value().shape[0])[None]
+    return module(entries, task)[0].astype(module.table.get_value().dtype)
+
+
+def _of_one(config: ModelConfig, task: str) -> ModelConfig:
+    return replace(config, tasks=(task,))

@@ -1,0 +1,240 @@
+"""Attention within the texts of packed rows, for GPUs: forward and backward of rows of any length, through Triton.
+
+Flash attention (Dao 2023): a program of the grid takes a block of queries of one row and head, goes through the keys block by
+block, and keeps the highest score, the sum of the weights and the weighted values so far. The backward pass computes the
+weights again from each query's highest score and sum, once for the queries' gradient and once for that of keys and values. The
+log of both in one number would be wrong for large scores.
+
+Texts lie one behind the other in a row, so most blocks of keys have no text in common with a block of queries. `visits` says
+which ones may, and a program goes through those alone: the work grows with the texts' lengths, not with the row's.
+
+Letters as in `model.py`, and s for keys.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Float, Int
+
+from ..lora import precision
+from .block_mask import MASKED, visits
+from .tpu import ATTENDED, LOG2_E
+
+QUERIES, KEYS = 128, 64
+"""Blocks of the forward pass; those of the backward pass, which holds more in registers, are KEYS by KEYS."""
+
+SHORTEST = 16
+"""A product of Triton needs 16 numbers a side."""
+
+
+def serves(qkv: Array, num_heads: int) -> bool:
+    """Whether `attend_blocks` is for the heads of a projection [3, b, t, d]: of 16, 32, 64 or 128 numbers, in half precision.
+
+    In float32 it is right as well, but its blocks do not fit into the registers.
+    """
+    return qkv.shape[3] // num_heads in (16, 32, 64, 128) and qkv.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def attend_blocks(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t n h"],
+    v: Float[Array, "b t n h"],
+    segments: Int[Array, "b t"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b t n h"]:
+    """softmax(q k) v among tokens of equal segment.
+
+    Args:
+        q, k, v: rotated, and q scaled.
+        segments: 0 or above, in any order. Fastest where they ascend, with padding (0) at the end.
+        interpret: run on any backend, slowly, for tests.
+    """
+    t = segments.shape[1]
+    whole = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
+    padding = ((0, 0), (0, whole - t))
+    q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
+    # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
+    out: Array = _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)
+    return out[:, :t]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
+    return _attend_forward(q, k, v, segments, interpret)[0]
+
+
+def _attend_forward(q: Array, k: Array, v: Array, segments: Array, interpret: bool):
+    size, others = min(QUERIES, q.shape[1]), min(KEYS, q.shape[1])
+    of_queries = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    results = _run(_forward, size, others, segments, (q,), (k, v), (q, of_queries, of_queries), interpret)
+    out, highest, total = (checkpoint_name(x, ATTENDED) for x in results)
+    return out, (q, k, v, segments, out, highest, total)
+
+
+def _attend_backward(interpret: bool, residuals: tuple, d_out: Array):
+    q, k, v, segments, out, highest, total = residuals
+    size = min(KEYS, q.shape[1])
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
+    of_queries = q, d_out, highest, 1 / total, delta
+    (d_q,) = _run(_backward_queries, size, size, segments, of_queries, (k, v), (q,), interpret)
+    d_k, d_v = _run(_backward_keys, size, size, segments, (k, v), of_queries, (k, v), interpret)
+    return d_q, d_k, d_v, np.zeros(segments.shape, jax.dtypes.float0)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _run(
+    kernel,
+    size: int,
+    others: int,
+    segments: Array,
+    own: tuple[Array, ...],
+    visited: tuple[Array, ...],
+    outputs: tuple,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """The kernel for each block of `size` tokens of a row and head. It gets that block of `own`, and all of `visited`."""
+    b, t = segments.shape
+    n = own[0].shape[2]
+
+    def block(x) -> pl.BlockSpec:
+        if x.ndim == 4:
+            return pl.BlockSpec((None, size, None, x.shape[3]), lambda row, head, i: (row, i, head, 0))
+        return pl.BlockSpec((None, None, size), lambda row, head, i: (row, head, i))
+
+    def everything(x) -> pl.BlockSpec:
+        if x.ndim == 4:
+            return pl.BlockSpec((None, t, None, x.shape[3]), lambda row, head, i: (row, 0, head, 0))
+        return pl.BlockSpec((None, None, t), lambda row, head, i: (row, head, 0))
+
+    of_row = pl.BlockSpec((None, t), lambda row, head, i: (row, 0))
+    of_blocks = pl.BlockSpec((None, t // size), lambda row, head, i: (row, 0))
+    call = pl.pallas_call(
+        partial(kernel, size, others),
+        name=f"attention{kernel.__name__}",
+        grid=(b, n, t // size),
+        in_specs=[of_blocks, of_blocks, of_row, *map(block, own), *map(everything, visited)],
+        out_specs=[block(x) for x in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )
+    return tuple(call(*visits(segments, size, others), segments, *own, *visited))
+
+
+# ---- the kernels
+
+
+def _forward(
+    size: int,
+    others: int,
+    first_ref,
+    stop_ref,
+    segments_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    highest_ref,
+    total_ref,
+) -> None:
+    i = pl.program_id(2)
+    q, mine = q_ref[...], segments_ref[pl.ds(i * size, size)]
+
+    def visit(j, carry):
+        highest, total, out = carry  # [t], [t], [t, h]
+        block = pl.ds(j * others, others)
+        scores = _scores(q, k_ref[block, :], mine, segments_ref[block])
+        new = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.exp2(scores - new[:, None])
+        decay = jnp.exp2(highest - new)
+        v = v_ref[block, :]
+        return new, total * decay + weights.sum(-1), out * decay[:, None] + _dot(weights.astype(v.dtype), v)
+
+    start = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros(q.shape, jnp.float32)
+    highest, total, out = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, start)
+    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+    highest_ref[...], total_ref[...] = highest, total
+
+
+def _backward_queries(
+    size: int,
+    others: int,
+    first_ref,
+    stop_ref,
+    segments_ref,
+    q_ref,
+    d_out_ref,
+    highest_ref,
+    share_ref,
+    delta_ref,
+    k_ref,
+    v_ref,
+    d_q_ref,
+) -> None:
+    i = pl.program_id(2)
+    q, d_out, highest, delta = q_ref[...], d_out_ref[...], highest_ref[...], delta_ref[...]
+    mine = segments_ref[pl.ds(i * size, size)]
+
+    def visit(j, d_q):
+        block = pl.ds(j * others, others)
+        k = k_ref[block, :]
+        weights = jnp.exp2(_scores(q, k, mine, segments_ref[block]) - highest[:, None])  # times `share`, below
+        d_scores = weights * (_dot(d_out, v_ref[block, :], trans_b=True) - delta[:, None])
+        return d_q + _dot(d_scores.astype(k.dtype), k)
+
+    d_q = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, jnp.zeros(q.shape, jnp.float32))
+    d_q_ref[...] = (d_q * share_ref[...][:, None]).astype(d_q_ref.dtype)
+
+
+def _backward_keys(
+    size: int,
+    others: int,
+    first_ref,
+    stop_ref,
+    segments_ref,
+    k_ref,
+    v_ref,
+    q_ref,
+    d_out_ref,
+    highest_ref,
+    share_ref,
+    delta_ref,
+    d_k_ref,
+    d_v_ref,
+) -> None:
+    """Scores, weights and their gradients are [s, t] here, keys first."""
+    i = pl.program_id(2)
+    k, v = k_ref[...], v_ref[...]
+    mine = segments_ref[pl.ds(i * size, size)]
+
+    def visit(j, carry):
+        d_k, d_v = carry
+        block = pl.ds(j * others, others)
+        q, d_out = q_ref[block, :], d_out_ref[block, :]
+        weights = jnp.exp2(_scores(k, q, mine, segments_ref[block]) - highest_ref[block][None]) * share_ref[block][None]
+        d_scores = weights * (_dot(v, d_out, trans_b=True) - delta_ref[block][None])
+        return d_k + _dot(d_scores.astype(q.dtype), q), d_v + _dot(weights.astype(d_out.dtype), d_out)
+
+    zero = jnp.zeros(k.shape, jnp.float32)
+    d_k, d_v = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, (zero, zero))
+    d_k_ref[...], d_v_ref[...] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
+
+
+def _scores(x: Array, y: Array, of_x: Array, of_y: Array) -> Array:
+    """x y of tokens of equal segment, to base 2: 2^x is what the hardware computes."""
+    scores = _dot(x, y, trans_b=True) * LOG2_E
+    return jnp.where(of_x[:, None] == of_y[None, :], scores, MASKED)
+
+
+def _dot(x: Array, y: Array, trans_b: bool = False) -> Array:
+    """In float32."""
+    return triton.dot(x, y, trans_b=trans_b, precision=precision(x.dtype))

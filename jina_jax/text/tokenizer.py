@@ -1,0 +1,72 @@
+"""The tokenizer: always from `tokenizer.json`, never from remote code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ..checkpoints.tensor_files import CheckpointError, read_json
+from ..config import ModelConfig
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_XLM_R_SPECIAL = dict(zip(_SPECIAL, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        CheckpointError: it is damaged, or it is not the model's (more pieces than the vocabulary, another padding id).
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no tokenizer.json; the tokenizer is needed to embed text")
+    settings_path = directory / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    limit = settings.get("model_max_length")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 2):
+        raise CheckpointError(f"{settings_path}: model_max_length must be a number of at least 2, not {limit!r}")
+    special = {name: _content(settings.get(name)) or default for name, default in _XLM_R_SPECIAL.items()}
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=limit, **special)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CheckpointError(f"{path} is damaged or not a tokenizer: {error}") from error
+    pieces = max(tokenizer.get_vocab().values()) + 1
+    if pieces > config.vocab_size:
+        raise CheckpointError(f"{path} has {pieces} pieces, the model {config.vocab_size}: it is another model's tokenizer")
+    if tokenizer.pad_token_id != config.pad_id:
+        raise CheckpointError(f"{path} pads with id {tokenizer.pad_token_id}, the model with {config.pad_id}")
+    return tokenizer
+
+
+def max_tokens(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
+    """Most tokens of a text, special tokens included: what both the tokenizer and the positions allow."""
+    return min(int(tokenizer.model_max_length), config.max_tokens)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text with its special tokens, and how many texts were over the limit and have been cut."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    cut = sum(len(text) > limit for text in ids)
+    return [text if len(text) <= limit else text[: limit - 1] + text[-1:] for text in ids], cut
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """ValueError with the index of a text that holds lone surrogates, which are no Unicode text."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} is not valid Unicode: a lone surrogate at position {error.start}; replace or remove it"
+            ) from error
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string or as an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token

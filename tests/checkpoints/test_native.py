@@ -1,0 +1,147 @@
+"""Native checkpoints are whole or absent, and never silently wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jina_jax import Embedder
+from jina_jax.checkpoints import native
+from jina_jax.checkpoints.native import check_free, load_checkpoint, save_checkpoint, seal, verify, written_whole
+from jina_jax.checkpoints.remote import fetch
+from jina_jax.checkpoints.tensor_files import CheckpointError
+from jina_jax.config import ConfigError
+
+
+@pytest.fixture
+def saved(embedder, tmp_path):
+    embedder.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_edited_file_is_refused_until_it_is_sealed(saved):
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"truncate_dim": null', '"truncate_dim": 16'))
+    with pytest.raises(CheckpointError, match=r"damaged or edited: \['config.json'\].*python -m convert seal"):
+        Embedder.load(saved)
+    seal(saved)
+    assert Embedder.load(saved).encode("a").shape == (16,)
+
+
+def test_a_missing_file_is_named(saved):
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: \['tokenizer.json'\]"):
+        verify(saved)
+
+
+def test_files_beside_the_checkpoint_do_not_matter(saved):
+    (saved / "README.md").write_text("# my model")
+    verify(saved)
+
+
+def test_a_configuration_that_contradicts_the_arrays(saved):
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"mlp_size": 128', '"mlp_size": 96'))
+    seal(saved)
+    with pytest.raises(ConfigError, match="contradicts the arrays.*layers.up.kernel"):
+        load_checkpoint(saved)
+    path.write_text(path.read_text().replace('"mlp_size": 96', '"mlp_sise": 128'))
+    seal(saved)
+    with pytest.raises(ConfigError, match=r"unknown configuration fields \['mlp_sise'\]"):
+        load_checkpoint(saved)
+
+
+def test_a_checkpoint_of_a_later_version(saved):
+    path = saved / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(CheckpointError, match="version 2; this library reads 1"):
+        load_checkpoint(saved)
+
+
+def test_a_save_never_replaces_anything(saved, embedder):
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        embedder.save(saved)
+    verify(saved)
+    (saved.parent / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        check_free(saved.parent / "file")
+
+
+@pytest.mark.parametrize("failing", ["seal", "dump_json"])
+def test_a_save_that_fails_leaves_nothing(embedder, tmp_path, monkeypatch, failing):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(native, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "model", embedder.encoder, embedder.tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_appears_under_the_name_before_all_is_written(tmp_path):
+    with written_whole(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_behind_does_not_stop_one_with_the_same_id(tmp_path):
+    left = written_whole(tmp_path / "out")
+    left.__enter__()
+    with written_whole(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "out" / "file").exists()
+
+
+def test_a_conversion_killed_at_any_moment_leaves_no_loadable_half(saved, tmp_path):
+    """`to_torch` and `from_torch` in a process that is killed, earlier and later, then run again."""
+    pytest.importorskip("click")
+    original, target = tmp_path / "original", tmp_path / "native"
+    command = [sys.executable, "-m", "convert"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([*command, "to_torch", saved, original, "--layout", "original"], check=True, env=environment)
+    for delay in (0, 0.02, 0.05, 0.1, 0.2):  # after the first sign of a save, which takes about 0.2 s
+        process = subprocess.Popen([*command, "from_torch", original, target], env=environment, stdout=subprocess.DEVNULL)
+        seen = set(tmp_path.iterdir())
+        while process.poll() is None and set(tmp_path.iterdir()) == seen:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if target.exists():
+            verify(target)
+            break
+        with pytest.raises(FileNotFoundError):
+            Embedder.load(target)
+    else:
+        subprocess.run([*command, "from_torch", original, target], check=True, env=environment, stdout=subprocess.DEVNULL)
+    expected = Embedder.load(saved).encode(["a", "b"], "classification")
+    np.testing.assert_allclose(Embedder.load(target).encode(["a", "b"], "classification"), expected, atol=1e-6)
+
+
+def test_a_remote_checkpoint_has_its_manifest_last(embedder, tmp_path, monkeypatch):
+    """A directory here stands for the remote one."""
+    monkeypatch.setattr(native, "is_remote", lambda directory: True)
+    written = []
+    copy = type(epath.Path(tmp_path)).copy
+    monkeypatch.setattr(
+        type(epath.Path(tmp_path)), "copy", lambda self, to, **options: written.append(self.name) or copy(self, to, **options)
+    )
+    embedder.save(tmp_path / "bucket")
+    assert written[-1] == "manifest.json" and "config.json" in written
+    verify(tmp_path / "bucket")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        embedder.save(tmp_path / "bucket")
+
+
+def test_a_remote_directory_is_fetched_whole(saved, embedder):
+    local = fetch(saved)
+    assert local != saved
+    np.testing.assert_array_equal(Embedder.load(local).encode("a"), embedder.encode("a"))
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        fetch(saved / "nowhere")

@@ -1,0 +1,293 @@
+"""The Embedder: sentence-transformers' names and meanings, and one clear error for every bad argument."""
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from jina_jax import Embedder
+from jina_jax.embed.forward import embed_rows
+from jina_jax.embed.quantize import quantize
+from jina_jax.text.tokenizer import tokenize
+
+VALUES = ("sentence_embedding", "token_embeddings")
+TEXTS = ["a text editor", "", "   \t\n ", "ein Spiel", "日本語", "🎲 dice " * 30, "Редактор", "x"]
+
+
+@pytest.fixture(scope="module")
+def tiny(make_encoder, tokenizer) -> Embedder:
+    """For long texts, and many."""
+    encoder = make_encoder(vocab_size=16_000, hidden_size=8, num_heads=1, num_layers=1, mlp_size=8)
+    return Embedder(encoder, encoder.config, tokenizer)
+
+
+def cosines(a, b):
+    return (np.asarray(a) * np.asarray(b)).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def test_a_string_gives_a_vector_and_a_list_a_matrix(embedder):
+    vector, matrix = embedder.encode("a game"), embedder.encode(["a game"])
+    assert vector.shape == (64,) and matrix.shape == (1, 64) and vector.dtype == np.float32
+    np.testing.assert_array_equal(vector, matrix[0])
+
+
+def test_order_batch_size_and_neighbours_do_not_matter(embedder, corpus):
+    texts = corpus[:150]
+    expected = np.stack([embedder.encode(text) for text in texts[:25]])
+    for batch_size in (1, 7, 64):
+        np.testing.assert_allclose(embedder.encode(texts, batch_size=batch_size)[:25], expected, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode(texts[::-1])[::-1][:25], expected, atol=1e-6)
+
+
+def test_a_task_for_each_text(embedder):
+    tasks = [None, "retrieval.query", "classification", "retrieval.passage", None, "classification", "retrieval.query", None]
+    expected = [embedder.encode(text, task) for text, task in zip(TEXTS, tasks, strict=True)]
+    np.testing.assert_allclose(embedder.encode(TEXTS, tasks), expected, atol=1e-6)
+
+
+def test_large_groups_are_folded_and_small_ones_mixed_with_the_same_result(embedder, corpus, monkeypatch):
+    texts = corpus[:60]
+    tasks = ["classification" if i % 3 else ("retrieval.query" if i % 2 else None) for i in range(60)]
+    mixed = embedder.encode(texts, tasks)
+    monkeypatch.setattr("jina_jax.embed.embedder.WORTH_FOLDING", 1)
+    np.testing.assert_allclose(embedder.encode(texts, tasks), mixed, atol=1e-6)
+
+
+def test_the_folded_kernels_of_the_last_task_are_kept(embedder):
+    embedder.encode("x", "classification")
+    kept = embedder._folded
+    embedder.encode(["y", "z"], "classification")
+    assert embedder._folded is kept and kept[0] == "classification"
+    embedder.encode("x", "retrieval.query")
+    assert embedder._folded[0] == "retrieval.query"
+
+
+def test_a_task_prepends_its_instruction_and_a_prompt_replaces_it(embedder):
+    instruction = embedder.config.prompt("retrieval.query")
+    assert instruction
+    query = embedder.encode("a game", "retrieval.query")
+    np.testing.assert_allclose(query, embedder.encode(instruction + "a game", "retrieval.query", prompt=""), atol=1e-6)
+    by_name = embedder.encode("a game", "retrieval.query", prompt_name="note")
+    np.testing.assert_allclose(by_name, embedder.encode("a game", "retrieval.query", prompt="Note: "), atol=1e-6)
+    assert cosines(query, by_name) < 0.9999
+    same = embedder.encode("a game", "retrieval.query", prompt_name="retrieval.query")
+    np.testing.assert_allclose(query, same, atol=1e-6)
+
+
+def test_queries_and_documents_take_their_tasks(embedder):
+    for encode, task in ((embedder.encode_query, "retrieval.query"), (embedder.encode_document, "retrieval.passage")):
+        np.testing.assert_allclose(encode(["a game"]), embedder.encode(["a game"], task), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "document"),
+    [
+        ((("query", "query: "), ("passage", "passage: ")), "query: ", "passage: "),
+        ((("document", "d: "),), "", "d: "),
+        ((), "", ""),
+    ],
+)
+def test_without_adapters_queries_and_documents_take_prompts(make_encoder, tokenizer, prompts, query, document):
+    encoder = make_encoder(vocab_size=16_000, prompts=prompts)
+    model = Embedder(encoder, encoder.config, tokenizer)
+    np.testing.assert_allclose(model.encode_query("a game"), model.encode(query + "a game"), atol=1e-6)
+    np.testing.assert_allclose(model.encode_document("a game"), model.encode(document + "a game"), atol=1e-6)
+    np.testing.assert_allclose(model.encode_query("a game", prompt="p "), model.encode("p a game"), atol=1e-6)
+
+
+def test_the_default_prompt_applies_where_nothing_else_is_named(make_encoder, tokenizer):
+    encoder = make_encoder(vocab_size=16_000, prompts=(("p", "P: "),), default_prompt="p")
+    model = Embedder(encoder, encoder.config, tokenizer)
+    np.testing.assert_allclose(model.encode("a game"), model.encode("P: a game", prompt=""), atol=1e-6)
+
+
+def test_truncate_then_normalise_then_quantise(embedder):
+    raw = embedder.encode(TEXTS, normalize_embeddings=False)
+    short = raw[:, :16] / np.linalg.norm(raw[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(embedder.encode(TEXTS, truncate_dim=16), short, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode(TEXTS, truncate_dim=16, normalize_embeddings=False), raw[:, :16], atol=1e-6)
+    for precision in ("int8", "ubinary"):
+        got = embedder.encode(TEXTS, truncate_dim=16, precision=precision)
+        np.testing.assert_array_equal(got, quantize(embedder.encode(TEXTS, truncate_dim=16), precision))
+
+
+def test_token_embeddings_average_to_the_sentence_embedding(embedder):
+    states = embedder.encode(TEXTS, "classification", output_value="token_embeddings")
+    ids = embedder.tokenizer(TEXTS)["input_ids"]
+    assert [state.shape for state in states] == [(len(text), 64) for text in ids]
+    raw = embedder.encode(TEXTS, "classification", normalize_embeddings=False)
+    np.testing.assert_allclose([state.mean(0) for state in states], raw, atol=1e-5)
+    assert embedder.encode("x", output_value="token_embeddings").shape == (3, 64)
+
+
+def test_long_texts_are_cut_with_one_warning(embedder):
+    long = ["one two three four five six seven"] * 3 + ["short"]
+    with pytest.warns(UserWarning, match="3 of 4 texts are longer than 5 tokens") as caught:
+        got = embedder.encode(long, max_length=5)
+    assert len(caught) == 1
+    ids = embedder.tokenizer(long[0])["input_ids"]
+    states = embedder.encode(embedder.tokenizer.decode(ids[1:4]), output_value="token_embeddings")
+    assert len(states) == 5
+    np.testing.assert_allclose(got[0], embedder.encode(embedder.tokenizer.decode(ids[1:4])), atol=1e-6)
+
+
+def test_texts_are_tokenised_piece_by_piece_with_the_same_result(embedder, corpus, monkeypatch):
+    texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
+    with pytest.warns(UserWarning):
+        vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 4)
+    for kind, expected in zip(VALUES, (vectors, states), strict=True):
+        with pytest.warns(UserWarning, match=f"of {len(texts)} texts are longer than 7 tokens") as caught:
+            got = embedder.encode(texts, tasks, max_length=7, output_value=kind)
+        assert len(caught) == 1 and len(got) == len(texts)
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch):
+    tokenising, computing = threading.Event(), threading.Event()
+    pieces, in_time = [], []
+
+    def tokenize_during_computation(tokenizer, texts, limit):
+        pieces.append(len(texts))
+        if len(pieces) == 2:
+            tokenising.set()
+            in_time.append(computing.wait(60))
+        return tokenize(tokenizer, texts, limit)
+
+    def compute_during_tokenisation(*arguments, **options):
+        computing.set()
+        in_time.append(tokenising.wait(60))
+        return embed_rows(*arguments, **options)
+
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 2)
+    monkeypatch.setattr("jina_jax.embed.embedder.tokenize", tokenize_during_computation)
+    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", compute_during_tokenisation)
+    one_row = "a " * 500
+    assert embedder.encode([one_row] * 6, batch_size=1).shape == (6, 64)
+    assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
+
+
+def test_an_error_of_a_later_piece_comes_before_anything_is_computed(embedder, monkeypatch):
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 2)
+    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", None)
+    with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
+        embedder.encode(["fine"] * 4 + ["bad \ud800"])
+
+
+def test_a_text_of_two_megabytes(tiny):
+    text = "ein sehr langer Text 日本 " * 80_000
+    assert len(text.encode()) > 2_000_000
+    with pytest.warns(UserWarning, match="1 of 1 texts are longer than 8194 tokens"):
+        assert np.isfinite(tiny.encode(text)).all()
+
+
+def test_nothing_in_nothing_out(embedder):
+    assert embedder.encode([]).shape == (0, 64)
+    assert embedder.encode([], truncate_dim=8, precision="int8").shape == (0, 8)
+    assert embedder.encode([], output_value="token_embeddings") == []
+
+
+def test_sequences_other_than_lists(embedder, unchecked):
+    expected = embedder.encode(["a", "b"])
+    for texts in (("a", "b"), np.array(["a", "b"]), (letter for letter in "ab")):
+        np.testing.assert_array_equal(embedder.encode(texts), expected)
+    vectors = embedder.encode(["a", "b"], convert_to_numpy=False)
+    assert isinstance(vectors, list) and np.array_equal(vectors, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "translation"}, r"unknown task 'translation'.*retrieval.query.*classification"),
+        ({"task": ["classification"]}, "1 tasks for 2 texts"),
+        ({"task": 3}, "task must be a name, or one for each text, not int"),
+        ({"task": ["classification", 3]}, "a task is a name or None, not 3"),
+        ({"task": "translation", "sentences": []}, "unknown task 'translation'"),
+        ({"truncate_dim": 24}, r"truncate_dim 24.*\[8, 16, 32, 64\]"),
+        ({"precision": "int4"}, "unknown precision 'int4'.*ubinary"),
+        ({"output_value": "logits"}, "unknown output_value 'logits'.*token_embeddings"),
+        ({"output_value": "token_embeddings", "precision": "int8"}, "float32 only"),
+        ({"prompt_name": "no"}, r"unknown prompt_name 'no'.*note"),
+        ({"prompt": 3}, "prompt must be a string, not int"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size must be at least 1"),
+        ({"batch_size": "8"}, "batch_size must be at least 1"),
+        ({"max_length": 9000}, r"max_length must be a whole number in 2..8194"),
+        ({"max_length": 1}, r"2..8194"),
+        ({"device": "cuda"}, "JAX_PLATFORMS"),
+        ({"convert_to_tensor": True}, "torch.from_numpy"),
+        ({"sentences": ["a", 3]}, "text 1 is no string but int"),
+        ({"sentences": ["a", None]}, "text 1 is no string but NoneType"),
+        ({"sentences": b"bytes"}, "not bytes"),
+        ({"sentences": 5}, "not int"),
+        ({"sentences": np.array("abc")}, "array without dimensions"),
+        ({"sentences": ["fine", "bad \ud800"]}, "text 1 is not valid Unicode"),
+    ],
+    ids=lambda value: str(value)[:40].encode("ascii", "backslashreplace").decode(),
+)
+def test_bad_arguments_are_value_errors_that_say_what_is_valid(embedder, unchecked, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        embedder.encode(**({"sentences": ["a", "b"]} | arguments))
+
+
+def test_an_unknown_keyword_is_a_type_error(embedder):
+    with pytest.raises(TypeError, match="temperature"):
+        embedder.encode("a", temperature=1)
+    with pytest.raises(TypeError, match="temperature"):
+        embedder.encode_query("a", temperature=1)
+
+
+def test_without_a_list_of_dimensions_any_is_valid(make_encoder, tokenizer, unchecked):
+    encoder = make_encoder(vocab_size=16_000)
+    model = Embedder(encoder, encoder.config, tokenizer)
+    assert model.encode("a", truncate_dim=5).shape == (5,)
+    for dim in (0, 65, True, 2.5):
+        with pytest.raises(ValueError, match=r"1\.\.64"):
+            model.encode("a", truncate_dim=dim)
+
+
+def test_similarity_is_sentence_transformers(embedder):
+    util = pytest.importorskip("sentence_transformers").util
+    a, b = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    np.testing.assert_allclose(embedder.similarity(a, b[:3]), util.cos_sim(a, b[:3]).numpy(), atol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(a[0], b), util.cos_sim(a[0], b).numpy(), atol=1e-6)
+
+
+def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, monkeypatch):
+    seen = []
+
+    def compute(encoder, *arguments, **options):
+        seen.append(encoder.layers)
+        return embed_rows(encoder, *arguments, **options)
+
+    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", compute)
+    embedder.encode("a text")
+    embedder.encode("a text", task=embedder.config.tasks[0])
+    assert len(seen) == 2 and all(len(layers) == embedder.config.num_layers for layers in seen)
+
+
+def test_the_whole_test_split_compiles_at_most_four_programs(tiny, corpus):
+    before = embed_rows._cache_size()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.encode(corpus)
+    first = embed_rows._cache_size() - before
+    tiny.encode(corpus[::-8])
+    assert 1 <= first <= 4 and embed_rows._cache_size() == before + first
+
+
+def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):
+    model = Embedder(encoder, encoder.config, tokenizer)
+    first, *others = encoder.config.tasks
+    model.encode("a text", task=first, prompt="")  # instructions differ in length, and rows in shape
+    before = embed_rows._cache_size()
+    for task in others:
+        model.encode("a text", task=task, prompt="")
+    assert embed_rows._cache_size() == before
+
+
+def test_another_models_configuration_is_refused(encoder, make_encoder, tokenizer):
+    with pytest.raises(ValueError, match="not that of the encoder"):
+        Embedder(encoder, make_encoder().config, tokenizer)

@@ -1,0 +1,42 @@
+"""Run with eight devices: an embedder gives the same vectors on one of them and on meshes of all."""
+
+import jax
+import numpy as np
+
+from conftest import ROOT, TASKS, random_array
+from jina_jax import Embedder, ModelConfig
+from jina_jax.config import PUBLISHED_INSTRUCTIONS
+from jina_jax.embed import embedder
+from jina_jax.model.encoder import abstract_variables, from_arrays
+from jina_jax.parallel.mesh import make_mesh
+from jina_jax.text.tokenizer import load_tokenizer
+
+prompts = tuple((task, PUBLISHED_INSTRUCTIONS[task]) for task in TASKS)
+config = ModelConfig(vocab_size=16_000, hidden_size=64, num_layers=2, num_heads=4, mlp_size=128, tasks=TASKS, prompts=prompts)
+rng = np.random.default_rng(0)
+arrays = {path: random_array(path, variable.shape, rng) for path, variable in abstract_variables(config).items()}
+encoder, tokenizer = from_arrays(config, arrays, dtype=np.float32), load_tokenizer(ROOT / "data" / "tokenizer", config)
+texts = [" ".join(rng.choice(["alpha", "beta", "gamma", "delta"], n)) for n in rng.integers(1, 80, 60)]
+tasks = [None if i % 4 == 3 else TASKS[i % 4] for i in range(len(texts))]
+calls = (
+    (texts, {"task": tasks}),  # folded and mixed adapters
+    (texts, {"task": "classification", "batch_size": 2}),
+    (texts[:1], {}),  # fewer rows than devices
+    ([], {}),
+)
+
+assert len(jax.devices()) == 8
+characters = np.array([len(text) + len(dict(prompts).get(task, "")) for text, task in zip(texts, tasks, strict=True)])
+embedder.WORTH_FOLDING = int(np.median([characters[i::4].sum() for i in range(4)]))  # two of the four tasks
+plain = Embedder(encoder, config, tokenizer)
+wanted = [plain.encode(some, normalize_embeddings=False, **options) for some, options in calls]
+wanted_states = plain.encode(texts[:9], output_value="token_embeddings")
+for data, fsdp in ((8, 1), (2, 4), (1, 8), (1, 1)):
+    spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(data, fsdp))
+    for (some, options), want in zip(calls, wanted, strict=True):
+        got = spread.encode(some, normalize_embeddings=False, **options)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max(initial=1))
+    states = spread.encode(texts[:9], output_value="token_embeddings")
+    for got, want in zip(states, wanted_states, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+print("equal")

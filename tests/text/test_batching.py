@@ -1,0 +1,108 @@
+"""Texts to batches piece by piece: every text once, in rows as full as if all were packed together."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jina_jax.text.batching import packed_rows
+from jina_jax.text.packing import plan, plan_full
+
+BUDGET = 1024
+
+
+def of_length(texts: list[str]) -> list[list[int]]:
+    """A text is its number of tokens, and so is each of its tokens."""
+    return [[int(text)] * int(text) for text in texts]
+
+
+def recorded() -> tuple[list[int], Callable[[list[str]], list[list[int]]]]:
+    """`of_length`, and the number of texts of each of its calls."""
+    seen: list[int] = []
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        seen.append(len(texts))
+        return of_length(texts)
+
+    return seen, tokenize
+
+
+def pieces(first: int, largest: int):
+    return patch.multiple("jina_jax.text.batching", FIRST_PIECE=first, LARGEST_PIECE=largest)
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1100), st.integers(1, 8194)), min_size=1, max_size=60),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 3),
+)
+def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devices):
+    found = []
+    with pieces(first, largest):
+        for rows in packed_rows([str(n) for n in lengths], of_length, 0, BUDGET, devices):
+            assert rows.tokens.shape[0] % devices == 0
+            for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
+                text = rows.texts[row, slot]
+                own = rows.tokens[row][rows.segments[row] == slot + 1]
+                np.testing.assert_array_equal(own, [lengths[text]] * lengths[text])
+                found.append(text)
+            assert (rows.tokens[rows.segments == 0] == 0).all()
+    assert sorted(found) == list(range(len(lengths)))
+
+
+@given(st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1100)), max_size=120), st.integers(1, 9000), st.integers(1, 4))
+def test_full_batches_are_those_of_the_plan_that_others_could_not_fill(lengths, budget, devices):
+    full = plan_full(lengths, budget, devices)
+    assert all(batch in plan(lengths, budget, devices) for batch in full)
+    for batch in full:
+        b, t = batch.shape
+        assert len(batch.rows) == b == max(1, budget // t) * devices
+        assert sum(lengths[text] for row in batch.rows for text in row) >= 0.95 * b * t
+
+
+def test_the_corpus_in_pieces_takes_no_more_slots_than_together(corpus, tokenizer):
+    def tokenize(texts):
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+
+    for texts in (corpus[:512], corpus[:2000], sorted(corpus[:2000], key=len)):
+        together = sum(b * t for b, t in (batch.shape for batch in plan([len(ids) for ids in tokenize(texts)], 8192)))
+        in_pieces = sum(rows.tokens.size for rows in packed_rows(texts, tokenize, 1, 8192))
+        assert in_pieces <= 1.02 * together
+
+
+def test_texts_wait_for_others_that_fill_their_rows():
+    seen, tokenize = recorded()
+    with pieces(2, 100):
+        (rows,) = packed_rows(["300", "300", "200", "200"], tokenize, 0, BUDGET)
+    assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segments > 0).sum() == 1000
+
+
+def test_only_a_small_call_gets_a_small_row():
+    with pieces(2, 100):
+        shapes = [rows.tokens.shape for rows in packed_rows(["512", "512", "5"], of_length, 0, BUDGET)]
+    assert shapes == [(2, 512), (1, 512)]
+    with pieces(2, 100):
+        assert [rows.tokens.shape for rows in packed_rows(["5", "5", "5"], of_length, 0, BUDGET)] == [(1, 128)]
+
+
+def test_texts_that_nothing_fills_do_not_wait_for_the_end():
+    seen, tokenize = recorded()
+    with pieces(2, 8):
+        batches = packed_rows(["300"] * 40, tokenize, 0, BUDGET)
+        next(batches)
+        assert sum(seen) <= 22  # eight wait at most, and the next piece may have been begun
+        batches.close()
+
+
+def test_an_error_of_the_tokenizer_is_the_callers():
+    def tokenize(texts):
+        if "2" in texts:
+            raise RuntimeError("not this one")
+        return of_length(texts)
+
+    with pieces(1, 8), pytest.raises(RuntimeError, match="not this one"):
+        list(packed_rows(["1", "1", "1", "2"], tokenize, 0, BUDGET))

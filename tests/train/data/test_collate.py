@@ -1,0 +1,287 @@
+"""Batches: the texts of every example, tokenised as by the tokenizer alone, each where `places` says."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jina_jax.config import PUBLISHED_INSTRUCTIONS
+from jina_jax.text.packing import best_fit, max_texts
+from train.config import Dataset, Stage
+from train.data.collate import Batch, Texts, batch_shape, collate, text_encoder
+from train.data.examples import Classes, Example, example_maker, texts_per_example
+from train.data.masking import max_masked, word_starts
+from train.data.records import LabelledText, Pair, PlainText, ScoredPair, Triplet
+
+KINDS = {"mlm": "text", "classification": "labelled_text", "separation": "labelled_text", "retrieval": "triplet"}
+PAD = 1
+
+
+def stage(objective: str = "pairs", **fields) -> Stage:
+    adapters = {"retrieval": ("retrieval.query", "retrieval.passage"), "text_matching": ("text-matching",)}
+    defaults = {
+        "adapters": adapters.get(objective, () if objective in ("mlm", "pairs") else (objective,)),
+        "datasets": (Dataset("d", KINDS.get(objective, "pair")),),
+        "negatives": 2 if objective in ("classification", "retrieval") else 0,
+        "length": 24,
+        "row_length": 64,
+    }
+    defaults |= {"name": "s", "objective": objective, "steps": 10, "batch_size": 8, "learning_rate": 1e-3}
+    return Stage(**(defaults | fields))
+
+
+def tokens_at(batch: Batch, place: int, device: int = 0, devices: int = 1) -> np.ndarray:
+    """The tokens of a text by its place among those of its device."""
+    rows, most = len(batch.tokens) // devices, batch.tasks.shape[1]
+    row, slot = device * rows + place // most, place % most
+    return batch.tokens[row][batch.segments[row] == slot + 1]
+
+
+def fake_encode(examples) -> Texts:
+    """Token ids told by the text itself: "5,8" is a text of 8 tokens, all of them 5."""
+    parts = [text.split(",") for example in examples for text in example.texts]
+    ids = [np.full(int(length), int(token), np.int32) for token, length in parts]
+    return Texts(ids, [ids + 1 for ids in ids], [int(token) % 3 - 1 for token, _ in parts])
+
+
+sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 5))
+
+
+@given(st.data(), sizes, st.sampled_from([(24, 64), (16, 16), (31, 64), (64, 64), (33, 64), (9, 100)]), st.integers(1, 4))
+def test_every_text_is_where_places_says(data, sizes, lengths, row_shapes):
+    per_device, devices, texts = sizes
+    length, row_length = lengths
+    plan = stage(length=length, row_length=row_length, row_shapes=row_shapes)
+    count = per_device * devices
+    drawn = data.draw(st.lists(st.integers(1, length), min_size=count * texts, max_size=count * texts))
+    names = [f"{100 + i},{n}" for i, n in enumerate(drawn)]
+    examples = [Example(tuple(names[i * texts : (i + 1) * texts]), score=i / 7) for i in range(count)]
+    shape = batch_shape(texts * per_device, plan)
+    batch = collate(examples, fake_encode, shape, devices, PAD)
+    shared = [example for device in range(devices) for example in examples[device::devices]]
+
+    rows = len(batch.tokens) // devices
+    assert rows in shape.row_counts and batch.tokens.shape == (rows * devices, row_length)
+    assert batch.places.shape == (count, texts)
+    for i, places in enumerate(batch.places.tolist()):
+        device = i // per_device
+        for text, place in zip(shared[i].texts, places, strict=True):
+            token, size = map(int, text.split(","))
+            assert 0 <= place < rows * max_texts(row_length)  # of its own device
+            row, slot = device * rows + place // max_texts(row_length), place % max_texts(row_length)
+            own = batch.segments[row] == slot + 1
+            assert batch.tokens[row][own].tolist() == [token] * size
+            assert batch.labels[row][own].tolist() == [token + 1] * size
+            assert batch.positions[row][own].tolist() == list(range(size))
+            assert batch.tasks[row, slot] == token % 3 - 1
+    empty = batch.segments == 0
+    assert (batch.tokens[empty] == PAD).all() and (batch.labels[empty] == -1).all() and (~empty).sum() == sum(drawn)
+    held = np.zeros(batch.tasks.shape, bool).reshape(devices, -1)
+    for i, places in enumerate(batch.places):
+        held[i // per_device, places] = True
+    assert held.sum() == count * texts and (batch.tasks.reshape(devices, -1)[~held] == -1).all()
+    np.testing.assert_array_equal(batch.scores, np.array([example.score for example in shared], np.float32))
+
+
+@given(
+    st.data(),
+    st.integers(1, 400),
+    st.integers(8, 128),
+    st.integers(16, 256),
+    st.integers(1, 5),
+    st.sampled_from([None, 1, 4, 7]),
+)
+def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, row_shapes, chunk):
+    length = min(length, row_length)
+    plan = stage(length=length, row_length=row_length, row_shapes=row_shapes, chunk_rows=chunk)
+    counts = batch_shape(texts, plan).row_counts
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    least = data.draw(st.integers(1, length))
+    for lengths in ([length] * texts, rng.integers(least, length + 1, size=texts), rng.choice([1, length], size=texts)):
+        assert len(best_fit(list(map(int, lengths)), row_length, max_texts(row_length))) <= counts[-1]
+    assert list(counts) == sorted(set(counts)) and 1 <= len(counts) <= row_shapes
+    assert chunk is None or all(count <= chunk or count % chunk == 0 for count in counts)
+
+
+@pytest.mark.parametrize("objective", ["pairs", "retrieval", "text_matching", "classification"])
+def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, corpus):
+    plan = stage(objective, length=48)
+    prompts = PUBLISHED_INSTRUCTIONS | {"text-matching": "Compare: "}
+    suffix = " 012345678" if objective == "classification" else ""
+    examples = [Example(tuple(corpus[i : i + 3]), suffix=suffix) for i in range(0, 300, 3)]
+    examples.append(Example(("日本語", " ", "x" * 100_000), suffix=suffix))
+    texts = text_encoder(plan, prompts, tokenizer)(examples)
+    assert texts.labels is None
+    prefixes = [prompts[task] for task in plan.adapters] or [""]
+    tail = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    cut = 0
+    for number, ids in enumerate(texts.ids):
+        anchor = number % 3 == 0
+        text = examples[number // 3].texts[number % 3]
+        whole = tokenizer(prefixes[0 if anchor else -1] + text)["input_ids"]
+        assert len(ids) == min(len(whole) + len(tail), plan.length)
+        kept = len(ids) - len(tail) - 1
+        assert ids.tolist() == [*whole[:kept], *tail, tokenizer.eos_token_id]
+        assert texts.tasks[number] == (-1 if not plan.adapters else 0 if anchor else len(plan.adapters) - 1)
+        cut += len(whole) + len(tail) > plan.length
+    assert 50 < cut < 250
+
+
+def test_the_tokenizer_itself_is_left_alone(tokenizer):
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    try:
+        encode = text_encoder(stage(), {}, tokenizer)
+        assert len(encode([Example(("one two three four five six seven eight", "b"))]).ids[0]) > 5
+        assert tokenizer.backend_tokenizer.truncation["max_length"] == 5
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+
+
+def test_a_length_without_room_for_text_is_refused(tokenizer):
+    instructed = len(tokenizer(PUBLISHED_INSTRUCTIONS["retrieval.query"])["input_ids"])
+    example = Example(("a", "b", "c"))
+    with pytest.raises(ValueError, match=f"stage s: length {instructed} leaves no room for text; .* are {instructed} tokens"):
+        text_encoder(stage("retrieval", length=instructed), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
+    text_encoder(stage("retrieval", length=instructed + 1), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
+    with pytest.raises(ValueError, match="leaves no room for text"):
+        text_encoder(stage("classification", length=8), {}, tokenizer)([example._replace(suffix=" 123456789")])
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 400))
+def test_masks_are_of_a_window_of_the_text(tokenizer, corpus, seed, number):
+    plan = stage("mlm", length=32)
+    texts = text_encoder(plan, {}, tokenizer)([Example((corpus[number],), seed=seed)])
+    (ids,), (labels,), whole = texts.ids, texts.labels, tokenizer(corpus[number])["input_ids"]
+    original = np.where(labels >= 0, labels, ids).tolist()
+    windows = [[whole[0], *whole[start : start + 30], whole[-1]] for start in range(1, max(len(whole) - 30, 2))]
+    assert original in windows if len(whole) > 32 else original == whole
+    assert texts.tasks == [-1] and len(labels) == len(ids)
+    ordinary = ~np.isin(original, tokenizer.all_special_ids)
+    assert min(1, ordinary.sum()) <= (labels >= 0).sum() <= max_masked(int(ordinary.sum()), plan.mask_rate)
+    assert not (labels >= 0)[~ordinary].any()
+
+
+def test_windows_are_anywhere_and_masks_of_whole_words(tokenizer, corpus):
+    text = max(corpus, key=len)
+    whole = tokenizer(text)["input_ids"]
+    examples = [Example((text,), seed=seed) for seed in range(300)]
+    texts = text_encoder(stage("mlm", length=len(whole) - 3, row_length=512), {}, tokenizer)(examples)
+    originals = [np.where(labels >= 0, labels, ids) for ids, labels in zip(texts.ids, texts.labels, strict=True)]
+    firsts = Counter(tuple(original[1:5].tolist()) for original in originals)
+    assert set(firsts) == {tuple(whole[start : start + 4]) for start in range(1, 5)} and min(firsts.values()) > 40
+    starts = word_starts(tokenizer)
+    for original, labels in zip(originals[:20], texts.labels, strict=False):
+        special = np.isin(original, tokenizer.all_special_ids)
+        words = np.where(special, -1, np.cumsum(starts[original] | special))
+        assert all((labels[words == word] >= 0).all() for word in words[labels >= 0])
+
+
+def test_groups_are_equal_where_records_are(tokenizer):
+    examples = [
+        Example(("a", "b"), group="x"),
+        Example(("c", "d"), group="x"),
+        Example(("a", "b"), group="y"),
+        Example(("x", "b")),
+        Example(("x", "c")),
+        Example(("a", "c")),
+    ]
+    batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(12, stage()), 1, PAD)
+    groups = batch.groups
+    equal = (groups[:, None] == groups[None]).tolist()
+    same = {(0, 1), (3, 4)}
+    assert equal == [[i == j or (min(i, j), max(i, j)) in same for j in range(6)] for i in range(6)]
+    assert groups.dtype == np.int32 and (groups >= 0).all() and (batch.labels == -1).all()
+
+
+LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) for label in "abcd"] + [
+    LabelledText(text="alone", label="e")
+]
+
+
+@given(st.integers(0, 99), st.sampled_from(LABELLED), st.integers(1, 7))
+def test_class_tuples(seed, record, negatives):
+    make = example_maker(stage("classification", negatives=negatives), "labelled_text", LABELLED)
+    example = make(record, np.random.default_rng(seed))
+    anchor, positive, *others = example.texts
+    labels = {each.text: each.label for each in LABELLED}
+    assert anchor == record.text and labels[positive] == record.label
+    assert positive != anchor or record.label == "e"
+    assert len(others) == negatives and all(labels[other] != record.label for other in others)
+    assert example.suffix[0] == " " and example.suffix[1:].isdecimal() and len(example.suffix) == 10
+    assert example.suffix != make(record, np.random.default_rng(seed + 1)).suffix
+    assert len(example.texts) == texts_per_example(stage("classification", negatives=negatives), "labelled_text")
+
+
+def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
+    plan = stage("classification", same_class="masked")
+    make = example_maker(plan, "labelled_text", LABELLED)
+    examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
+    assert not any(example.suffix for example in examples)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 1, PAD)
+    together = batch.groups[:, None] == batch.groups[None, :]
+    labels = np.array([record.label for record in LABELLED[:16]])
+    assert (together == (labels[:, None] == labels[None, :])).all()
+
+
+def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
+    plan = stage("classification", length=24)
+    make = example_maker(plan, "labelled_text", LABELLED)
+    long = [record.model_copy(update={"text": record.text + " word" * 50}) for record in LABELLED]
+    examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(long[:16])]
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 2, PAD)
+    numbers = []
+    for i, places in enumerate(batch.places.tolist()):
+        texts = [tokenizer.decode(tokens_at(batch, place, i // 8, 2), skip_special_tokens=True) for place in places]
+        numbers.append({text[-9:] for text in texts})
+        assert all(text.endswith(examples[i % 8 * 2 + i // 8].suffix) for text in texts)
+    assert all(len(each) == 1 for each in numbers) and len(set.union(*numbers)) == 16
+
+
+@given(st.integers(0, 99), st.sampled_from(LABELLED))
+def test_separation_has_one_of_the_class_and_one_of_another(seed, record):
+    example = example_maker(stage("separation"), "labelled_text", LABELLED)(record, np.random.default_rng(seed))
+    labels = {each.text: each.label for each in LABELLED}
+    assert [labels[text] == record.label for text in example.texts] == [True, True, False] and example.suffix == ""
+    assert texts_per_example(stage("separation"), "labelled_text") == 3
+
+
+def test_classes_are_drawn_evenly_over_their_records():
+    classes, rng = Classes(LABELLED), np.random.default_rng(0)
+    same = Counter(classes.same(LABELLED[0], rng).text for _ in range(2200))
+    others = Counter(classes.others(LABELLED[0], 3700, rng))
+    assert set(same) == {f"a {i}" for i in range(1, 12)} and min(same.values()) > 150
+    assert len(others) == 37 and min(others.values()) > 60
+
+
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 9))
+def test_triplets_draw_their_negatives(seed, held, wanted):
+    record = Triplet(anchor="a", positive="p", negatives=tuple(f"n{i}" for i in range(held)), group="g")
+    plan = stage("retrieval", negatives=wanted)
+    example = example_maker(plan, "triplet", [record])(record, np.random.default_rng(seed))
+    negatives = Counter(example.texts[2:])
+    assert example.texts[:2] == ("a", "p") and example.group == "g" and negatives.total() == wanted
+    assert set(negatives) <= set(record.negatives) and (wanted > held or max(negatives.values(), default=1) == 1)
+    assert len(example.texts) == texts_per_example(plan, "triplet")
+
+
+def test_all_negatives_of_a_triplet_have_their_turn():
+    record = Triplet(anchor="a", positive="p", negatives=tuple("uvwxyz"))
+    make, rng = example_maker(stage("retrieval", negatives=2), "triplet", [record]), np.random.default_rng(0)
+    counts = Counter(text for _ in range(600) for text in make(record, rng).texts[2:])
+    assert set(counts) == set("uvwxyz") and min(counts.values()) > 150
+
+
+def test_pairs_scores_and_texts_pass_through():
+    rng = np.random.default_rng(0)
+    scored = ScoredPair(sentence1="a", sentence2="b", score=-2.5)
+    assert example_maker(stage("text_matching"), "scored_pair", [scored])(scored, rng) == Example(("a", "b"), score=-2.5)
+    pair = Pair(anchor="a", positive="b", group="g")
+    assert example_maker(stage(), "pair", [pair])(pair, rng) == Example(("a", "b"), group="g")
+    example = example_maker(stage("mlm"), "text", [])(PlainText(text="a"), rng)
+    assert example.texts == ("a",) and example.seed != 0
+    for kind, count in (("text", 1), ("pair", 2), ("scored_pair", 2)):
+        assert texts_per_example(stage(), kind) == count
+    with pytest.raises(ValueError, match="no examples are made of song records"):
+        example_maker(stage(), "song", [])

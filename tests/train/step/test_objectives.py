@@ -1,0 +1,207 @@
+"""Objectives on packed batches, whole and in chunks, against texts encoded one to a row and losses written out plainly."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+pytest.importorskip("grain")
+pytest.importorskip("tensorflow_datasets")
+from helpers.training import KINDS, WORDS, compiled_once, stages
+from jina_jax.model.encoder import Encoder, from_arrays, variables
+from train.config import Dataset, Stage
+from train.data.collate import Batch, batch_shape, collate, text_encoder
+from train.data.examples import Example
+from train.step.objectives import objective
+
+STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS}, chunk_rows=None)
+CASES = [
+    ("mlm", "text"),
+    ("pairs", "pair"),
+    ("retrieval", "triplet"),
+    ("text_matching", "scored_pair"),
+    ("classification", "labelled_text"),
+    ("separation", "labelled_text"),
+]
+N = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+def examples(name: str, kind: str) -> list[Example]:
+    """Of different lengths; the second and the fifth belong together."""
+    rng = np.random.default_rng(3)
+    count = {"mlm": 1, "retrieval": 4, "classification": 4, "separation": 3}.get(name, 2)
+
+    def example(number: int) -> Example:
+        texts = tuple(" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(count))
+        suffix = f" {number}" if name == "classification" else ""
+        return Example(texts, rng.integers(4) / 4, "together" if number in (1, 4) else "", suffix, seed=number)
+
+    return [example(number) for number in range(N)]
+
+
+class Case:
+    """A stage's batch in packed rows, and the same texts one by one."""
+
+    def __init__(self, name: str, kind: str, make_encoder, tokenizer):
+        prefixes = {} if name == "mlm" else {"dims": (8, 32), "dim_weights": (2.0, 0.5)}
+        self.stage, self.kind = replace(STAGES[name], **prefixes), kind
+        prompts = (("retrieval.query", "alpha: "), ("retrieval.passage", "the beta: "))
+        encoder = make_encoder(
+            vocab_size=16_000,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            mlp_size=48,
+            tasks=self.stage.adapters,
+            mlm_head=name == "mlm",
+            prompts=prompts,
+        )
+        self.config = encoder.config
+        self.arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+        self.examples = examples(name, kind)
+        self.encode = text_encoder(self.stage, dict(prompts), tokenizer)
+        self.texts = self.encode(self.examples)
+
+    def batch(self, stage: Stage) -> Batch:
+        return collate(self.examples, self.encode, batch_shape(len(self.texts.ids), stage), 1, self.config.pad_id)
+
+    def value_and_gradients(self, stage: Stage):
+        batch, loss = self.batch(stage), objective(stage, self.kind)
+        return jax.jit(jax.value_and_grad(lambda arrays, batch: loss(self.encoder(arrays), batch)))(self.arrays, batch)
+
+    def encoder(self, arrays) -> Encoder:
+        return from_arrays(self.config, arrays, dtype=jnp.float32)
+
+    def plain(self):
+        """From texts that have a row each."""
+        longest = max(map(len, self.texts.ids))
+        tokens = np.full((len(self.texts.ids), longest), self.config.pad_id, np.int32)
+        labels = np.full(tokens.shape, -1, np.int32)
+        for row, ids in enumerate(self.texts.ids):
+            tokens[row, : len(ids)] = ids
+            if self.texts.labels is not None:
+                labels[row, : len(ids)] = self.texts.labels[row]
+        real = np.array([[slot < len(ids) for slot in range(longest)] for ids in self.texts.ids])
+        positions = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
+        tasks = jnp.array(self.texts.tasks, jnp.int32)[:, None] if self.stage.adapters else None
+
+        def loss(arrays):
+            encoder = self.encoder(arrays)
+            states = encoder(jnp.array(tokens), jnp.array(real, jnp.int32), jnp.array(positions), tasks)
+            if self.stage.objective == "mlm":
+                return plain_mlm(encoder.mlm_head(states, encoder.tokens.table[...]), labels)
+            pooled = jnp.where(real[..., None], states, 0).sum(1) / real.sum(1, keepdims=True)
+            embeddings = pooled.reshape(N, -1, pooled.shape[-1])
+            dims = self.stage.dims or (self.config.hidden_size,)
+            weights = self.stage.dim_weights or (1,) * len(dims)
+            return sum(weight * self.plain_loss(embeddings[..., :dim]) for dim, weight in zip(dims, weights, strict=True))
+
+        return jax.jit(jax.value_and_grad(loss))(self.arrays)
+
+    def plain_loss(self, embeddings):
+        unit = embeddings / jnp.sqrt(jnp.square(embeddings).sum(-1, keepdims=True))
+        if self.kind == "scored_pair":
+            return plain_cosent((unit[:, 0] * unit[:, 1]).sum(-1), [e.score for e in self.examples], self.stage.temperature)
+        if self.stage.objective == "separation":
+            cosines = jnp.concatenate([(unit[:, 0] * unit[:, side]).sum(-1) for side in (1, 2)])
+            return plain_cosent(cosines, [1] * N + [0] * N, self.stage.temperature)
+        return plain_contrast(unit, [e.group or number for number, e in enumerate(self.examples)], self.stage.temperature)
+
+
+def plain_mlm(logits, labels):
+    rows, slots = np.nonzero(labels >= 0)
+    return -jax.nn.log_softmax(logits[rows, slots])[np.arange(len(rows)), labels[rows, slots]].mean()
+
+
+def plain_cosent(cosines, scores, temperature):
+    lower, higher = np.nonzero(np.less.outer(scores, scores))
+    return jnp.log(1 + jnp.exp((cosines[lower] - cosines[higher]) / temperature).sum())
+
+
+def plain_contrast(unit, groups, temperature):
+    """Of [n, s, d]: in both directions, with all texts behind the second as candidates of every first."""
+    explicit = unit[:, 2:].reshape(-1, unit.shape[-1])
+    rivals = np.array([[i == j or groups[i] != groups[j] for j in range(N)] for i in range(N)])
+    total = 0.0
+    for anchors, others, further in ((unit[:, 0], unit[:, 1], explicit), (unit[:, 1], unit[:, 0], explicit[:0])):
+        logits = jnp.concatenate([jnp.where(rivals, anchors @ others.T, -jnp.inf), anchors @ further.T], 1) / temperature
+        total -= jnp.diagonal(jax.nn.log_softmax(logits)).mean()
+    return total
+
+
+def assert_same(got, want, tolerance=1e-5) -> None:
+    """Relative to the largest number of each array, or to 1."""
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
+    for path, expected in want[1].items():
+        scale = max(1.0, float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(got[1][path], expected, rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind, make_encoder, tokenizer):
+    case = Case(name, kind, make_encoder, tokenizer)
+    uncached = case.value_and_gradients(case.stage)
+    assert_same(uncached, case.plain())
+    chunk = 5 if name == "mlm" else 2
+    cached = replace(case.stage, chunk_rows=1 if name == "mlm" else 2, loss_chunk=chunk, remat="full")
+    assert case.batch(cached).tokens.shape[0] > 2 or name == "mlm"
+    assert_same(case.value_and_gradients(cached), uncached)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chunk_rows": 1},
+        {"loss_chunk": 3},
+        {"remat": "full"},
+        {"remat": "except_attention"},
+        {"chunk_rows": 3, "remat": "except_attention"},
+    ],
+)
+def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder, tokenizer):
+    case = Case("pairs", "pair", make_encoder, tokenizer)
+    assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))
+
+
+def test_masked_words_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
+    case = Case("mlm", "text", make_encoder, tokenizer)
+    chunked = replace(case.stage, chunk_rows=1, row_length=24)
+    whole, batch = replace(chunked, chunk_rows=None), case.batch(chunked)
+    rows = batch.tokens.shape[0]
+    assert rows >= 3 and (batch.labels >= 0).any(1).sum() >= 2
+
+    def value_and_gradients(stage):
+        loss = objective(stage, "text")
+        return jax.jit(jax.value_and_grad(lambda arrays, batch: 3 * loss(case.encoder(arrays), batch)))
+
+    assert_same(value_and_gradients(chunked)(case.arrays, batch), value_and_gradients(whole)(case.arrays, batch))
+    of_chunks, of_whole = (products(value_and_gradients(stage), case.arrays, batch) for stage in (chunked, whole))
+    assert of_whole > 0 and of_chunks == rows * of_whole
+
+
+def products(function, *arguments) -> int:
+    """Matrix products of a program, those in a loop as often as it turns."""
+
+    def count(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            inner = sum(map(count, jaxprs_in_params(equation.params)))
+            total += inner * equation.params.get("length", 1) + (equation.primitive.name == "dot_general")
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_gradients_reach_the_adapters_of_both_sides(make_encoder, tokenizer):
+    case = Case("retrieval", "triplet", make_encoder, tokenizer)
+    gradient = case.value_and_gradients(case.stage)[1]["layers.qkv.b"]  # [l, k, r, 3, o]
+    assert jnp.abs(gradient).max((0, 2, 3, 4)).min() > 0

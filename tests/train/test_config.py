@@ -1,0 +1,225 @@
+"""Configurations: the paper's numbers, overrides, and one clear error for everything wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jina_jax import ModelConfig
+from train.config import ACCEPTED, Dataset, Stage, Start, TrainConfig, TrainConfigError, from_dict, load_config, to_dict
+from train.data.records import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+PRESETS = sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "quickstart")
+DIMS = (32, 64, 128, 256, 512, 768, 1024)
+
+PAPER = {  # table A1: steps, devices * batch of each, tokens, rate, temperature
+    "mlm_short": (100_000, 8 * 128, 512, 1e-4, None),
+    "mlm_long": (60_000, 8 * 8, 8192, 5e-5, None),
+    "pairs_short": (60_000, 8 * 2048, 192, 3e-5, 0.05),
+    "pairs_long": (50_000, 2 * 512, 1024, 2e-5, 0.02),
+    "retrieval": (20_000, 128, 512, 5e-4, 0.05),
+    "text_matching": (15_000, 256, 192, 1e-4, 0.05),
+    "classification": (11_500, 256, 192, 5e-4, 0.02),
+    "separation": (12_500, 512, 192, 5e-5, 0.02),
+}
+
+
+def load(name: str, *overrides: str) -> TrainConfig:
+    return load_config(CONFIGS / f"{name}.py", overrides)
+
+
+def wrong(*overrides: str, name: str = "retrieval") -> str:
+    with pytest.raises(TrainConfigError) as error:
+        load(name, *overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_numbers_of_the_paper(name):
+    (stage,) = load(name).stages
+    steps, batch, length, rate, temperature = PAPER[name]
+    assert (stage.steps, stage.batch_size, stage.length, stage.learning_rate) == (steps, batch, length, rate)
+    if temperature is None:
+        assert stage.objective == "mlm" and all(dataset.by_language for dataset in stage.datasets)
+    else:
+        assert stage.temperature == temperature and stage.dims == DIMS
+
+
+def test_the_stages_follow_each_other():
+    assert load("mlm_short").start.source == "FacebookAI/xlm-roberta-large"
+    order = ["mlm_short", "mlm_long", "pairs_short", "pairs_long", "retrieval"]
+    for before, after in zip(order, order[1:], strict=False):
+        assert load(after).start.source == f"runs/{before}/model"
+    assert load("mlm_short").start.rope_theta == 10_000
+    tasks = {"retrieval": ("retrieval.query", "retrieval.passage"), "text_matching": ("text-matching",)}
+    for name in ("retrieval", "text_matching", "classification", "separation"):
+        start, (stage,) = load(name).start, load(name).stages
+        assert (start.source, start.rope_theta, start.lora_rank) == ("runs/pairs_long/model", 20_000, 4)
+        assert stage.adapters == tasks.get(name, (name,))
+    assert load("retrieval").stages[0].negatives == load("classification").stages[0].negatives == 7
+    assert load("adapters").stages == tuple(load(name).stages[0] for name in PAPER if name not in order or name == "retrieval")
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "quickstart.py:mlm", "quickstart.py:pairs", "quickstart.py:adapters"])
+def test_every_preset_loads_and_survives_json(name):
+    config = load_config(CONFIGS / (name if ":" in name else f"{name}.py"))
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert config.steps == sum(stage.steps for stage in config.stages)
+    for stage in config.stages:
+        assert all(dataset.kind in ACCEPTED[stage.objective] for dataset in stage.datasets)
+
+
+def test_record_kinds_of_objectives_exist():
+    assert {kind for kinds in ACCEPTED.values() for kind in kinds} == set(KINDS)
+
+
+def test_overrides():
+    before = load("retrieval")
+    changed = load(
+        "retrieval",
+        "stages.0.steps=7",
+        "stages.0.warmup_steps=0",
+        "stages.0.datasets.1.path=other/place",
+        "stages.0.datasets.1.weight=2.5",
+        "stages.0.betas.1=0.99",
+        "stages.0.dims=(8, 16)",
+        "stages.0.chunk_rows=None",
+        "stages.0.remat=full",
+        "start.source=a=b",
+        "mesh.data=4",
+        "seed=5",
+    )
+    stage, (first, second, third) = before.stages[0], before.stages[0].datasets
+    second = dataclasses.replace(second, path="other/place", weight=2.5)
+    stage = dataclasses.replace(
+        stage,
+        steps=7,
+        warmup_steps=0,
+        betas=(0.9, 0.99),
+        dims=(8, 16),
+        chunk_rows=None,
+        remat="full",
+        datasets=(first, second, third),
+    )
+    assert changed.stages == (stage,) and changed.start == dataclasses.replace(before.start, source="a=b")
+    assert changed.mesh.data == 4 and changed.seed == 5
+    assert load("retrieval") == before
+
+
+def test_overrides_are_checked_together():
+    wrong("stages.0.length=4096")
+    assert load("retrieval", "stages.0.length=4096", "stages.0.row_length=4096").stages[0].length == 4096
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.stepz=7", "--set stages.0.stepz: there is no field 'stepz'; valid here are ['name', 'objective', "),
+        ("stages.1.steps=7", "there is no field '1'; valid here are [0]"),
+        ("stages.-1.steps=7", "there is no field '-1'; valid here are [0]"),
+        ("stages.first.steps=7", "there is no field 'first'; valid here are [0]"),
+        ("stages.0.steps.now=7", "there is no field 'now'; valid here are none"),
+        ("=7", "there is no field ''; valid here are ['start', "),
+        ("stages.0.steps", "--set takes path=value, not 'stages.0.steps'"),
+        ("stages.0.steps=many", "stages.0.steps: Input should be a valid integer"),
+        ("stages.0.steps=7.5", "stages.0.steps: "),
+        ("stages.0.steps='7'", "stages.0.steps: Input should be a valid integer"),
+        ("stages.0.steps=True", "stages.0.steps: "),
+        ("stages.0.steps=0", "stages.0.steps: Input should be greater than or equal to 1"),
+        ("stages.0.remat=True", "stages.0.remat: Input should be 'none', 'except_attention' or 'full'"),
+        ("stages.0.learning_rate=0", "stages.0.learning_rate: Input should be greater than 0"),
+        ("stages.0.learning_rate=1e999", "stages.0.learning_rate: "),
+        ("stages.0.temperature=-1", "stages.0.temperature: "),
+        ("stages.0.mask_rate=1.0", "stages.0.mask_rate: Input should be less than 1"),
+        ("stages.0.betas=(0.9, 1.0)", "stages.0.betas.1: Input should be less than 1"),
+        ("stages.0.betas=(0.9,)", "stages.0.betas"),
+        ("stages.0.dims=(0,)", "stages.0.dims.0: "),
+        ("stages.0.objective='mine'", "stages.0.objective: Input should be 'mlm', 'pairs', "),
+        ("stages.0.datasets=()", "stages.0.datasets: "),
+        ("stages.0.datasets.0.kind=pears", "unknown record kind 'pears'; valid are ['text', 'pair', "),
+        ("stages.0.datasets.0.kind=labelled_text", "retrieval does not learn from labelled_text records (datasets/msmarco/"),
+        ("stages.0.datasets.0.weight=0", "stages.0.datasets.0.weight: "),
+        ("stages.0.length=600", "stage retrieval: length 600 is above row_length 512"),
+        ("stages.0.row_length=8", "stages.0.row_length: Input should be greater than or equal to 16"),
+        ("stages.0.dim_weights=(1.0, 2.0)", "stage retrieval: dim_weights has 2 numbers for 7 dims"),
+        ("stages.0.dim_weights=(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)", "stages.0.dim_weights.3: Input should be greater than 0"),
+        ("stages.0.warmup_steps=20001", "stage retrieval: warmup_steps 20001 is above steps 20000"),
+        ("stages.0.adapters=()", "stage retrieval: retrieval trains (1, 2) adapters, not []"),
+        ("stages.0.adapters=('a', 'a')", "two stages train the same adapter: ['a', 'a']"),
+        ("stages=()", "stages: "),
+        ("start.source=None", "start: give either source, a checkpoint, or model"),
+        ("start.rope_theta=inf", "start.rope_theta: "),
+        ("dtype=float16", "dtype: Input should be 'float32' or 'bfloat16'"),
+        ("mesh.fsdp=0", "mesh.fsdp: Input should be greater than or equal to 1"),
+        ("read_threads=-1", "read_threads: "),
+    ],
+)
+def test_wrong_overrides_name_the_field(override, message):
+    assert message in wrong(override)
+
+
+def test_every_wrong_field_is_listed():
+    assert all(name in wrong("stages.0.steps=0", "stages.0.length=1", "seed=x") for name in ("steps", "length", "seed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("classification", ["stages.0.negatives=0"], "stage classification: classification needs negatives of at least 1"),
+        ("mlm_short", ["stages.0.adapters=('a',)"], "stage mlm_short: mlm trains (0,) adapters, not ['a']"),
+        ("mlm_short", ["stages.0.datasets.0.kind=pair"], "mlm does not learn from pair records"),
+        ("separation", ["stages.0.datasets.0.kind=triplet"], "it takes ['labelled_text', 'scored_pair', 'pair']"),
+        ("adapters", ["stages.1.name=retrieval"], "stages need names of their own: ['retrieval', 'retrieval', "),
+        ("adapters", ["stages.2.adapters=('separation',)"], "two stages train the same adapter"),
+    ],
+)
+def test_contradictions_are_named(name, overrides, message):
+    assert message in wrong(*overrides, name=name)
+
+
+def stage(name: str, **fields) -> Stage:
+    return Stage(
+        **({"name": name, "objective": "pairs", "steps": 1, "batch_size": 1, "length": 8, "learning_rate": 1.0} | fields)
+    )
+
+
+def test_contradictions_in_python():
+    pairs = (Dataset("d", "pair"),)
+    with pytest.raises(ValueError, match="a stage that trains the base model needs a run of its own"):
+        TrainConfig(start=Start(source="x"), stages=(stage("a", datasets=pairs), stage("b", datasets=pairs)))
+    with pytest.raises(ValueError, match="give either source, a checkpoint, or model"):
+        Start(source="x", model=ModelConfig())
+    with pytest.raises(ValueError, match="a model with random weights needs a tokenizer directory"):
+        Start(model=ModelConfig())
+    with pytest.raises(ValueError, match="stepz"):
+        stage("a", datasets=pairs, stepz=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.py", "", "c.py has no function get_config"),
+        ("c.py", "get_config = 3", "c.py has no function get_config"),
+        ("c.py", "def get_config():\n    return 3", "get_config() gives a int, not a TrainConfig"),
+        ("c.py", "def get_config(:", "c.py: "),
+        ("c.py", "import nowhere_to_be_found", "c.py: No module named 'nowhere_to_be_found'"),
+        ("c.py", "from train.config import Start\ndef get_config():\n    return Start()", "c.py: "),
+        ("c.py", "from train.config import Start\ndef get_config():\n    return Start(model=3, source=4)", "c.py: "),
+        ("c.yaml", "steps: 3", "c.yaml is not a Python file"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TrainConfigError) as error:
+        load_config(tmp_path / name)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_missing_files_and_functions_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such configuration: .*none.py"):
+        load_config(tmp_path / "none.py")
+    with pytest.raises(TrainConfigError, match=r"quickstart\.py has no function pears"):
+        load_config(f"{CONFIGS}/quickstart.py:pears")

@@ -1,0 +1,130 @@
+"""The arguments of a stage's step as shapes with shardings: what `train` would make, without weights, data or devices."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jina_jax.checkpoints.sources import model_kind
+from jina_jax.checkpoints.tensor_files import read_json
+from jina_jax.config import PUBLISHED_INSTRUCTIONS, ModelConfig, from_hf
+from jina_jax.model.encoder import Encoder
+from jina_jax.parallel.mesh import BATCH, shardings
+from jina_jax.text.packing import max_texts
+
+from ..config import Stage, TrainConfig, load_config
+from ..data.collate import Batch, batch_shape
+from ..data.examples import texts_per_example
+from ..run.initial_model import Parts, for_stages, fresh_sizes, parts
+from ..step.update import State, abstract_state
+
+_XLM_R: dict[str, Any] = {"position_type": "absolute", "max_position_embeddings": 514}
+_SMALLER: dict[str, dict[str, Any]] = {
+    "base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_size": 3072},
+    "small": {"hidden_size": 384, "num_layers": 12, "num_heads": 12, "mlp_size": 1536},
+}
+
+PUBLISHED = {
+    "jinaai/jina-embeddings-v3": ModelConfig(tasks=tuple(PUBLISHED_INSTRUCTIONS), pooler=True),
+    "FacebookAI/xlm-roberta-large": ModelConfig(**_XLM_R),
+    "FacebookAI/xlm-roberta-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
+    "intfloat/multilingual-e5-large": ModelConfig(**_XLM_R),
+    "intfloat/multilingual-e5-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
+    "intfloat/multilingual-e5-small": ModelConfig(
+        **_XLM_R | {"vocab_size": 250_037, "max_position_embeddings": 512}, **_SMALLER["small"]
+    ),
+}
+"""Sizes of models on the hub, by id."""
+
+
+def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:
+    """Sizes of the model that a run starts from; no weights are read.
+
+    Args:
+        config: of the run.
+        directory: of its file. A source `runs/NAME/model` that is not there yet is what NAME.py in it will make.
+
+    Raises:
+        ValueError: they are not to be had; the message says what has them.
+    """
+    source = config.start.source
+    if source is None:
+        assert config.start.model is not None
+        return fresh_sizes(config.start.model)
+    if source in PUBLISHED:
+        return PUBLISHED[source]
+    path = Path(source)
+    if path.is_dir():
+        read = ModelConfig.from_dict if model_kind(path) == "native" else from_hf
+        return read(read_json(path / "config.json"))
+    if path.parts[:1] == ("runs",) and path.name == "model" and (earlier := directory / f"{path.parent.name}.py").is_file():
+        before = load_config(earlier)
+        return abstract_parts(before, source_sizes(before, directory))[0].config
+    raise ValueError(
+        f"start.source {source} is no directory here, nor made by a configuration in {directory}, nor a model whose sizes are "
+        f"known: {sorted(PUBLISHED)}. Give one with --set start.source=..., and the same sizes"
+    )
+
+
+def abstract_parts(config: TrainConfig, sizes: ModelConfig) -> list[Parts]:
+    """`start.parts` of each stage, with shapes in place of arrays."""
+    made: list[ModelConfig] = []
+
+    def arrays() -> list[tuple[Any, Any]]:
+        encoder = for_stages(Encoder(sizes, rngs=nnx.Rngs(0)), config)
+        of_stages = [parts(encoder, stage) for stage in config.stages]
+        made.extend(part.config for part in of_stages)
+        return [(part.trained, part.frozen) for part in of_stages]
+
+    return [Parts(model, *shapes) for model, shapes in zip(made, jax.eval_shape(arrays), strict=False)]
+
+
+def step_arguments(stage: Stage, kind: str, model: Parts, mesh: Mesh) -> tuple[State, Mapping[str, Any], Batch]:
+    """Arguments of `make_step`'s step on the largest batch that the stage can have."""
+    return placed(abstract_state(stage, model.trained), mesh), placed(model.frozen, mesh), abstract_batch(stage, kind, mesh)
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings that `jina_jax.parallel.mesh.place` gives arrays."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh))
+
+
+def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> Batch:
+    """The largest batch, of texts of full length.
+
+    Raises:
+        ValueError: it does not divide by the mesh.
+    """
+    if stage.batch_size % mesh.size:
+        most = max(n for n in range(1, mesh.size) if stage.batch_size % n == 0)
+        raise ValueError(
+            f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {mesh.size} devices; "
+            f"of fewer, {most} are the most that it divides by"
+        )
+    texts = texts_per_example(stage, kind)
+    shape = batch_shape(texts * stage.batch_size // mesh.size, stage)
+    rows = shape.row_counts[-1] * mesh.size
+    per_token, per_text = (rows, shape.row_length), (rows, max_texts(shape.row_length))
+    return Batch(
+        tokens=whole_numbers(mesh, *per_token),
+        segments=whole_numbers(mesh, *per_token),
+        positions=whole_numbers(mesh, *per_token),
+        tasks=whole_numbers(mesh, *per_text),
+        labels=whole_numbers(mesh, *per_token),
+        places=whole_numbers(mesh, stage.batch_size, texts),
+        scores=_over_devices(mesh, jnp.float32, stage.batch_size),
+        groups=whole_numbers(mesh, stage.batch_size),
+    )
+
+
+def whole_numbers(mesh: Mesh, *shape: int) -> Any:
+    """An int32 array of a batch; one without axes is on every device."""
+    return _over_devices(mesh, jnp.int32, *shape)
+
+
+def _over_devices(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH if shape else PartitionSpec()))

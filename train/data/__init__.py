@@ -1,0 +1,1 @@
+"""From files of records to the packed batches of a stage."""

@@ -1,0 +1,137 @@
+"""From records to examples: the texts that one record puts into a batch, and in which part each plays.
+
+What an objective makes of a record is decided here, on the host; what it makes of the embeddings is in `objectives.py`.
+Section 4 of the jina-embeddings-v3 paper (its adapters: sections 4.3.1 to 4.3.4).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config import Stage
+from .records import LabelledText, Pair, PlainText, Record, ScoredPair, Triplet
+
+
+class Example(NamedTuple):
+    """One record as a batch takes it."""
+
+    texts: tuple[str, ...]
+    """The first is the anchor; every example of a batch has equally many."""
+    score: float = 0.0
+    group: str = ""
+    """Examples of equal group are not negatives of one another; "" = a group of its own."""
+    suffix: str = ""
+    """Put behind every text, and never cut off."""
+    seed: int = 0
+    """Of what is drawn for this example later on (masking)."""
+
+
+Maker = Callable[[Any, np.random.Generator], Example]
+
+
+def example_maker(stage: Stage, kind: str, source: Sequence[Record]) -> Maker:
+    """The function that turns a record of a dataset into an example of a stage's objective, with randomness of its own.
+
+    Args:
+        stage: its objective accepts `kind`.
+        kind: record kind of the dataset.
+        source: the dataset; other classes' texts are drawn from it.
+    """
+    match kind:
+        case "text":
+            return _masked
+        case "pair":
+            return _pair
+        case "triplet":
+            return lambda record, rng: _triplet(record, rng, stage.negatives)
+        case "scored_pair":
+            return _scored
+        case "labelled_text" if stage.objective == "classification":
+            classes, told_apart = Classes(source), {"numbered": _numbered, "masked": _masked_class}[stage.same_class]
+            return lambda record, rng: told_apart(_class_tuple(record, rng, classes, stage.negatives), record, rng)
+        case "labelled_text":
+            classes = Classes(source)
+            return lambda record, rng: _class_tuple(record, rng, classes, 1)
+    raise ValueError(f"no examples are made of {kind} records")
+
+
+def texts_per_example(stage: Stage, kind: str) -> int:
+    """Length of `Example.texts`."""
+    match kind:
+        case "text":
+            return 1
+        case "triplet":
+            return 2 + stage.negatives
+        case "labelled_text":
+            return 2 + (stage.negatives if stage.objective == "classification" else 1)
+    return 2
+
+
+class Classes:
+    """The records of each label of a dataset."""
+
+    def __init__(self, source: Sequence[Record]):
+        self._source = source
+        labels = [record.label for record in source if isinstance(record, LabelledText)]
+        by_label = defaultdict(list)
+        for index, label in enumerate(labels):
+            by_label[label].append(index)
+        if len(by_label) < 2:
+            raise ValueError(f"labelled texts need at least 2 labels, not {sorted(by_label)}")
+        self._own = {label: np.array(indices) for label, indices in by_label.items()}
+        self._labels = labels
+
+    def same(self, record: LabelledText, rng: np.random.Generator) -> LabelledText:
+        """Another record of a record's class; the same one where the class has no other."""
+        for _ in range(8):
+            drawn = self._source[int(rng.choice(self._own[record.label]))]
+            if drawn.text != record.text:  # type: ignore[attr-defined]
+                break
+        return drawn  # type: ignore[return-value]
+
+    def others(self, record: LabelledText, count: int, rng: np.random.Generator) -> list[LabelledText]:
+        """Records of other classes."""
+        drawn: list[LabelledText] = []
+        while len(drawn) < count:
+            index = int(rng.integers(len(self._labels)))
+            if self._labels[index] != record.label:
+                drawn.append(self._source[index])  # type: ignore[arg-type]
+        return drawn
+
+
+def _masked(record: PlainText, rng: np.random.Generator) -> Example:
+    return Example((record.text,), seed=int(rng.integers(2**31)))
+
+
+def _pair(record: Pair, _: np.random.Generator) -> Example:
+    return Example((record.anchor, record.positive), group=record.group)
+
+
+def _triplet(record: Triplet, rng: np.random.Generator, count: int) -> Example:
+    """Negatives are drawn without repetition where the record has enough of them."""
+    held = len(record.negatives)
+    drawn = rng.permutation(held)[:count] if held >= count else rng.integers(held, size=count)
+    return Example((record.anchor, record.positive, *(record.negatives[i] for i in drawn)), group=record.group)
+
+
+def _scored(record: ScoredPair, _: np.random.Generator) -> Example:
+    return Example((record.sentence1, record.sentence2), score=record.score)
+
+
+def _class_tuple(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
+    """A text, another of its class, and texts of other classes."""
+    others = classes.others(record, negatives, rng)
+    return Example((record.text, classes.same(record, rng).text, *(other.text for other in others)))
+
+
+def _numbered(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
+    """All texts end in one number that no other tuple has, so that texts of the same class in another tuple are told apart by
+    it and do no harm as negatives."""
+    return example._replace(suffix=f" {rng.integers(10**9):09d}")
+
+
+def _masked_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
+    """Tuples of one class are one group."""
+    return example._replace(group=f"class {record.label}")

@@ -1,0 +1,153 @@
+"""The stream of a stage's batches: a pure function of the batch's number, the seed and the datasets.
+
+Record order, what is drawn at random and which dataset a batch comes from depend on the number alone, so a run that goes on
+from a number sees what it would have seen. Batch i holds the same records however many processes share it.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from jina_jax.config import ModelConfig
+from jina_jax.parallel.processes import first_alone
+
+from ..config import Dataset, Stage
+from .collate import Batch, Shape, batch_shape, collate, text_encoder
+from .examples import Example, example_maker, texts_per_example
+from .records import Record
+from .tfds_datasets import RecordFiles, RecordSource, open_dataset, prepare_records
+
+Agreed = Callable[[str, int, int], int]
+
+
+def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
+    """The stage's datasets; files of records are turned into TFDS datasets under `workdir` once, by the first process.
+
+    Raises:
+        ValueError: a dataset is empty, damaged, or has malformed records; the message says where.
+        FileNotFoundError: there is none.
+    """
+    with first_alone(f"datasets/{stage.name}"):
+        prepared = [_prepared(dataset, workdir) for dataset in stage.datasets]
+    return [open_dataset(path, dataset.kind, dataset.split) for path, dataset in zip(prepared, stage.datasets, strict=True)]
+
+
+def batches(
+    stage: Stage,
+    sources: Sequence[Sequence[Record]],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    devices: int = 1,
+    process: int = 0,
+    processes: int = 1,
+    agreed: Agreed = lambda name, number, rows: rows,
+) -> grain.MapDataset[tuple[str, Batch]]:
+    """This process's part of every batch of a stage, with the kind of its records, by number, without end.
+
+    Args:
+        stage: what is to be learned.
+        sources: from `open_datasets`.
+        config: its prompts are the tasks' instructions.
+        tokenizer: of the model.
+        seed: of the order of records and of everything drawn.
+        devices: of this process.
+        process, processes: which of how many.
+        agreed: (name, number, value) -> the largest value of all processes; batches need as many rows in all of them.
+
+    Raises:
+        ValueError: the batch does not divide by the devices.
+    """
+    if stage.batch_size % (devices * processes):
+        raise ValueError(f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {devices * processes} devices")
+    share = stage.batch_size // processes
+    encode = text_encoder(stage, dict(config.prompts), tokenizer)
+    parts, weights = [], []
+    for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
+        shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
+        languages = list(_parts(source, dataset, stage.batch_size))
+        shares = np.array([len(part) for part in languages]) ** dataset.language_exponent
+        weights += list(dataset.weight * shares / shares.sum())
+        for number, part in enumerate(languages):
+            make = example_maker(stage, dataset.kind, part)
+            examples = (
+                grain.MapDataset.source(part)
+                .seed(_seed(seed, stage.name, index, number))
+                .shuffle()
+                .repeat()
+                .random_map(lambda record, rng, make=make: make(record, rng))
+            )
+            batched = examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
+            name = f"{stage.name}/{index}/{number}"
+
+            def collated(batch: int, examples: list[Example], kind: str = dataset.kind, shape: Shape = shape, name: str = name):
+                return kind, collate(examples, encode, shape, devices, config.pad_id, partial(agreed, name, batch))
+
+            parts.append(batched.map_with_index(collated))
+    return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
+
+
+def reader(dataset: grain.MapDataset[tuple[str, Batch]], threads: int) -> grain.DatasetIterator[tuple[str, Batch]]:
+    """Reads batches in order and ahead of their use; its state is the number of the next one."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1) if threads else 0)
+    return iter(dataset.to_iter_dataset(options))
+
+
+class _Selection(Sequence[Record]):
+    """Some records of a source."""
+
+    def __init__(self, source: Sequence[Record], indices: np.ndarray):
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._source[int(self._indices[index])]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._source.many(self._indices) if isinstance(self._source, RecordSource) else super().__iter__()
+
+
+def _parts(source: Sequence[Record], dataset: Dataset, least: int) -> Iterator[Sequence[Record]]:
+    """The dataset, or its languages. Languages with less than a batch of records share one part."""
+    if not dataset.by_language:
+        yield source
+        return
+    by_language = defaultdict(list)
+    for index, record in enumerate(source):
+        by_language[record.language].append(index)
+    rare = [index for indices in by_language.values() if len(indices) < least for index in indices]
+    for _, indices in sorted(by_language.items()):
+        if len(indices) >= least:
+            yield _Selection(source, np.array(indices))
+    if rare:
+        yield _Selection(source, np.array(sorted(rare)))
+
+
+def _prepared(dataset: Dataset, workdir: Path) -> Path:
+    path = Path(dataset.path)
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"there is no dataset {path}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{digest}"
+    ready = directory / RecordFiles.name / str(RecordFiles.VERSION)
+    if ready.is_dir():
+        return ready
+    return prepare_records({dataset.split: [path]}, dataset.kind, directory)
+
+
+def _seed(seed: int, *names: Any) -> int:
+    """Another stream of random numbers for each name, whatever else the run has."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])

@@ -1,0 +1,287 @@
+"""TFDS datasets of training records, as ArrayRecord files, written and read without TensorFlow.
+
+`RecordFiles` is made from a user's JSON lines or Parquet files, `DebianPackages` from the bundled corpus. `open_dataset` gives
+random access to either.
+"""
+
+import contextlib
+import io
+import itertools
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from .corpus import BUNDLED, SPLITS, Package, read_corpus
+from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
+from .word_overlap import overlaps
+
+
+class DatasetError(ValueError):
+    """A dataset directory that is damaged, empty or of another kind."""
+
+
+class RecordFiles(tfds.core.GeneratorBasedBuilder):
+    """A user's records of one kind, from JSON lines or Parquet."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, kind: str, files: dict[str, list[Path]], skip: Callable[[Record], bool], **arguments: Any):
+        self.kind, self.files, self.skip = kind, files, skip
+        super().__init__(**arguments)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _info(self, self.kind)
+
+    def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        return {split: self._generate_examples(split) for split in self.files}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        records = (record for file in self.files[split] for record in read_records(file, self.kind))
+        yield from enumerate(_fields(record) for record in records if not self.skip(record))
+
+
+class DebianPackages(tfds.core.GeneratorBasedBuilder):
+    """The bundled corpus as records; each configuration is one of `CORPUS_RECORDS`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name) for name in ("texts", "pairs", "translations", "searches", "scored", "labelled")
+    ]
+
+    def __init__(self, *, file: Path = BUNDLED, **arguments: Any):
+        self.file = file
+        super().__init__(**arguments)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _info(self, CORPUS_RECORDS[self._name()][0])
+
+    def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        records = CORPUS_RECORDS[self._name()][1](read_corpus(self.file, split))
+        yield from enumerate(map(_fields, records))
+
+    def _name(self) -> str:
+        assert self.builder_config is not None and self.builder_config.name is not None
+        return self.builder_config.name
+
+
+def plain_texts(packages: Sequence[Package]) -> Iterator[PlainText]:
+    """Title and body of each description, as one text."""
+    for package in packages:
+        for language in package.text:
+            yield PlainText(text=_whole(package, language), language=language)
+
+
+def title_body_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
+    """A title and its body, in one language."""
+    for package in packages:
+        for language, text in package.text.items():
+            yield Pair(anchor=text.title, positive=text.body, language=language, group=package.source)
+
+
+def translation_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
+    """The title in another language than English with the English body, and the English title with the foreign body."""
+    for package in packages:
+        for language, text in package.text.items():
+            if language != "en":
+                english = package.text["en"]
+                yield Pair(anchor=text.title, positive=english.body, language=language, group=package.source)
+                yield Pair(anchor=english.title, positive=text.body, language=language, group=package.source)
+
+
+def search_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
+    """What retrieval is measured on: the title in English, and in one other language in turn, with the English body."""
+    for number, package in enumerate(packages):
+        languages = sorted(package.text)
+        for language in dict.fromkeys(("en", languages[number % len(languages)])):
+            title, body = package.text[language].title, package.text["en"].body
+            yield Pair(anchor=title, positive=body, language=language, group=package.source)
+
+
+def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[ScoredPair]:
+    """Descriptions in one language, scored by the overlap of their packages' tags (Jaccard); half of them share a section."""
+    rng = random.Random(0)
+    tagged = [package for package in packages if package.tags]
+    by_section = defaultdict(list)
+    for package in tagged:
+        by_section[package.section].append(package)
+    for package in tagged:
+        for number in range(per_package):
+            other = rng.choice(tagged if number % 2 else by_section[package.section])
+            languages = sorted(package.text.keys() & other.text.keys())
+            if other.source == package.source or not languages:
+                continue
+            language, tags, others = rng.choice(languages), set(package.tags), set(other.tags)
+            yield ScoredPair(
+                sentence1=_whole(package, language),
+                sentence2=_whole(other, language),
+                score=len(tags & others) / len(tags | others),
+                language=language,
+            )
+
+
+def section_labels(packages: Sequence[Package]) -> Iterator[LabelledText]:
+    """Each description with its package's section."""
+    for package in packages:
+        for language in package.text:
+            yield LabelledText(text=_whole(package, language), label=package.section, language=language, group=package.source)
+
+
+CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Record]]]] = {
+    "texts": ("text", plain_texts),
+    "pairs": ("pair", title_body_pairs),
+    "translations": ("pair", translation_pairs),
+    "searches": ("pair", search_pairs),
+    "scored": ("scored_pair", tag_overlaps),
+    "labelled": ("labelled_text", section_labels),
+}
+"""Kind and maker of the records of each configuration of the bundled corpus."""
+
+
+def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *, drop_overlapping: bool = False) -> Path:
+    """Turns files of records into a TFDS dataset.
+
+    Args:
+        files: JSON lines or Parquet files of each split.
+        kind: one of `records.KINDS`.
+        directory: where the dataset goes.
+        drop_overlapping: leave out pairs whose texts say the same words (`overlap.py`).
+
+    Returns:
+        The dataset's own directory, what `open_dataset` takes.
+
+    Raises:
+        RecordError: a malformed record, with file and line; there is no dataset then.
+        DatasetError: a split without records.
+    """
+    kind_named(kind)
+    if drop_overlapping and not issubclass(KINDS[kind], Pair):
+        raise ValueError(f"overlapping texts are dropped from pair and triplet records, not from {kind} records")
+
+    def skip(record: Record) -> bool:
+        return drop_overlapping and isinstance(record, Pair) and overlaps(record.anchor, record.positive)
+
+    builder = RecordFiles(kind=kind, files=files, skip=skip, data_dir=directory, file_format="array_record")
+    return _prepared(builder, itertools.chain(*files.values()))
+
+
+def prepare_corpus(name: str, directory: Path, file: Path = BUNDLED) -> Path:
+    """Turns the corpus into a TFDS dataset of records, `name` being one of `CORPUS_RECORDS`; returns its directory."""
+    if name not in CORPUS_RECORDS:
+        raise ValueError(f"unknown records {name!r}; valid are {list(CORPUS_RECORDS)}")
+    return _prepared(DebianPackages(config=name, file=file, data_dir=directory, file_format="array_record"), [file])
+
+
+class RecordSource(Sequence[Record]):
+    """Random access to the records of one split. TFDS has shuffled them, always in the same way."""
+
+    def __init__(self, source: Any, kind: str, path: Path):
+        self._source, self._record, self._path = source, KINDS[kind], path
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        with self._damage(f"record {index}"):
+            return self._made(self._source[int(index)])
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.many(range(len(self)))
+
+    def many(self, indices: Sequence[int] | np.ndarray) -> Iterator[Record]:
+        """Records read together, several times as fast as one by one."""
+        for start in range(0, len(indices), 1024):
+            block = [int(index) for index in indices[start : start + 1024]]
+            with self._damage(f"one of the records {min(block)} to {max(block)}"):
+                read = self._source.__getitems__(block)
+            yield from map(self._made, read)
+
+    def _made(self, fields: dict[str, Any]) -> Record:
+        return self._record.model_construct(**{name: _text(value) for name, value in fields.items()})  # text comes as bytes
+
+    @contextlib.contextmanager
+    def _damage(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DatasetError(f"{self._path} is damaged: {where} cannot be read: {error}") from error
+
+
+def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
+    """One split of a TFDS directory.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        DatasetError: not a dataset, of another kind, without this split or records, or truncated.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no dataset {path}")
+    try:
+        builder = tfds.builder_from_directory(str(path))
+    except Exception as error:  # of TFDS, of the JSON reader, of protobuf
+        raise DatasetError(f"{path} is not a TFDS dataset: {error}") from error
+    fields = set(builder.info.features or ())  # type: ignore[arg-type]
+    if missing := sorted(set(kind_named(kind).model_fields) - fields):
+        raise DatasetError(f"{path} holds no {kind} records: they lack {missing}, and have {sorted(fields)}")
+    if split not in builder.info.splits:
+        raise DatasetError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
+    expected = builder.info.splits[split].num_examples
+    try:
+        source: Any = builder.as_data_source(split=split)  # type: ignore[call-arg]
+        held = len(source)
+        if held and held == expected:
+            source[held - 1]
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    if held != expected or not held:
+        raise DatasetError(f"{path} holds {held} records of {split!r}, its own count is {expected}: it is damaged or empty")
+    return RecordSource(source, kind, path)
+
+
+def _info(builder: Any, kind: str) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(builder=builder, features=tfds.features.FeaturesDict(_features(KINDS[kind])))
+
+
+def _features(record: type[Record]) -> dict[str, Any]:
+    own = {"negatives": tfds.features.Sequence(tfds.features.Text()), "score": np.float32}
+    return {name: own.get(name, tfds.features.Text()) for name in record.model_fields}
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in record.model_dump().items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list | np.ndarray):
+        return tuple(map(_text, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _whole(package: Package, language: str) -> str:
+    text = package.text[language]
+    return f"{text.title}\n{text.body}"
+
+
+def _prepared(builder: Any, files: Iterable[Path]) -> Path:
+    """Writes a builder's dataset, unless it is there: an unfinished one has another name and is written again."""
+    tfds.disable_progress_bar()
+    local = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
+            builder.download_and_prepare(download_dir=downloads, download_config=local)
+    except AssertionError as error:  # TFDS's way to say so
+        raise DatasetError(f"no records for a split of {builder.data_dir} in {', '.join(map(str, files))}") from error
+    return Path(builder.data_dir)

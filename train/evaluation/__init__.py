@@ -1,0 +1,1 @@
+"""Embeddings measured on the corpus, and the reports of what was measured."""

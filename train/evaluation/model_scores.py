@@ -1,0 +1,138 @@
+"""A model as a system: which of its adapters are measured on which task, and the embeddings that this takes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from jina_jax import Embedder, ModelConfig
+
+from .scores import Score, System
+from .tasks import Task
+
+TEXTS_PER_CALL = 1024
+"""Steps of the progress bar."""
+
+
+class Sides(NamedTuple):
+    """How the two sides of a task are embedded; None is the base model."""
+
+    name: str
+    left: str | None
+    right: str | None
+
+
+BASE = Sides("none", None, None)
+
+
+def one(adapter: str) -> Sides:
+    """One adapter for both sides."""
+    return Sides(adapter, adapter, adapter)
+
+
+OWN_ADAPTERS = {
+    "retrieval": (
+        Sides("retrieval.query+retrieval.passage", "retrieval.query", "retrieval.passage"),
+        one("retrieval.query"),
+        one("retrieval.passage"),
+    ),
+    "classification": (one("classification"),),
+    "clustering": (one("separation"), one("classification")),
+    "similarity": (one("text-matching"),),
+}
+"""The adapters that were trained for a task, the one to use first."""
+
+
+class Run(NamedTuple):
+    """One task, embedded in one way, at these dimensions."""
+
+    task: Task
+    sides: Sides
+    dims: tuple[int, ...]
+
+
+def matryoshka_dims(config: ModelConfig) -> tuple[int, ...]:
+    """The dimensions that a model is measured at, in ascending order; a model that lists none has its full one."""
+    return tuple(sorted(config.matryoshka_dims)) or (config.hidden_size,)
+
+
+def planned_runs(task: Task, adapters: Sequence[str], dims: tuple[int, ...], every_adapter: bool) -> Iterator[Run]:
+    """The base and the task's own adapters at all dimensions; the others at the largest.
+
+    Args:
+        adapters: those that the model has.
+        every_adapter: also the adapters of other tasks. Those of no known task are measured anyway.
+    """
+    yield Run(task, BASE, dims)
+    own = [sides for sides in OWN_ADAPTERS[task.name] if {sides.left, sides.right} <= set(adapters)]
+    yield from (Run(task, sides, dims) for sides in own)
+    of_known_tasks = {sides for known in OWN_ADAPTERS.values() for sides in known}
+    for sides in map(one, adapters):
+        if sides not in own and (every_adapter or sides not in of_known_tasks):
+            yield Run(task, sides, dims[-1:])
+
+
+def model_scores(
+    system: System,
+    embedder: Embedder,
+    tasks: Sequence[Task],
+    adapters: Sequence[str],
+    *,
+    every_adapter: bool = False,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Score]:
+    """Scores of a model; each text is embedded once under each adapter that needs it.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    dims = matryoshka_dims(embedder.config)
+    runs = [run for task in tasks for run in planned_runs(task, adapters, dims, every_adapter)]
+    embeddings = TextEmbeddings(embedder, runs, batch_size, f"Embedding ({system})", progress)
+    scores = []
+    for task, sides, dims in tqdm(runs, f"Scoring ({system})", unit="run", disable=not progress):
+        for dim in dims:
+            left, right = embeddings.of(task.left, sides.left, dim), embeddings.of(task.right, sides.right, dim)
+            value = task.score(left, right)
+            scores.append(Score(system, task.name, task.subset, sides.name, dim, task.metric, value, task.n))
+    return scores
+
+
+class TextEmbeddings:
+    """Embeddings of all texts that runs need, under the adapters that they need them for."""
+
+    def __init__(self, embedder: Embedder, runs: Sequence[Run], batch_size: int, title: str, progress: bool):
+        self._rows: dict[str | None, dict[str, int]] = {}
+        for task, sides, _ in runs:
+            for texts, adapter in ((task.left, sides.left), (task.right, sides.right)):
+                rows = self._rows.setdefault(adapter, {})
+                for text in texts:
+                    rows.setdefault(text, len(rows))
+        total = sum(map(len, self._rows.values()))
+        with tqdm(total=total, desc=title, unit="text", disable=not progress) as bar:
+            self._arrays = {
+                adapter: np.concatenate(list(_blocks(embedder, list(rows), adapter, batch_size, bar)))
+                for adapter, rows in self._rows.items()
+            }
+
+    def of(self, texts: Sequence[str], adapter: str | None, dim: int) -> Float[np.ndarray, "n dim"]:
+        """The leading dimensions, normalised: what `Embedder.encode` gives with `truncate_dim`."""
+        rows = [self._rows[adapter][text] for text in texts]
+        kept = self._arrays[adapter][rows, :dim]
+        return kept / np.maximum(np.linalg.norm(kept, axis=-1, keepdims=True), 1e-12)
+
+
+def _blocks(
+    embedder: Embedder, texts: list[str], adapter: str | None, batch_size: int, bar: tqdm
+) -> Iterable[Float[np.ndarray, "n d"]]:
+    full = matryoshka_dims(embedder.config)[-1]
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        block = texts[start : start + TEXTS_PER_CALL]
+        embeddings = embedder.encode(block, adapter, batch_size=batch_size, truncate_dim=full, show_progress_bar=False)
+        if not np.isfinite(embeddings).all():
+            raise ValueError(f"the model gives embeddings that are not finite (adapter: {adapter or 'none'})")
+        bar.update(len(block))
+        yield embeddings

@@ -1,0 +1,1 @@
+"""What drives a step: the loop, its checkpoints, its metrics and the model it starts from."""

@@ -1,0 +1,193 @@
+"""Training checkpoints: saved beside the run, whole or not at all, checked before they are used.
+
+A checkpoint is a directory with a manifest (`jina_jax/checkpoint.py`) named after its step. It holds what training changes and
+where the data stood; what a run only reads is told apart by its fingerprint.
+"""
+
+import contextlib
+import logging
+import math
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jina_jax.checkpoints.native import all_processes, seal, verify, written_whole
+from jina_jax.checkpoints.tensor_files import CheckpointError, read_json
+from jina_jax.config import dump_json
+from jina_jax.parallel.mesh import split_axis
+from jina_jax.parallel.processes import is_first, of_first
+
+logger = logging.getLogger(__name__)
+
+_ARRAYS, _RUN = "arrays", "run.json"
+
+CHUNK_BYTES = 8 * 2**20
+"""Of the pieces that arrays are stored in: a part of an array is read from whole ones."""
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint on disk."""
+
+    step: int
+    directory: Path
+    run: dict[str, Any]
+    """What was saved beside the arrays."""
+
+
+class Saver:
+    """Saves in the background, one at a time; each process writes what its devices hold.
+
+    A failed save is raised by the next call; what was saved before it stays.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory, self._keep = directory, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._running: tuple[int, Future[None]] | None = None
+
+    def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
+        """Begins a save. The arrays are copied to the host first, since the next step takes over their buffers."""
+        self.wait()
+        try:
+            with contextlib.ExitStack() as stack:
+                target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
+                with _in_chunks():
+                    arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
+                self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, arrays, run)
+        except Exception as error:
+            raise _not_saved(step, error) from error
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; OSError where it is not."""
+        if self._running is not None:
+            (step, running), self._running = self._running, None
+            try:
+                running.result()
+            except Exception as error:
+                raise _not_saved(step, error) from error
+
+    def close(self) -> None:
+        """Lets a save under way end."""
+        self._pool.shutdown()
+
+    def _finish(self, stack: contextlib.ExitStack, target: Path, arrays: ocp.AsyncResponse, run: dict[str, Any]) -> None:
+        with stack:
+            arrays.result()
+            if not is_first():
+                return
+            (target / _RUN).write_text(dump_json(run), "utf-8")
+            seal(target)
+        for _, old in _saved(self._directory)[: -self._keep]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))  # never half a checkpoint under its name
+
+
+def _not_saved(step: int, error: Exception) -> OSError:
+    """Orbax has many ways to say that a disk is full."""
+    return OSError(f"the checkpoint of step {step} was not saved; those before it are as they were: {error}")
+
+
+def _copied(tree: Any) -> dict[str, Any]:
+    """By name, on this host. Of arrays that several hosts share, Orbax copies each host's part before it returns."""
+    return {name: np.array(leaf) if leaf.is_fully_addressable else leaf for name, leaf in _by_name(tree).items()}
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed.
+
+    The first process looks, and tells the others.
+    """
+    step = of_first("newest checkpoint", lambda: str(_newest(directory)))
+    if step == "None":
+        return None
+    saved = directory / f"{int(step):08d}"
+    return Checkpoint(int(step), saved, read_json(saved / _RUN))
+
+
+def _newest(directory: Path) -> int | None:
+    remove_unfinished(directory)
+    numbered = _saved(directory)
+    for step, saved in reversed(numbered):
+        try:
+            verify(saved)
+            return step
+        except (CheckpointError, OSError) as error:
+            aside = saved.with_name(f"damaged-{saved.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            saved.rename(aside)
+            logger.warning("checkpoint of step %d is damaged and was put aside as %s: %s", step, aside, error)
+    if numbered:
+        logger.warning("no checkpoint in %s is good; starting from the beginning", directory)
+    return None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a killed run left half-written, see `written_whole`."""
+    for unfinished in directory.glob(".*.partial-*"):
+        shutil.rmtree(unfinished)
+
+
+def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
+    """The arrays of a checkpoint in the structure of `tree`, whose leaves give shapes and dtypes, split as `shardings` says.
+
+    Raises:
+        CheckpointError: the checkpoint has other arrays.
+    """
+    places = _by_name(shardings)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in _by_name(tree).items()
+    }
+    path = str(checkpoint.directory.absolute() / _ARRAYS)
+    stored = ocp.metadata(path).metadata
+    wrong = sorted(wanted.keys() ^ stored.keys())
+    wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
+    with _reading_at_once(max(CHUNK_BYTES, *(_bytes_to_read(leaf, stored[name]) for name, leaf in wanted.items())) + 1):
+        arrays = ocp.load(path, wanted)
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
+
+
+def _in_chunks() -> ocp.Context:
+    """Arrays are stored in pieces along the axis that a mesh splits, so that a device reads its part alone."""
+    context = all_processes()
+    storage = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def of_array(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+        axis = split_axis(jax.tree_util.keystr(key, simple=True, separator="/").rpartition("/")[2])
+        # Along an axis that it is told, Orbax cuts single entries, and there are 250,112 in the table. Its longest axis is the
+        # first, which Orbax cuts by itself.
+        return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=(axis,) if axis else None)
+
+    context.array.saving.use_compression = False  # weights hardly get smaller, and it takes longer than to write them
+    context.array.saving.scoped_storage_options_creator = of_array  # type: ignore[assignment]
+    return context
+
+
+def _reading_at_once(most: int) -> ocp.Context:
+    """Orbax reads everything at the same time if it may, and holds every array twice meanwhile."""
+    context = all_processes()
+    context.memory.read_concurrent_bytes = most
+    return context
+
+
+def _bytes_to_read(leaf: jax.ShapeDtypeStruct, stored: Any) -> int:
+    """Of the stored pieces that one device's part of an array lies in, at most."""
+    assert leaf.sharding is not None
+    part, piece = leaf.sharding.shard_shape(leaf.shape), stored.storage_metadata.chunk_shape
+    pieces = [-(-n // size) + (n % size > 0) for n, size in zip(part, piece, strict=True)]
+    return math.prod(pieces) * math.prod(piece) * leaf.dtype.itemsize
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _saved(directory: Path) -> list[tuple[int, Path]]:
+    found = [path for path in directory.glob("[0-9]*") if path.name.isdecimal()]
+    return sorted((int(path.name), path) for path in found)

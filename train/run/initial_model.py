@@ -1,0 +1,199 @@
+"""The model that a run starts from, and what of it a stage trains."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerFast
+
+from jina_jax.checkpoints.native import load_checkpoint
+from jina_jax.checkpoints.sources import find_model, model_kind
+from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
+from jina_jax.config import PUBLISHED_INSTRUCTIONS, SERVING_ROPE_THETA, ModelConfig
+from jina_jax.model.adapters import add_adapter, base_arrays, extract_adapters, replace_adapters
+from jina_jax.model.encoder import Encoder, abstract_variables, from_arrays, variables
+from jina_jax.model.lora import AdapterParam
+from jina_jax.parallel.mesh import pad_vocabulary, unpad_vocabulary
+from jina_jax.text.tokenizer import load_tokenizer
+
+from ..config import Stage, Start, TrainConfig
+
+Arrays = dict[str, Array]
+
+
+class Parts(NamedTuple):
+    """A stage's model, by path: what it trains, and what it only uses."""
+
+    config: ModelConfig
+    trained: Arrays
+    frozen: Arrays
+
+
+def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFast]:
+    """The model of `config.start` in float32, with every adapter and head that the stages need, and its tokenizer.
+
+    Raises:
+        ValueError: the source is damaged or not supported, the tokenizer is another model's, or a stage has longer texts than
+            the model can have.
+        FileNotFoundError: a path does not exist.
+    """
+    start = config.start
+    if start.source is None:
+        assert start.model is not None and start.tokenizer is not None
+        directory, encoder = Path(start.tokenizer), _fresh(fresh_sizes(start.model), jax.random.key(config.seed))
+    else:
+        directory = find_model(start.source)
+        read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
+        encoder = read(directory, dtype=jnp.float32, param_dtype=jnp.float32)
+    tokenizer = load_tokenizer(Path(start.tokenizer) if start.tokenizer else directory, encoder.config)
+    return for_stages(encoder, config), tokenizer
+
+
+def fresh_sizes(model: ModelConfig) -> ModelConfig:
+    """Of a model with random weights: its stages bring adapters and head."""
+    return replace(model, mlm_head=False, tasks=())
+
+
+def for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
+    """The source's model with what `config.start` changes, and with every adapter and head that the stages need.
+
+    Raises:
+        ValueError: a stage has longer texts than the model can have.
+    """
+    key = jax.random.key(config.seed)
+    encoder = _with_overrides(encoder, config.start)
+    for stage in config.stages:
+        if stage.length > encoder.config.max_tokens:
+            most = encoder.config.max_tokens
+            raise ValueError(f"stage {stage.name}: length {stage.length} is above the model's {most} tokens")
+    if config.stages[0].adapters:
+        return _with_new_adapters(encoder, config, key)
+    encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
+    return _with_head(encoder, config.stages[0].objective == "mlm", key)
+
+
+def parts(encoder: Encoder, stage: Stage) -> Parts:
+    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not. The vocabulary is
+    padded, whatever the mesh, so that checkpoints fit every other one."""
+    config = replace(encoder.config, tasks=stage.adapters)
+    arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
+    trained = {}
+    for path, variable in abstract_variables(config).items():
+        unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
+        if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
+            trained[path] = arrays.pop(path)
+    return Parts(config, pad_vocabulary(trained), pad_vocabulary(arrays))
+
+
+def with_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
+    """The model after a stage; inverse of `parts`."""
+    if stage.adapters:
+        return replace_adapters(encoder, stage.adapters, trained)
+    arrays = base_arrays(encoder) | unpad_vocabulary(trained, encoder.config)
+    return from_arrays(encoder.config, arrays, dtype=encoder.dtype)
+
+
+def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b t"]]) -> Encoder:
+    """A masked-language model whose fresh head begins with the tokens' log frequencies as its bias; a trained head stays.
+
+    Adam moves the bias too slowly to learn them in a short run. The table, which the head shares with the input, takes them up
+    meanwhile, and every text's mean state points the same way.
+
+    Args:
+        encoder: with a head.
+        labels: original tokens of masked positions, -1 elsewhere.
+    """
+    bias = variables(encoder)["mlm_head.bias"].get_value()
+    if jnp.any(bias):
+        return encoder
+    counts = np.full(len(bias), 0.1)  # a token that was not seen is rare, not impossible
+    for batch in labels:
+        counts += np.bincount(batch[batch >= 0], minlength=len(bias))
+    return from_arrays(
+        encoder.config,
+        base_arrays(encoder) | {"mlm_head.bias": jnp.asarray(np.log(counts / counts.sum()), bias.dtype)},
+        dtype=encoder.dtype,
+    )
+
+
+def fingerprint(arrays: Mapping[str, Array]) -> str:
+    """SHA-256 over arrays by path."""
+    digest = hashlib.sha256()
+    for path in sorted(arrays):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(arrays[path]).data)
+    return digest.hexdigest()
+
+
+def _fresh(config: ModelConfig, key: Array) -> Encoder:
+    @jax.jit
+    def initialise(key: Array) -> Arrays:
+        encoder = Encoder(config, rngs=nnx.Rngs(key))
+        return {path: variable.get_value() for path, variable in variables(encoder).items()}
+
+    return from_arrays(config, initialise(key), dtype=jnp.float32)
+
+
+def _with_overrides(encoder: Encoder, start: Start) -> Encoder:
+    """A model with absolute positions loses their table and becomes a rotary one, as section 3 of the paper does to XLM-R."""
+    config = encoder.config
+    changes = {
+        "rope_theta": start.rope_theta,
+        "max_position_embeddings": start.max_position_embeddings,
+        "matryoshka_dims": start.matryoshka_dims,
+        "lora_rank": start.lora_rank,
+        "lora_alpha": start.lora_alpha,
+    }
+    if config.position_type == "absolute":
+        defaults = {"rope_theta": SERVING_ROPE_THETA, "max_position_embeddings": ModelConfig().max_position_embeddings}
+        changes = {name: defaults.get(name) if value is None else value for name, value in changes.items()}
+    given = {name: value for name, value in changes.items() if value is not None}
+    if config.tasks:  # the rank of the adapters that are there; new ones are widened to fit
+        given.pop("lora_rank", None)
+    return _with_config(encoder, replace(config, position_type="rope", **given))
+
+
+def _with_config(encoder: Encoder, config: ModelConfig) -> Encoder:
+    """The arrays that a configuration has a place for."""
+    arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+    wanted = abstract_variables(config)
+    return from_arrays(config, {path: arrays[path] for path in wanted}, dtype=encoder.dtype)
+
+
+def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Encoder:
+    instructions = PUBLISHED_INSTRUCTIONS | dict(config.start.instructions)
+    for stage in config.stages:
+        for task in stage.adapters:
+            if task not in encoder.config.tasks:
+                encoder = add_adapter(
+                    encoder,
+                    task,
+                    rank=config.start.lora_rank,
+                    alpha=config.start.lora_alpha,
+                    instruction=instructions.get(task, ""),
+                    rngs=nnx.Rngs(jax.random.fold_in(key, _number(task))),
+                )
+    return encoder
+
+
+def _with_head(encoder: Encoder, head: bool, key: Array) -> Encoder:
+    """With a fresh masked-language head where it is needed and missing, without it where it is not needed."""
+    if head == encoder.config.mlm_head:
+        return encoder
+    config = replace(encoder.config, mlm_head=head)
+    if not head:
+        return _with_config(encoder, config)
+    fresh = {path: variable.get_value() for path, variable in variables(_fresh(config, key)).items()}
+    return from_arrays(config, fresh | base_arrays(encoder), dtype=encoder.dtype)
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])

@@ -1,0 +1,258 @@
+"""The training loop: data, model, state, restore, step. One run of a configuration in a working directory.
+
+WORKDIR/config.json      what the run is
+WORKDIR/checkpoints/     to go on from
+WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
+WORKDIR/model/           the finished model, for Embedder.load
+"""
+
+import contextlib
+import fcntl
+import logging
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jina_jax.checkpoints.native import is_checkpoint, save_checkpoint
+from jina_jax.config import differences, dump_json
+from jina_jax.model.adapters import base_arrays
+from jina_jax.model.encoder import Encoder
+from jina_jax.parallel.mesh import join_rows, make_mesh, place, shardings
+from jina_jax.parallel.processes import barrier, first_alone, is_first, largest
+
+from ..config import Stage, TrainConfig, to_dict
+from ..data.records import Record
+from ..data.stream import batches, open_datasets, reader
+from ..step.flops import peak_flops, training_flops
+from ..step.update import State, Step, abstract_state, all_finite, initial_state, make_step
+from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
+from .initial_model import Arrays, fingerprint, parts, starting_model, with_token_frequencies, with_trained
+from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
+
+logger = logging.getLogger(__name__)
+
+RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
+"""Fields that say how a run is done and not what it is: a resumed run may change them."""
+
+
+FREQUENCY_BATCHES = 16
+"""Batches that tell how frequent tokens are, for a fresh masked-language head."""
+
+
+class ResumeError(ValueError):
+    """The working directory holds a run of another configuration or another model."""
+
+
+class Track(NamedTuple):
+    """A stage under way."""
+
+    stage: Stage
+    frozen: Arrays
+    reader: grain.DatasetIterator
+    steps: dict[str, Step]
+    """By kind of the batch's records."""
+    flops_per_token: float
+
+
+def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path | None:
+    """Trains until the last step and writes the model. A run that was interrupted goes on from its newest good checkpoint.
+
+    Args:
+        config: what to train.
+        workdir: where everything of this run is kept.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The directory of the finished model; None where SIGTERM stopped the run after a save.
+
+    Raises:
+        ResumeError: `workdir` holds another run, and the message lists the differences; or another process is at work in it.
+        TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
+        ValueError, OSError: the configuration, the data or the disk.
+    """
+    host = _host()
+    with first_alone("workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    # The whole model is kept on the host, for the end: the memory of the devices is for what a step needs.
+    with _only_run(workdir) if is_first() else contextlib.nullcontext(), jax.default_device(host):
+        return _train(config, workdir, progress)
+
+
+def _host() -> Any:
+    """The CPU as a device of JAX, which leaves it out where JAX_PLATFORMS names other platforms alone."""
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")  # too late, and an error below, once JAX is at work
+    return jax.local_devices(backend="cpu")[0]
+
+
+def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
+    # ---- model, mesh and data
+    if is_first():
+        remove_unfinished(workdir)
+    checkpoint = latest(workdir / "checkpoints")
+    if checkpoint is None and is_checkpoint(workdir / "model"):
+        raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    encoder, tokenizer = starting_model(config)
+    base: Arrays = {}
+    tracks, states, records = [], [], []
+    for stage in config.stages:
+        sources = open_datasets(stage, workdir)
+        records.append([_contents(source) for source in sources])
+        stream = partial(batches, stage, sources, encoder.config, tokenizer, seed=config.seed)
+        if stage.objective == "mlm":
+            whole = stream()  # whatever the processes
+            labels = (whole[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
+            encoder = with_token_frequencies(encoder, labels)  # type: ignore[arg-type]
+        own = stream(
+            devices=mesh.size // jax.process_count(),
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            agreed=largest,
+        )
+        model, trained, frozen = parts(encoder, stage)
+        base = base or place({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
+        frozen = base | place({path: x for path, x in frozen.items() if path not in base}, mesh)  # stages share the base
+        kinds = {dataset.kind for dataset in stage.datasets}
+        steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
+        flops = training_flops(model, stage)
+        tracks.append(Track(stage, frozen, reader(own, config.read_threads), steps, flops))
+        states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
+
+    # ---- restore
+    identity = _identity(config, encoder) | {"records": records}
+    done = [0] * len(tracks)
+    if checkpoint is not None:
+        states, done = _resumed(checkpoint, identity, states, tracks, mesh)
+        logger.info("resumed %s at step %d", workdir, checkpoint.step)
+    if is_first():
+        (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
+
+    # ---- loop
+    saver = Saver(workdir / "checkpoints", config.keep)
+    writer = MetricsWriter(workdir, sum(done))
+    peak = peak_flops(jax.devices()[0], mesh.size)
+    unread: list[Done] = []
+    began = time.perf_counter()
+    with (
+        contextlib.closing(writer),
+        contextlib.closing(saver),
+        _stop_signal() as stopped,
+        tqdm(total=config.steps, initial=sum(done), unit="step", disable=None if progress and is_first() else True) as bar,
+    ):
+        stopping = False
+        while sum(done) < config.steps and not stopping:
+            turn = next_stage(config, done)
+            track = tracks[turn]
+            kind, batch = next(track.reader)
+            states[turn], metrics = track.steps[kind](states[turn], track.frozen, join_rows(batch, mesh))
+            done[turn] += 1
+            step, slots = sum(done), batch.segments.size * jax.process_count()
+            unread.append(Done(step, track.stage, done[turn], metrics, slots, track.flops_per_token))
+            stopping = stopped(step)
+            save = step % config.checkpoint_every == 0 or step == config.steps or stopping
+            if save or step % config.log_every == 0:
+                for number, name, numbers in summaries(read(unread), time.perf_counter() - began, peak):
+                    writer.write(number, name, numbers)
+                    bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
+                bar.update(len(unread))
+                unread, began = [], time.perf_counter()
+            if save:  # nothing that is not finite: `read` has looked at the losses
+                if not all_finite(states):
+                    raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
+                saver.save(step, states, identity | _position(done, tracks))
+        saver.wait()
+    if sum(done) < config.steps:
+        logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
+        return None
+
+    # ---- the finished model
+    if not is_checkpoint(workdir / "model"):
+        for track, state in zip(tracks, states, strict=True):
+            encoder = with_trained(encoder, track.stage, _on_host(state.parameters, mesh))
+        save_checkpoint(workdir / "model", encoder, tokenizer)
+    barrier("the model is saved")
+    return workdir / "model"
+
+
+def _on_host(arrays: Arrays, mesh: Mesh) -> Arrays:
+    """Whole arrays on the host of each process."""
+    if mesh.is_multi_process:
+        arrays = {path: multihost_utils.process_allgather(x, tiled=True) for path, x in arrays.items()}
+    return jax.device_put(arrays, _host())
+
+
+@contextlib.contextmanager
+def _only_run(workdir: Path) -> Iterator[None]:
+    """Two processes that train in one directory would each remove what the other writes. The lock goes with its process."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(f"another process is training in {workdir}; wait for it, or give another --workdir") from error
+        yield
+
+
+def next_stage(config: TrainConfig, done: list[int]) -> int:
+    """Index of the stage whose turn it is: the one that is furthest behind. A function of the counts alone."""
+    return min(range(len(done)), key=lambda i: (done[i] / config.stages[i].steps, i))
+
+
+def _identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
+    """What a checkpoint must agree with to be of this run."""
+    fields = {name: value for name, value in to_dict(config).items() if name not in RUNNING}
+    frozen = parts(encoder, config.stages[0]).frozen
+    return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
+
+
+def _contents(source: Sequence[Record]) -> str:
+    """Tells a dataset from another one under the same path: how many records, and a checksum of some of them."""
+    some = [repr(source[i * (len(source) - 1) // 15]) for i in range(16)]
+    return f"{len(source)} records, {zlib.crc32(''.join(some).encode()):08x}"
+
+
+def _position(done: list[int], tracks: list[Track]) -> dict[str, Any]:
+    return {"done": list(done), "data": [dict(track.reader.get_state()) for track in tracks]}
+
+
+def _resumed(
+    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[Track], mesh: Mesh
+) -> tuple[list[State], list[int]]:
+    saved = {name: checkpoint.run.get(name) for name in identity}
+    if changed := differences(saved, identity):
+        raise ResumeError(
+            f"{checkpoint.directory.parents[2]} holds another run; it differs in: {'; '.join(changed)}. "
+            "Give the same configuration, or another --workdir"
+        )
+    for track, position in zip(tracks, checkpoint.run["data"], strict=True):
+        track.reader.set_state(position)
+    return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop behind a step because the job was asked to end (SIGTERM): in all processes behind the same one."""
+    if jax.process_count() > 1:  # JAX has caught the signal since the processes met, and agrees on the step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only that one can listen
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        yield lambda step: stopped.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,117 @@
+"""A run's numbers: read from the devices, checked, averaged, and written as JSON lines and to TensorBoard."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from jina_jax.parallel.processes import is_first
+
+from ..config import Stage
+from ..step.optimizer import learning_rate
+from ..step.update import Metrics
+
+FILE = "metrics.jsonl"
+
+
+class TrainingDiverged(ValueError):
+    """The loss or a gradient is not finite."""
+
+
+class Done(NamedTuple):
+    """A step that has been started; its metrics are on the device and may not be there yet."""
+
+    step: int
+    """Of the run, from 1."""
+    stage: Stage
+    own_step: int
+    """Of the stage, from 1."""
+    metrics: Metrics
+    slots: int
+    """Of tokens, padding included."""
+    flops_per_token: float
+
+
+def read(steps: Sequence[Done]) -> list[Done]:
+    """The steps with their metrics as numbers, once they are there.
+
+    Raises:
+        TrainingDiverged: one of them is not finite; the message names the step.
+    """
+    there = [step._replace(metrics=jax.device_get(step.metrics)) for step in steps]
+    for done in there:
+        if not all(map(np.isfinite, done.metrics)):
+            raise TrainingDiverged(
+                f"step {done.step} (stage {done.stage.name}, its step {done.own_step}): loss {done.metrics.loss}, norm of the "
+                f"gradient {done.metrics.grad_norm}. Nothing of it was saved; a lower learning rate may help"
+            )
+    return there
+
+
+def summaries(steps: Sequence[Done], seconds: float, peak: float | None) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """(step, stage, numbers) for each stage of some steps: means, and speed over all of them.
+
+    Args:
+        steps: from `read`.
+        seconds: that they took together.
+        peak: FLOP/s of all devices, where known; None leaves the share of it out.
+    """
+    tokens = sum(int(step.metrics.tokens) for step in steps)
+    speed = {
+        "steps_per_second": len(steps) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "padding": 1 - tokens / sum(step.slots for step in steps),
+    }
+    if peak is not None:
+        flops = sum(int(step.metrics.tokens) * step.flops_per_token for step in steps)
+        speed["peak_share"] = flops / seconds / peak
+    for stage in dict.fromkeys(step.stage for step in steps):
+        own = [step for step in steps if step.stage is stage]
+        numbers = {
+            "loss": math.fsum(float(step.metrics.loss) for step in own) / len(own),
+            "grad_norm": math.fsum(float(step.metrics.grad_norm) for step in own) / len(own),
+            "learning_rate": float(np.asarray(learning_rate(stage)(own[-1].own_step - 1))),
+        }
+        yield own[-1].step, stage.name, numbers | speed
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard's event files.
+
+    A run that goes on from a step drops the lines behind it: they are written again. Of several processes the first writes.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._board = None
+        if not is_first():
+            return
+        self._path = workdir / FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        partial.replace(self._path)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:
+        if self._board is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "stage": stage} | numbers) + "\n")
+        for name, number in numbers.items():
+            self._board.add_scalar(f"{stage}/{name}", number, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The lines of a run's metrics; a last line that was cut off is left out."""
+    path = workdir / FILE
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

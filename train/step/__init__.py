@@ -1,0 +1,1 @@
+"""What is compiled: the loss, its gradient and the update of one training step."""

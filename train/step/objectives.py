@@ -1,0 +1,135 @@
+"""What each objective makes of a batch: pure functions of an encoder and a batch to this device's share of the loss."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jina_jax.losses import cosent, info_nce, masked_lm
+from jina_jax.model import gradient_sums
+from jina_jax.model.encoder import Encoder, Gather, Sums, pool
+
+from ..config import Stage
+from ..data.collate import Batch
+from ..data.masking import max_masked
+from .gradient_cache import over_chunks, sum_over_chunks
+
+AxisName = str | tuple[str, ...] | None
+States = Callable[[Encoder, Sums, Batch], tuple[Float[Array, "b t d"], Sums]]
+Loss = Callable[[Encoder, Batch], Float[Array, ""]]
+"""A device's share: the shares of all devices add up to the loss."""
+
+
+def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gather | None = None) -> Loss:
+    """The loss of a stage on batches of one record kind.
+
+    Args:
+        stage: says which objective and with which constants.
+        kind: record kind of the batch's dataset.
+        axis_name: mesh axes over which the batch is split, inside a `shard_map`.
+        gather: as the encoder takes it.
+    """
+    states = partial(token_states, stage=stage, gather=gather)
+    if kind == "text":
+        return partial(masked_language_loss, states=states, stage=stage, axis_name=axis_name)
+    of_embeddings = {"pair": contrast, "triplet": contrast, "scored_pair": rank}.get(kind)
+    if kind == "labelled_text":
+        of_embeddings = contrast if stage.objective == "classification" else separate
+    assert of_embeddings is not None
+
+    def loss(encoder: Encoder, batch: Batch) -> Float[Array, ""]:
+        return of_embeddings(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
+
+    return loss
+
+
+def contrast(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """InfoNCE in both directions of anchors and positives, with all other texts of an example as negatives of every anchor."""
+    return info_nce(
+        embeddings[:, 0],
+        embeddings[:, 1],
+        embeddings[:, 2:] if embeddings.shape[1] > 2 else None,
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        weights=stage.dim_weights or None,
+        group=jnp.asarray(batch.groups),
+        chunk=stage.loss_chunk,
+        axis_name=axis_name,
+    )
+
+
+def rank(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """CoSENT on graded pairs."""
+    return cosent(
+        embeddings[:, 0],
+        embeddings[:, 1],
+        jnp.asarray(batch.scores),
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        weights=stage.dim_weights or None,
+        axis_name=axis_name,
+    )
+
+
+def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+    """CoSENT with two grades: a text is closer to one of its own class than any text to one of another class.
+
+    The paper's equation (5) has pairs of one class alone, which leaves nothing to rank; pairs across classes are the others.
+    """
+    own, other = embeddings[:, 1], embeddings[:, 2]
+    return cosent(
+        jnp.concatenate([embeddings[:, 0], embeddings[:, 0]]),
+        jnp.concatenate([own, other]),
+        jnp.concatenate([jnp.ones(len(own)), jnp.zeros(len(other))]),
+        temperature=stage.temperature,
+        dims=stage.dims or None,
+        weights=stage.dim_weights or None,
+        axis_name=axis_name,
+    )
+
+
+def masked_language_loss(
+    encoder: Encoder, batch: Batch, *, states: States, stage: Stage, axis_name: AxisName
+) -> Float[Array, ""]:
+    """Cross-entropy of the masked tokens, rows in chunks."""
+    assert encoder.mlm_head is not None
+    rows = stage.chunk_rows or batch.tokens.shape[0]
+    # Each text rounds its share up, and a row of t slots has t / 16 texts at most.
+    most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.tasks.shape[1])
+    total = (jnp.asarray(batch.labels) >= 0).sum()
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+
+    def share(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
+        assert encoder.mlm_head is not None
+        x, sums = states(encoder, sums, chunk)
+        table, of_table = gradient_sums.whole(encoder.tokens.table[...], sums.table)
+        loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk, total=total)
+        return loss, sums._replace(table=of_table)
+
+    return sum_over_chunks(share, encoder, batch, stage.chunk_rows)
+
+
+def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) -> Float[Array, "n s d"]:
+    """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
+    and memory holds the activations of one chunk."""
+
+    def pooled(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
+        x, sums = states(encoder, sums, chunk)
+        return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
+
+    pooled_rows = over_chunks(pooled, encoder, batch, stage.chunk_rows)
+    return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
+
+
+def token_states(
+    encoder: Encoder, sums: Sums, batch: Batch, *, stage: Stage, gather: Gather | None
+) -> tuple[Float[Array, "b t d"], Sums]:
+    """Token states of packed rows, and the sums behind them."""
+    # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
+    tasks = jnp.asarray(batch.tasks) if stage.adapters else None
+    rows = batch.tokens, batch.segments, batch.positions
+    return encoder.in_chunks(sums, *rows, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
