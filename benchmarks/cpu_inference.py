@@ -182,7 +182,7 @@ def corpus_sample(count: int) -> list[str]:
 
 def _load_ours(directory: Path, dtype: str) -> Any:
     from jina_jax import Embedder
-    from jina_jax.cli import use_compilation_cache
+    from jina_jax.command import use_compilation_cache
 
     use_compilation_cache()
     model = Embedder.load(directory, dtype=dtype)

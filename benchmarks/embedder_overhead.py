@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from jina_jax import Embedder, Encoder, ModelConfig
-from jina_jax.embed.forward import embed_rows
+from jina_jax.embed.forward import text_embeddings
 from jina_jax.text.packing import max_texts
 from jina_jax.text.tokenizer import load_tokenizer, tokenize
 from train.aot.chips import parse_topology
@@ -104,10 +104,10 @@ def programs() -> dict[str, int]:
     """Compiled by a first pass over all texts of the test split, and by a second one in another order."""
     embedder = _embedder(TINY)
     texts = [text.body for package in read_corpus(BUNDLED, "test") for text in package.text.values()]
-    counts = [embed_rows._cache_size()]  # type: ignore[attr-defined]
+    counts = [text_embeddings._cache_size()]  # type: ignore[attr-defined]
     for order in (texts, texts[::-1]):
         embedder.encode(order)
-        counts.append(embed_rows._cache_size())  # type: ignore[attr-defined]
+        counts.append(text_embeddings._cache_size())  # type: ignore[attr-defined]
     return {"corpus_texts": len(texts), "programs_first_pass": counts[1] - counts[0], "programs_later": counts[2] - counts[1]}
 
 

@@ -130,13 +130,15 @@ def attention(small: bool) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jina_jax.model.attention import chunked_attention, gpu_attention, plain_attention, rotary_tables
+    from jina_jax.model.attention import gpu_attention, plain_attention
+    from jina_jax.model.chunked_attention import blockwise_attention
+    from jina_jax.model.rotary import rotary_tables
 
     model = _sizes(small)
     forms = {
         "kernel": partial(gpu_attention, interpret=small),
         "XLA, whole rows": plain_attention,
-        "XLA, blocks": chunked_attention,
+        "XLA, blocks": blockwise_attention,
     }
     found = {}
     for rows, (b, t) in ROWS.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jina_jax.config import ModelConfig
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.corpus import BUNDLED, read_corpus
 from train.data.records import write_records
 from train.data.tfds_datasets import title_body_pairs
@@ -32,8 +32,8 @@ def write_pairs(file: Path) -> None:
 def train_ours(model: ModelConfig, stage: Stage, pairs: Path, dtype: str) -> list[float]:
     """Seconds of a step of `python -m train`, in each ten."""
     config = TrainConfig(
-        start=Start(model=model, tokenizer=TOKENIZER),
-        stages=(replace(stage, datasets=(Dataset(str(pairs), "pair"),), warmup_steps=0),),
+        start=InitialModel(model=model, tokenizer=TOKENIZER),
+        stages=(replace(stage, datasets=(DatasetConfig(str(pairs), "pair"),), warmup_steps=0),),
         dtype=dtype,  # type: ignore[arg-type]
         log_every=EVERY,
         checkpoint_every=10**6,

@@ -14,7 +14,7 @@ import click
 import matplotlib
 from matplotlib.figure import Figure
 
-from jina_jax.files import whole_file
+from jina_jax.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,7 +46,7 @@ def main(results: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plots: dict[str, Callable[[Path], Figure]] = {"tpu_estimate.svg": tpu_estimate, "cpu.svg": cpu}
     for name, plot in plots.items():
-        with matplotlib.rc_context({"svg.hashsalt": name}), whole_file(out / name) as target:  # the same bytes at each run
+        with matplotlib.rc_context({"svg.hashsalt": name}), atomic_write(out / name) as target:  # the same bytes at each run
             plot(results).savefig(target, format="svg", metadata={"Date": None})
         click.echo(out / name)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from jina_jax.config import dump_json
+from jina_jax.files import dump_json
 from train.config import load_config
 
 from .machine import machine, versions

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jina_jax import Encoder, ModelConfig
 from jina_jax.model.adapters import fold_adapter
-from jina_jax.model.attention import RotaryTables, attention, rotary_tables
+from jina_jax.model.attention import attention
+from jina_jax.model.rotary import RotaryTables, rotary_tables
 from jina_jax.text.packing import max_texts
 from train.aot.compiler import Slice, load_topology, measure
 

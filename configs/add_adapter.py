@@ -8,18 +8,18 @@ one model with six tasks: `Embedder.load("runs/tickets/model").encode(texts, tas
 Sizes are those of the paper's classification adapter, with fewer steps.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="jinaai/jina-embeddings-v3"),
+        start=InitialModel(source="jinaai/jina-embeddings-v3"),
         stages=(
             Stage(
                 name="add_adapter",
                 objective="classification",
                 adapters=("tickets",),
-                datasets=(Dataset("datasets/tickets/record_files/1.0.0", "labelled_text"),),
+                datasets=(DatasetConfig("datasets/tickets/record_files/1.0.0", "labelled_text"),),
                 steps=1000,
                 warmup_steps=50,
                 batch_size=64,

@@ -11,21 +11,21 @@ that weigh the same.
 The number that ends all texts of a tuple, so that other tuples of its class do no harm: nine random digits.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
+        start=InitialModel(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
         stages=(
             Stage(
                 name="classification",
                 objective="classification",
                 adapters=("classification",),
                 datasets=(
-                    Dataset("datasets/sentiment/record_files/1.0.0", "labelled_text"),
-                    Dataset("datasets/intent/record_files/1.0.0", "labelled_text"),
-                    Dataset("datasets/topic/record_files/1.0.0", "labelled_text"),
+                    DatasetConfig("datasets/sentiment/record_files/1.0.0", "labelled_text"),
+                    DatasetConfig("datasets/intent/record_files/1.0.0", "labelled_text"),
+                    DatasetConfig("datasets/topic/record_files/1.0.0", "labelled_text"),
                 ),
                 steps=11_500,
                 warmup_steps=115,

@@ -7,17 +7,17 @@ Hardware: 8 devices in the paper, 8 texts on each; 60,000 steps are up to 31 bil
 From the paper: batch, length, steps and rate; rotary base 10,000. Chosen here: as in `mlm_short`; one row at a time.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/mlm_short/model"),
+        start=InitialModel(source="runs/mlm_short/model"),
         stages=(
             Stage(
                 name="mlm_long",
                 objective="mlm",
-                datasets=(Dataset("datasets/culturax/record_files/1.0.0", "text", by_language=True),),
+                datasets=(DatasetConfig("datasets/culturax/record_files/1.0.0", "text", by_language=True),),
                 steps=60_000,
                 warmup_steps=600,
                 batch_size=8 * 8,

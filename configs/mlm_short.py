@@ -11,17 +11,17 @@ Chosen here: masking 30 % (of the jina-embeddings-v2 paper), warm-up of 1 % of t
 (0.9, 0.98), clipping at 1, rows in chunks of 32, layers except attention computed again in the backward pass.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="FacebookAI/xlm-roberta-large", rope_theta=10_000.0, max_position_embeddings=8194),
+        start=InitialModel(source="FacebookAI/xlm-roberta-large", rope_theta=10_000.0, max_position_embeddings=8194),
         stages=(
             Stage(
                 name="mlm_short",
                 objective="mlm",
-                datasets=(Dataset("datasets/culturax/record_files/1.0.0", "text", by_language=True),),
+                datasets=(DatasetConfig("datasets/culturax/record_files/1.0.0", "text", by_language=True),),
                 steps=100_000,
                 warmup_steps=1000,
                 batch_size=8 * 128,

@@ -7,17 +7,17 @@ Hardware: 2 devices in the paper, 512 pairs on each; 50,000 steps are 51 million
 From the paper: batch, length, steps, rate and temperature. Chosen here: as in `pairs_short`; chunks of 8 rows.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/pairs_short/model"),
+        start=InitialModel(source="runs/pairs_short/model"),
         stages=(
             Stage(
                 name="pairs_long",
                 objective="pairs",
-                datasets=(Dataset("datasets/long_pairs/record_files/1.0.0", "pair", by_language=True),),
+                datasets=(DatasetConfig("datasets/long_pairs/record_files/1.0.0", "pair", by_language=True),),
                 steps=50_000,
                 warmup_steps=500,
                 batch_size=2 * 512,

@@ -12,17 +12,17 @@ clipping at 1. Gradient caching in chunks of 32 rows of 384 tokens, two texts of
 each and need none: `--set stages.0.chunk_rows=None` is a sixth faster there.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/mlm_long/model", matryoshka_dims=(32, 64, 128, 256, 512, 768, 1024)),
+        start=InitialModel(source="runs/mlm_long/model", matryoshka_dims=(32, 64, 128, 256, 512, 768, 1024)),
         stages=(
             Stage(
                 name="pairs_short",
                 objective="pairs",
-                datasets=(Dataset("datasets/pairs/record_files/1.0.0", "pair", by_language=True),),
+                datasets=(DatasetConfig("datasets/pairs/record_files/1.0.0", "pair", by_language=True),),
                 steps=60_000,
                 warmup_steps=600,
                 batch_size=8 * 2048,

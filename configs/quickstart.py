@@ -13,7 +13,7 @@ rotary base 10,000 in training and 20,000 from the adapters on, a frozen base un
 """
 
 from jina_jax.config import ModelConfig
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 DATASETS = "runs/quickstart/datasets/debian_packages"
 DIMS = (32, 64, 128, 256)
@@ -33,13 +33,13 @@ MODEL = ModelConfig(
 
 def mlm() -> TrainConfig:
     return TrainConfig(
-        start=Start(model=MODEL, tokenizer="data/tokenizer"),
+        start=InitialModel(model=MODEL, tokenizer="data/tokenizer"),
         checkpoint_every=50,
         stages=(
             Stage(
                 name="mlm",
                 objective="mlm",
-                datasets=(Dataset(f"{DATASETS}/texts/1.0.0", "text"),),
+                datasets=(DatasetConfig(f"{DATASETS}/texts/1.0.0", "text"),),
                 steps=80,
                 warmup_steps=25,
                 batch_size=64,
@@ -54,15 +54,15 @@ def mlm() -> TrainConfig:
 
 def pairs() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/quickstart/mlm/model"),
+        start=InitialModel(source="runs/quickstart/mlm/model"),
         checkpoint_every=50,
         stages=(
             Stage(
                 name="pairs",
                 objective="pairs",
                 datasets=(
-                    Dataset(f"{DATASETS}/pairs/1.0.0", "pair", by_language=True, language_exponent=0.5),
-                    Dataset(f"{DATASETS}/translations/1.0.0", "pair", by_language=True, language_exponent=0.5),
+                    DatasetConfig(f"{DATASETS}/pairs/1.0.0", "pair", by_language=True, language_exponent=0.5),
+                    DatasetConfig(f"{DATASETS}/translations/1.0.0", "pair", by_language=True, language_exponent=0.5),
                 ),
                 steps=480,
                 warmup_steps=50,
@@ -81,7 +81,7 @@ def pairs() -> TrainConfig:
 
 def adapters() -> TrainConfig:
     return TrainConfig(
-        start=Start(
+        start=InitialModel(
             source="runs/quickstart/pairs/model",
             rope_theta=20_000.0,
             # The published rank of 4 leaves words nowhere to go in a run this short.
@@ -97,7 +97,7 @@ def adapters() -> TrainConfig:
                 objective="retrieval",
                 adapters=("retrieval.query", "retrieval.passage"),
                 # Without mined negatives: many of them answer the title as well, and the adapters fell behind the base.
-                datasets=(Dataset(f"{DATASETS}/searches/1.0.0", "pair"),),
+                datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
                 temperature=0.05,
                 **_sizes(steps=180, batch_size=128, length=96),
             ),
@@ -105,7 +105,7 @@ def adapters() -> TrainConfig:
                 name="text_matching",
                 objective="text_matching",
                 adapters=("text-matching",),
-                datasets=(Dataset(f"{DATASETS}/scored/1.0.0", "scored_pair", by_language=True),),
+                datasets=(DatasetConfig(f"{DATASETS}/scored/1.0.0", "scored_pair", by_language=True),),
                 temperature=1.0,
                 **_sizes(steps=50, batch_size=64, length=96),
             ),
@@ -113,7 +113,7 @@ def adapters() -> TrainConfig:
                 name="classification",
                 objective="classification",
                 adapters=("classification",),
-                datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
+                datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
                 negatives=1,
                 same_class="masked",  # in so few steps the model would learn to read the numbers and nothing else
                 temperature=0.05,
@@ -123,7 +123,7 @@ def adapters() -> TrainConfig:
                 name="separation",
                 objective="separation",
                 adapters=("separation",),
-                datasets=(Dataset(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
+                datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text", by_language=True),),
                 temperature=0.3,
                 **_sizes(steps=50, batch_size=48, length=96),
             ),

@@ -11,21 +11,21 @@ that weigh the same.
 The instructions of the two tasks are put before the texts.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
+        start=InitialModel(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
         stages=(
             Stage(
                 name="retrieval",
                 objective="retrieval",
                 adapters=("retrieval.query", "retrieval.passage"),
                 datasets=(
-                    Dataset("datasets/msmarco/record_files/1.0.0", "triplet"),
-                    Dataset("datasets/nq/record_files/1.0.0", "triplet"),
-                    Dataset("datasets/mined/record_files/1.0.0", "triplet"),
+                    DatasetConfig("datasets/msmarco/record_files/1.0.0", "triplet"),
+                    DatasetConfig("datasets/nq/record_files/1.0.0", "triplet"),
+                    DatasetConfig("datasets/mined/record_files/1.0.0", "triplet"),
                 ),
                 steps=20_000,
                 warmup_steps=200,

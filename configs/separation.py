@@ -12,20 +12,20 @@ The paper's equation (5) has pairs of one class alone; here each text has a part
 (grade 0). Pairs and labelled texts come in equal shares.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
+        start=InitialModel(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
         stages=(
             Stage(
                 name="separation",
                 objective="separation",
                 adapters=("separation",),
                 datasets=(
-                    Dataset("datasets/labelled/record_files/1.0.0", "labelled_text"),
-                    Dataset("datasets/pairs/record_files/1.0.0", "pair"),
+                    DatasetConfig("datasets/labelled/record_files/1.0.0", "labelled_text"),
+                    DatasetConfig("datasets/pairs/record_files/1.0.0", "pair"),
                 ),
                 steps=12_500,
                 warmup_steps=125,

@@ -11,21 +11,21 @@ that weigh the same.
 A triplet has one negative.
 """
 
-from train.config import Dataset, Stage, Start, TrainConfig
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=Start(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
+        start=InitialModel(source="runs/pairs_long/model", rope_theta=20_000.0, lora_rank=4, lora_alpha=1.0),
         stages=(
             Stage(
                 name="text_matching",
                 objective="text_matching",
                 adapters=("text-matching",),
                 datasets=(
-                    Dataset("datasets/sts12/record_files/1.0.0", "scored_pair"),
-                    Dataset("datasets/sick/record_files/1.0.0", "scored_pair"),
-                    Dataset("datasets/nli/record_files/1.0.0", "triplet"),
+                    DatasetConfig("datasets/sts12/record_files/1.0.0", "scored_pair"),
+                    DatasetConfig("datasets/sick/record_files/1.0.0", "scored_pair"),
+                    DatasetConfig("datasets/nli/record_files/1.0.0", "triplet"),
                 ),
                 steps=15_000,
                 warmup_steps=150,

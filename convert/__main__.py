@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
-from jina_jax.checkpoints import native, torch_writer
-from jina_jax.checkpoints.sources import find_model, model_kind
-from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
-from jina_jax.cli import Programs, whole_file
+from jina_jax.checkpoints import native, sealed_directory, torch_writer
+from jina_jax.checkpoints.load import load_encoder
+from jina_jax.checkpoints.sealed_directory import MANIFEST, check_free
+from jina_jax.checkpoints.sources import checkpoint_format, find_model
+from jina_jax.command import CommandGroup
 from jina_jax.config import SERVING_ROPE_THETA
+from jina_jax.files import atomic_write
 from jina_jax.model.encoder import Encoder
-from jina_jax.text.tokenizer import PreTrainedTokenizerFast, load_tokenizer, max_tokens
+from jina_jax.text.tokenizer import max_tokens
 
 from .verify import verify as compare
 
@@ -21,7 +23,7 @@ dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16",
 pickle_option = click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin where there is no safetensors.")
 
 
-@click.group(cls=Programs)
+@click.group(cls=CommandGroup)
 def main() -> None:
     """Convert checkpoints between PyTorch and JAX."""
 
@@ -34,12 +36,12 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
 def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
     """Write SRC (a PyTorch checkpoint in any layout: directory or hub id) as the native checkpoint DST."""
-    native.check_free(dst)
+    check_free(dst)
     directory = find_model(src, revision)
-    if model_kind(directory) == "native":
+    if checkpoint_format(directory) == "native":
         raise ValueError(f"{src} is a native checkpoint already")
-    encoder = read_torch_checkpoint(directory, param_dtype=dtype, allow_pickle=allow_pickle)
-    native.save_checkpoint(dst, encoder, load_tokenizer(directory, encoder.config))
+    encoder, tokenizer, _ = load_encoder(directory, param_dtype=dtype, allow_pickle=allow_pickle)
+    native.save_checkpoint(dst, encoder, tokenizer)
     click.echo(f"{dst}: {_describe(encoder)}")
 
 
@@ -52,10 +54,10 @@ def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revisi
 @click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
 def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
     """Write SRC (a native checkpoint, or any other that this library reads) as a PyTorch checkpoint DST."""
-    native.check_free(dst)
+    check_free(dst)
     if task and layout != "sentence-transformers":
         raise ValueError(f"--task goes with --layout sentence-transformers; {layout} holds all tasks")
-    encoder, tokenizer = _load(find_model(src))
+    encoder, tokenizer, _ = load_encoder(src)
     config = encoder.config
     if config.position_type == "rope" and config.rope_theta != rope_theta:
         click.echo(f"the rotary base is {config.rope_theta:g} in {src} and written as {rope_theta:g}", err=True)
@@ -84,7 +86,7 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
     if out is None:
         click.echo(text)
     else:
-        with whole_file(out) as file:
+        with atomic_write(out) as file:
             file.write_text(text + "\n", "utf-8")
     context.exit(0 if report["ok"] else 1)
 
@@ -94,16 +96,10 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
 def seal(directory: Path) -> None:
     """Accept the files of a native checkpoint as they are now: write its manifest anew."""
     if not native.is_checkpoint(directory):
-        raise ValueError(f"{directory} has no {native.MANIFEST}; it is no native checkpoint")
-    native.seal(directory)
+        raise ValueError(f"{directory} has no {MANIFEST}; it is no native checkpoint")
+    sealed_directory.seal(directory)
     native.load_checkpoint(directory)
     click.echo(f"{directory}: sealed")
-
-
-def _load(directory: Path) -> tuple[Encoder, PreTrainedTokenizerFast]:
-    read = native.load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
-    encoder = read(directory)
-    return encoder, load_tokenizer(directory, encoder.config)
 
 
 def _describe(encoder: Encoder) -> str:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jina_jax.checkpoints.sources import find_model, model_kind
+from jina_jax.checkpoints.sources import checkpoint_format, find_model
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.embed.embedder import Embedder
-from jina_jax.embed.forward import encode_rows
-from jina_jax.model.encoder import Encoder, Normalised, pool, task_of_tokens
+from jina_jax.embed.forward import token_states
+from jina_jax.model.encoder import Encoder, pool, token_adapter_ids
+from jina_jax.model.layers import DeferredLayerNorm
 from jina_jax.text import packing
 
 TOLERANCES = {"layer": 1e-5, "states": 1e-4, "embedding": 1e-5}
@@ -37,10 +38,10 @@ def verify(source: Path, target: str | Path, *, allow_pickle: bool = False) -> d
     """
     from .torch_reference import TorchReference
 
-    if model_kind(source) != "torch":
+    if checkpoint_format(source) != "torch":
         raise ValueError(f"{source} is a native checkpoint; the source of a comparison is a PyTorch one")
     model = Embedder.load(target, dtype=jnp.float32)
-    if model_kind(find_model(target)) == "torch" and find_model(target) == source:
+    if checkpoint_format(find_model(target)) == "torch" and find_model(target) == source:
         raise ValueError("source and target are the same directory")
     config = read_torch_checkpoint(source, dtype=jnp.float32, allow_pickle=allow_pickle).config
     if config.tasks != model.config.tasks:
@@ -63,7 +64,7 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
     ]
     tasks = None if task is None else np.full((len(token_ids), 1), encoder.config.task_index(task), np.int32)
     layers = [_difference(got[real], want[real]) for got, want in _layer_outputs(encoder, rows, tasks, expected)]
-    states = encode_rows(encoder, rows.tokens, rows.segments, rows.positions, tasks)
+    states = token_states(encoder, rows.tokens, rows.segments, rows.positions, tasks)
     got, want = (_unit(np.asarray(pool(jnp.asarray(s), jnp.asarray(rows.segments), 1))[:, 0]) for s in (states, expected[-1]))
     return {
         "task": task,
@@ -74,21 +75,21 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
     }
 
 
-def _layer_outputs(encoder: Encoder, rows: packing.Rows, tasks: np.ndarray | None, expected: list[np.ndarray]):
+def _layer_outputs(encoder: Encoder, rows: packing.PackedBatch, tasks: np.ndarray | None, expected: list[np.ndarray]):
     """(ours, the reference's) output of the embedding and of each layer, each given the reference's input."""
-    task = None if tasks is None else task_of_tokens(jnp.asarray(tasks), jnp.asarray(rows.segments))
+    task = None if tasks is None else token_adapter_ids(jnp.asarray(tasks), jnp.asarray(rows.segments))
     tables = encoder.rotary_tables(jnp.asarray(rows.positions))
     tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
     yield np.asarray(encoder.embed(encoder.tokens.rows(tokens), tokens, positions, task)), expected[0]
-    run = jax.jit(lambda layer, x: layer(Normalised.of(x), jnp.asarray(rows.segments), tables, task).value())
+    run = jax.jit(lambda layer, x: layer(DeferredLayerNorm.of(x), jnp.asarray(rows.segments), tables, task).value())
     for index, (given, wanted) in enumerate(zip(expected[:-1], expected[1:], strict=True)):
         layer = jax.tree.map(lambda array, index=index: array[index], encoder.layers)
         yield np.asarray(run(layer, jnp.asarray(given))), wanted
 
 
-def _one_text_a_row(token_ids: list[list[int]], pad_id: int) -> packing.Rows:
+def _one_text_a_row(token_ids: list[list[int]], pad_id: int) -> packing.PackedBatch:
     length = max(map(len, token_ids))
-    batch = packing.Batch([[i] for i in range(len(token_ids))], (len(token_ids), max(length, packing.TOKENS_PER_TEXT)))
+    batch = packing.BatchPlan([[i] for i in range(len(token_ids))], (len(token_ids), max(length, packing.TOKENS_PER_TEXT)))
     return packing.lay_out(token_ids, batch, pad_id)
 
 

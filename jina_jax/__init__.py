@@ -1,13 +1,22 @@
 """jina-embeddings-v3 in JAX: a packed-row XLM-RoBERTa encoder with native task adapters, and an embedder for every layout of
 its checkpoints."""
 
-import os
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers advises to install PyTorch
-
+from . import adapters as adapters
+from . import losses as losses
+from .adapters import add_adapter as add_adapter
+from .adapters import drop_adapter as drop_adapter
+from .adapters import extract_adapter as extract_adapter
+from .adapters import merge_adapter as merge_adapter
 from .config import ModelConfig as ModelConfig
 from .embed.embedder import Embedder as Embedder
-from .model.encoder import Encoder as Encoder
-from .model.encoder import pool as pool
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import DataError as DataError
+from .errors import JinaJaxError as JinaJaxError
+from .errors import RunError as RunError
+from .model import AdapterParam as AdapterParam
+from .model import Encoder as Encoder
+from .model import pool as pool
+from .parallel.mesh import make_mesh as make_mesh
 
 __version__ = "0.1.0"

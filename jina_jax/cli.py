@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,54 +12,21 @@ try:
 except ImportError:
     sys.exit("the command line needs an extra: pip install 'jina-jax[cli]'")
 
-import jax
 import numpy as np
 
 from .bulk import run as bulk
 from .checkpoints.remote import is_remote
 from .checkpoints.sources import find_model
+from .command import CommandGroup
 from .embed.embedder import Embedder
-from .embed.quantize import PRECISIONS
-from .files import whole_file as whole_file
+from .embed.quantize import EMBEDDING_PRECISIONS
+from .files import atomic_write
 
-MAX_CACHE_BYTES = 10 * 2**30
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
 PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
 
 
-class Program(click.Command):
-    """A command: compiled programs are kept between runs, and an error of the user is one line, without traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        use_compilation_cache()
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-
-
-class Programs(Program, click.Group):
-    """A group of commands, with the same manners."""
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/jina-jax."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        directory = Path(home).expanduser() / "jina-jax"
-        _remove_half_written(directory)
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
-
-
-def _remove_half_written(cache: Path) -> None:
-    """Entries that a killed program left without their time of use: with one of them there, JAX writes no other."""
-    for entry in cache.glob("*-cache"):
-        if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
-            entry.unlink(missing_ok=True)
-
-
-@click.group(cls=Programs)
+@click.group(cls=CommandGroup)
 @click.version_option(package_name="jina-jax")
 def main() -> None:
     """Task-adapted multilingual embeddings in JAX."""
@@ -71,7 +37,7 @@ def main() -> None:
 @click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
 @click.option("--task", help="Adapter; default: the base model.")
 @click.option("--dim", type=int, help="Leading dimensions to keep; default: all.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+@click.option("--precision", type=click.Choice(EMBEDDING_PRECISIONS), default="float32", show_default=True)
 @click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
 @click.option(
     "--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards."
@@ -117,7 +83,7 @@ def _embed_lines(
         for embedding in embeddings:
             click.echo(json.dumps(embedding.tolist()))
         return
-    with whole_file(Path(output)) as target:
+    with atomic_write(Path(output)) as target:
         if suffix == ".npy":
             with target.open("wb") as stream:
                 np.save(stream, embeddings)
@@ -134,14 +100,14 @@ def _embed_files(
     if process is None and processes > 1:
         raise ValueError("--num-processes needs a --process-id for each of them")
     process = process or 0
-    options = bulk.Options(**{name: value for name, value in given.items() if value is not None})
+    options = bulk.BulkOptions(**{name: value for name, value in given.items() if value is not None})
     bulk.check_arguments(files, options, process, processes)
     on_terminal = sys.stderr.isatty()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger(bulk.__name__).setLevel(logging.WARNING if on_terminal else logging.INFO)
     directory = find_model(model)
     done = bulk.embed_files(
-        bulk.load_here(directory),
+        bulk.load_on_this_host(directory),
         bulk.model_fingerprint(directory),
         files,
         Path(output),

@@ -1,11 +1,12 @@
 """The model's configuration, and its translation from and to the `config.json` files of published checkpoints."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
+
+from .errors import ConfigError
 
 PUBLISHED_INSTRUCTIONS = {
     "retrieval.query": "Represent the query for retrieving evidence documents: ",
@@ -20,26 +21,9 @@ SERVING_ROPE_THETA = 20_000.0
 """Rotary base of the released model. The paper trains at 10,000 and serves at 20,000."""
 
 PositionType = Literal["rope", "absolute"]
-Layout = Literal["original", "transformers"]
 Remat = Literal["none", "except_attention", "full"]
 """What of a layer the gradient computes again, in place of keeping it: nothing; all but attention's result; or everything, from
 the layer's input."""
-
-_POSITION_TYPES: dict[str, PositionType] = {"rotary": "rope", "rope": "rope", "absolute": "absolute"}
-_MODEL_TYPES = ("xlm-roberta", "jina_embeddings_v3")
-
-
-_CONTAINERS = {
-    "lora_adaptations": list,
-    "task_instructions": dict,
-    "matryoshka_dimensions": list,
-    "rope_parameters": dict,
-    "rope_scaling": dict,
-}
-
-
-class ConfigError(ValueError):
-    """A configuration that is contradictory or asks for what this library does not build; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,121 +131,6 @@ class ModelConfig:
         return _from_file(fields)
 
 
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a published `config.json`: jina-embeddings-v3 (original or transformers-native), XLM-R or E5.
-
-    Pooler, MLM head, rank and the kind of q, k, v adapters are set from the tensors by the reader, not from here.
-    """
-    for field, kind in _CONTAINERS.items():
-        if not isinstance(hf.get(field), kind | None):
-            raise ConfigError(f"{field} must be a {kind.__name__}, not {hf[field]!r}")
-    model_type = hf.get("model_type")
-    if model_type is not None and model_type not in _MODEL_TYPES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {list(_MODEL_TYPES)}")
-    if hf.get("hidden_act", "gelu") != "gelu":
-        raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; supported is 'gelu' (exact)")
-    if hf.get("emb_pooler") not in (None, "mean"):
-        raise ConfigError(f"emb_pooler {hf['emb_pooler']!r} is not supported; supported are null and 'mean'")
-    native = model_type == "jina_embeddings_v3"
-    position = hf.get("position_embedding_type", "rotary" if native else "absolute")
-    if position not in list(_POSITION_TYPES):
-        raise ConfigError(f"position_embedding_type {position!r} is not supported; use one of {sorted(_POSITION_TYPES)}")
-    tasks = tuple(hf.get("lora_adaptations") or ())
-    instructions = hf.get("task_instructions") or {}
-    if missing := [task for task in tasks if instructions and task not in instructions]:
-        raise ConfigError(f"task_instructions has no entry for {missing} of lora_adaptations")
-    try:
-        values = dict(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            mlp_size=hf["intermediate_size"],
-            max_position_embeddings=hf["max_position_embeddings"],
-            type_vocab_size=hf.get("type_vocab_size", 1),
-            position_type=_POSITION_TYPES[position],
-            rope_theta=_rope_theta(hf, default=20_000.0 if native else 10_000.0),
-            layer_norm_eps=hf.get("layer_norm_eps", 1e-5),
-            initializer_range=hf.get("initializer_range", 0.02),
-            pad_id=_or(hf.get("pad_token_id"), 1),
-            tasks=tasks,
-            lora_rank=hf.get("lora_rank", 4),
-            lora_alpha=hf.get("lora_alpha", 1),
-            prompts=tuple(instructions.items()),
-            matryoshka_dims=tuple(hf.get("matryoshka_dimensions") or ()),
-            truncate_dim=hf.get("truncate_dim"),
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json has no field {error}") from error
-    return _from_file(values)
-
-
-def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a checkpoint in a PyTorch layout; `dtype` as torch names it ("float32", "bfloat16")."""
-    rope = config.position_type == "rope"
-    if layout == "original" and not rope:
-        raise ConfigError("the original layout has rotary positions; write a model with absolute ones as 'transformers'")
-    hf: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "initializer_range": config.initializer_range,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "bos_token_id": 0,
-        "pad_token_id": config.pad_id,
-        "eos_token_id": 2,
-        "torch_dtype": dtype,
-        "matryoshka_dimensions": list(config.matryoshka_dims),
-        "truncate_dim": config.truncate_dim,
-    }
-    if config.tasks:
-        hf["task_instructions"] = {task: config.prompt(task) or "" for task in config.tasks}
-    if not rope:
-        return hf | {"model_type": "xlm-roberta", "architectures": [_architecture("XLMRoberta", config)]}
-    hf["position_embedding_type"] = "rotary"
-    if layout == "transformers":
-        return hf | {
-            "model_type": "jina_embeddings_v3",
-            "architectures": [_architecture("JinaEmbeddingsV3", config)],
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            "tie_word_embeddings": True,
-        }
-    hf |= {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "rotary_emb_base": config.rope_theta}
-    if config.tasks:
-        hf |= {
-            "architectures": ["XLMRobertaLoRA"],
-            "lora_adaptations": list(config.tasks),
-            "lora_rank": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout_p": 0.0,
-            "lora_main_params_trainable": False,
-            "load_trained_adapters": True,
-        }
-    return hf
-
-
-def dump_json(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-
-
-def differences(saved: Any, now: Any, place: str = "") -> list[str]:
-    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
-    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
-    if isinstance(saved, list) and isinstance(now, list):
-        saved, now = dict(enumerate(saved)), dict(enumerate(now))
-    if not isinstance(saved, dict) or not isinstance(now, dict):
-        return [] if saved == now else [f"{place}: {json.dumps(saved)} -> {json.dumps(now)}"]
-    keys = [*saved, *(key for key in now if key not in saved)]
-    return [line for key in keys for line in differences(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
-
-
 def _from_file(fields: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of values that may be of any type; JSON has neither tuples nor a difference between 1 and 1.0."""
     values = {name: _tuples(value) for name, value in fields.items()}
@@ -292,22 +161,3 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _type_name(kind: Any) -> str:
     return kind.__name__ if kind in (bool, int, float, str) else str(kind).removeprefix("typing.")
-
-
-def _rope_theta(hf: Mapping[str, Any], default: float) -> Any:
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the second is the older name
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"rope_parameters.rope_type {kind!r} is not supported; use 'default'")
-    for place, field in ((parameters, "rope_theta"), (hf, "rope_theta"), (hf, "rotary_emb_base")):
-        if place.get(field) is not None:
-            return place[field]
-    return default
-
-
-def _architecture(family: str, config: ModelConfig) -> str:
-    return family + ("ForMaskedLM" if config.mlm_head else "Model")
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value

@@ -1,13 +1,18 @@
 """Files that appear under their name whole or not at all."""
 
 import contextlib
+import hashlib
+import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file that appears under its name only when it has been written to the end; nothing is left on failure."""
     # Random, not the process id: in containers that one repeats.
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
@@ -16,3 +21,58 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def dump_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def json_diff(saved: Any, now: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
+    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
+    if isinstance(saved, list) and isinstance(now, list):
+        saved, now = dict(enumerate(saved)), dict(enumerate(now))
+    if not isinstance(saved, dict) or not isinstance(now, dict):
+        return [] if saved == now else [f"{place}: {json.dumps(saved)} -> {json.dumps(now)}"]
+    keys = [*saved, *(key for key in now if key not in saved)]
+    return [line for key in keys for line in json_diff(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError where the file is none."""
+    return _read_json(path, dict)
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON array; CheckpointError where the file is none."""
+    return _read_json(path, list)
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(dump_json(fields), "utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from .model.encoder import MLMHead
-from .model.lora import contract, contract_table
+from .model.matmul import matmul, matmul_transposed
 
 AxisName = str | tuple[str, ...] | None
 Tree = TypeVar("Tree")
@@ -198,7 +198,7 @@ def _cross_entropy(
     """The sum over rows of weight times -log of the target's share in exp(x . table + bias). The weights have no gradient."""
 
     def log_sums(x: Array, weight: Array) -> Array:
-        return weight * jax.nn.logsumexp(contract_table(x, table) + bias[None], axis=1)
+        return weight * jax.nn.logsumexp(matmul_transposed(x, table) + bias[None], axis=1)
 
     own_logits = (x.astype(jnp.float32) * _rows(table, targets, x.dtype)).sum(-1) + jnp.take(bias, targets)
     return _in_chunks(log_sums, (x, weight), chunk).sum() - (weight * own_logits).sum()
@@ -212,17 +212,17 @@ def _cross_entropy_forward(x: Array, targets: Array, weight: Array, table: Array
 
     def of_chunk(sums: tuple[Array, Array], rows: tuple[Array, Array]):
         (d_table, d_bias), (x, weight) = sums, rows
-        logits = contract_table(x, operand) + bias[None]
+        logits = matmul_transposed(x, operand) + bias[None]
         highest = logits.max(-1, keepdims=True)
         powers = jnp.exp(logits - highest)
         total = powers.sum(-1, keepdims=True)
         share = weight[:, None] / total
         powers = jax.lax.optimization_barrier(powers.astype(x.dtype))  # or every product makes them anew
-        d_table += contract(powers.T, (share * x).astype(x.dtype))
-        # A tile of equal rows, as in `lora._with_bias`.
-        d_bias += contract(jnp.broadcast_to(share.T, (8, len(x))).astype(x.dtype), powers)[0]
+        d_table += matmul(powers.T, (share * x).astype(x.dtype))
+        # A tile of equal rows, as in `lora.add_bias`.
+        d_bias += matmul(jnp.broadcast_to(share.T, (8, len(x))).astype(x.dtype), powers)[0]
         value = weight * (highest + jnp.log(total))[:, 0]
-        return (d_table, d_bias), (value, share * contract(powers, operand))
+        return (d_table, d_bias), (value, share * matmul(powers, operand))
 
     own, weighted = _rows(table, targets, x.dtype), weight[:, None] * x.astype(jnp.float32)
     d_table = jnp.zeros(table.shape, jnp.float32).at[targets].add(-weighted)
@@ -273,7 +273,7 @@ def _contrast(anchors: Array, positives: Array, group: Array, candidates: _Candi
 
 def _log_sum(anchors: Array, candidates: Array, allowed: Array) -> Array:
     """log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
-    return jax.nn.logsumexp(jnp.where(allowed, contract(anchors, candidates.T), NEVER), axis=1)
+    return jax.nn.logsumexp(jnp.where(allowed, matmul(anchors, candidates.T), NEVER), axis=1)
 
 
 def _unit_prefix(x: Array, dim: Array) -> Array:

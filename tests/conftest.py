@@ -20,8 +20,8 @@ from hypothesis import settings
 
 from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.model.encoder import abstract_variables, from_arrays
-from jina_jax.text.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+from jina_jax.model.parameters import abstract_variables, from_arrays
+from jina_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("jina-jax", deadline=None, max_examples=60, derandomize=True, database=None)
@@ -92,7 +92,7 @@ def encoder(make_encoder) -> Encoder:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     return load_tokenizer(ROOT / "data" / "tokenizer", ModelConfig(vocab_size=16_000))
 
 

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("click")
 from click.testing import CliRunner
 
-from jina_jax.cli import main, use_compilation_cache
+from jina_jax.cli import main
+from jina_jax.command import use_compilation_cache
 
 LINES = ["an image editor", "", "画像エディタ", "a game"]
 

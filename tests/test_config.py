@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from jina_jax.config import ConfigError, ModelConfig, from_hf, to_hf
+from jina_jax.checkpoints.hf_config import from_hf, to_hf
+from jina_jax.config import ModelConfig
+from jina_jax.errors import ConfigError
 
 SIZES = dict(vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, mlp_size=64, max_position_embeddings=50)
 PUBLISHED = {

@@ -17,7 +17,7 @@ from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.checkpoints.torch_writer import write_transformers
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.model.adapters import base_arrays, extract_adapters
-from jina_jax.model.encoder import from_arrays
+from jina_jax.model.parameters import from_arrays
 from jina_jax.text.tokenizer import load_tokenizer
 from oracles import checkpoints
 

@@ -1,6 +1,8 @@
 """Who may import whom: rooms import only rooms below them, and heavy packages stay where they belong."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -9,15 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LIBRARY = (
-    ("config",),
+    ("errors", "config"),
     ("files",),
     ("model",),
-    ("losses", "parallel"),
+    ("losses", "parallel", "text"),
     ("checkpoints",),
-    ("text",),
     ("embed",),
     ("bulk",),
-    ("adapters", "__init__"),
+    ("adapters", "__init__", "command"),
     ("cli",),
 )
 """The floors of jina_jax, from the ground up: a room imports only from floors below its own, and from itself."""
@@ -48,12 +49,15 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "sentence_transformers": set(),
 }
 
+AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow"}
+"""Packages that no module of the library imports before they are needed."""
 
-def imports(path: Path) -> set[tuple[str, int]]:
-    """(module, relative level) of every import of a file, also inside functions."""
+
+def imports(path: Path, *, top_level: bool = False) -> set[tuple[str, int]]:
+    """(module, relative level) of every import of a file; those inside functions too, unless `top_level`."""
     found = set()
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(alias.name, 0) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -89,7 +93,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_every_file_is_in_a_room_with_a_floor(package):
-    assert {room(path) for path in files(package)} <= {name for floor in FLOORS[package] for name in floor}
+    assert {room(path) for path in files(package)} == {name for floor in FLOORS[package] for name in floor}
 
 
 @pytest.mark.parametrize("path", [path for package in FLOORS for path in files(package)], ids=place)
@@ -97,7 +101,7 @@ def test_a_room_imports_only_what_lies_below(path):
     floors = FLOORS[path.relative_to(ROOT).parts[0]]
     floor = next(i for i, names in enumerate(floors) if room(path) in names)
     below = {name for names in floors[:floor] for name in names}
-    assert imported_rooms(path) <= below | {room(path)} | ({"data"} if place(path) == "train/config.py" else set())
+    assert imported_rooms(path) <= below | {room(path)}
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -115,7 +119,7 @@ def test_inside_a_room_no_imports_go_in_circles(package):
 
 
 def test_programs_import_the_library_and_never_each_other():
-    others = {"jina_jax": {"train", "convert"}, "train": {"convert"}, "convert": {"train", "configs"}}
+    others = {"jina_jax": {"train", "convert"}, "train": {"convert", "configs"}, "convert": {"train", "configs"}}
     for package, forbidden in others.items():
         for path in files(package):
             assert not {name for name, level in imports(path) if not level and name.split(".")[0] in forbidden}, path
@@ -127,3 +131,18 @@ def test_heavy_packages_stay_where_they_belong(package):
         for name, level in imports(path):
             if not level and (top := name.split(".")[0]) in ALLOWED:
                 assert place(path).startswith(tuple(ALLOWED[top])), f"{place(path)} imports {top}"
+
+
+def test_the_library_imports_its_heaviest_packages_at_first_use():
+    for path in files("jina_jax"):
+        found = {name.split(".")[0] for name, level in imports(path, top_level=True) if not level}
+        assert not found & AT_FIRST_USE, path
+
+
+def test_importing_the_library_imports_none_of_them():
+    heavy = AT_FIRST_USE | ALLOWED.keys()
+    code = f"import sys, jina_jax; print(sorted({sorted(heavy)} & sys.modules.keys()))"
+    code = code.replace(str(sorted(heavy)), f"set({sorted(heavy)})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert found <= {"optax"}  # flax brings it

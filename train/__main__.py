@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from jina_jax.checkpoints.remote import is_remote
-from jina_jax.cli import Program
+from jina_jax.command import Command
 from jina_jax.parallel import processes
 
 from .config import load_config
 from .run.loop import train
 
 
-@click.command(cls=Program)
+@click.command(cls=Command)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--workdir", required=True, help="The run's directory; an old run goes on.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Another value for a field: stages.0.steps=100")
@@ -26,7 +26,7 @@ def main(config: Path, workdir: str, overrides: tuple[str, ...]) -> None:
     if is_remote(workdir):
         raise ValueError(f"--workdir must be a directory that all processes see as a local one, not {workdir}")
     processes.start()
-    with processes.failing_together():
+    with processes.abort_together():
         model = train(loaded, Path(workdir), progress=True)
     if model is not None:
         click.echo(f"model: {model}")

@@ -12,13 +12,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jina_jax.config import ModelConfig, Remat
+from jina_jax.errors import ConfigError
 from jina_jax.text.packing import TOKENS_PER_TEXT
-
-from .data.records import kind_named
 
 Objective = Literal["mlm", "pairs", "retrieval", "text_matching", "classification", "separation"]
 
-ACCEPTED: dict[Objective, tuple[str, ...]] = {
+RecordKind = Literal["text", "pair", "triplet", "scored_pair", "labelled_text"]
+
+ACCEPTED: dict[Objective, tuple[RecordKind, ...]] = {
     "mlm": ("text",),
     "pairs": ("pair",),
     "retrieval": ("triplet", "pair"),
@@ -36,17 +37,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 _STRICT = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
 
-class TrainConfigError(ValueError):
-    """A configuration with an unknown field, a wrong type, or parts that contradict each other."""
-
-
 @dataclass(frozen=True, config=_STRICT)
-class Dataset:
+class DatasetConfig:
     """Records of one kind. A batch comes from one dataset."""
 
     path: str
     """A TFDS directory (`python -m train.prepare`), or a .jsonl, .jsonl.xz or .parquet file."""
-    kind: str
+    kind: RecordKind
     split: str = "train"
     weight: AboveZero = 1.0
     """Share of the stage's batches, relative to the other datasets."""
@@ -55,9 +52,6 @@ class Dataset:
     language_exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
     """With `by_language`, a language of n records has a share of n to this power: 1 = in proportion, 0 = all the same."""
 
-    def __post_init__(self) -> None:
-        kind_named(self.kind)
-
 
 @dataclass(frozen=True, config=_STRICT)
 class Stage:
@@ -65,7 +59,7 @@ class Stage:
 
     name: str
     objective: Objective
-    datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
     steps: Positive
     batch_size: Positive
     """Records of a step, over all devices: texts, pairs, tuples."""
@@ -125,7 +119,7 @@ class Stage:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Start:
+class InitialModel:
     """The model that a run begins with."""
 
     source: str | None = None
@@ -151,7 +145,7 @@ class Start:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Mesh:
+class MeshConfig:
     """Devices of the run: `data` times `fsdp` of them. The batch is split over both."""
 
     data: Positive | None = None
@@ -164,12 +158,12 @@ class Mesh:
 class TrainConfig:
     """One run. Several stages are trained side by side, each on its own adapters."""
 
-    start: Start
+    start: InitialModel
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the computation; master weights and optimizer are float32."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint_every: Positive = 1000
     keep: Positive = 2
     """Checkpoints kept."""
@@ -207,11 +201,11 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     name, _, function = str(file).partition(":")
     if not Path(name).is_file():
         raise FileNotFoundError(f"no such configuration: {name}")
-    fields = to_dict(_made(Path(name), function or "get_config"))
+    fields = to_dict(_call_config(Path(name), function or "get_config"))
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals:
-            raise TrainConfigError(f"--set takes path=value, not {override!r}")
+            raise ConfigError(f"--set takes path=value, not {override!r}")
         fields = _replaced(fields, path.split("."), _literal(value), path)
     return from_dict(fields)
 
@@ -226,23 +220,23 @@ def from_dict(fields: Any) -> TrainConfig:
         return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))  # strict, and JSON has no tuples
     except ValidationError as error:
         listed = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise TrainConfigError(f"the configuration is not valid: {listed}") from error
+        raise ConfigError(f"the configuration is not valid: {listed}") from error
 
 
-def _made(file: Path, function: str) -> TrainConfig:
+def _call_config(file: Path, function: str) -> TrainConfig:
     spec = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise TrainConfigError(f"{file} is not a Python file")
+        raise ConfigError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not callable(make := getattr(module, function, None)):
-            raise TrainConfigError(f"{file} has no function {function}")
+            raise ConfigError(f"{file} has no function {function}")
         made = make()
     except (ValidationError, TypeError, SyntaxError, ImportError) as error:
-        raise TrainConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{file}: {error}") from error
     if not isinstance(made, TrainConfig):
-        raise TrainConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
+        raise ConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
     return made
 
 
@@ -264,4 +258,4 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
         i = int(key)
         return (*node[:i], _replaced(node[i], rest, value, path), *node[i + 1 :])
     valid = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, tuple) else "none"
-    raise TrainConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}")
+    raise ConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}")

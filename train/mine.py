@@ -6,13 +6,14 @@ from typing import Any
 import click
 
 from jina_jax import Embedder
-from jina_jax.cli import Program, whole_file
+from jina_jax.command import Command
+from jina_jax.files import atomic_write
 
-from .data.hard_negatives import Scorer, Selection, bm25_scores, embedding_scores, mine
+from .data.hard_negatives import MiningConfig, Scorer, bm25_scores, embedding_scores, mine
 from .data.records import Pair, read_records, write_records
 
 
-@click.command(cls=Program)
+@click.command(cls=Command)
 @click.argument("pairs", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.jsonl of triplets; replaced when complete.")
 @click.option("--bm25", is_flag=True, help="Search by words.")
@@ -45,7 +46,7 @@ def main(
     Candidates are the positives of all pairs. Never a negative of an anchor: its own positives, an equal text, and texts of its
     group.
     """
-    selection = Selection(**numbers)
+    selection = MiningConfig(**numbers)
     _check_output(out)
     if bm25 == (model is not None):
         raise ValueError("search with either --bm25 or --model")
@@ -58,7 +59,7 @@ def main(
     triplets = mine(read, scorer, selection, same_language=same_language, seed=seed)
     if not triplets:
         raise ValueError(f"no anchor of {pairs} has {selection.num_negatives} negatives; widen the ranks, scores or margins")
-    with whole_file(out) as target:
+    with atomic_write(out) as target:
         write_records(target, iter(triplets))
     click.echo(f"{out}: {len(triplets)} of {len(read)} pairs; the others are repeated or have too few negatives", err=True)
 

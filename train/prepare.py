@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from jina_jax.checkpoints.native import check_free
-from jina_jax.cli import Programs
+from jina_jax.checkpoints.sealed_directory import check_free
+from jina_jax.command import CommandGroup
 
 from .data.corpus import BUNDLED, SPLITS
 from .data.records import KINDS
@@ -20,7 +20,7 @@ from .data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, pr
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or empty directory.")
 
 
-@click.group(cls=Programs)
+@click.group(cls=CommandGroup)
 def main() -> None:
     """Turn records into TFDS datasets, once, before training."""
 

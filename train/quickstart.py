@@ -15,12 +15,12 @@ import click
 
 from configs import quickstart as presets
 from jina_jax import Embedder
-from jina_jax.cli import Program
+from jina_jax.command import Command
 
 from .config import TrainConfig, from_dict, to_dict
 from .data.corpus import BUNDLED, read_corpus
 from .data.tfds_datasets import CORPUS_RECORDS, prepare_corpus
-from .evaluate import evaluate, untrained
+from .evaluation.evaluate import evaluate, untrained
 from .evaluation.scores import Score
 from .evaluation.stage_summary import write_summary
 from .run.loop import train
@@ -37,7 +37,7 @@ SEARCHES = (
 """In English, German (a program that downloads files from the internet) and Japanese (a music player)."""
 
 
-@click.command(cls=Program)
+@click.command(cls=Command)
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(HOME), show_default=True)
 @click.option("--corpus", type=click.Path(path_type=Path), default=BUNDLED, help="Packages as in data/README.md.")
 def main(workdir: Path, corpus: Path) -> None:

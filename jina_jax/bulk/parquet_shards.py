@@ -4,7 +4,6 @@ OUTPUT/part-00000.parquet     rows of the input, in its order: id, embedding
 OUTPUT/_run/part-00000.json   its rows, size and hash; written behind it
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoints.tensor_files import read_json
-from ..config import dump_json
-from ..files import whole_file
-from ..text.readers import RowError, parquet
+from ..errors import DataError
+from ..files import atomic_write, read_json_or_empty, sha256, write_json
+from ..text.readers import parquet
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +71,14 @@ def write_shard(output: Path, shard: Shard, of: Any, batches: Iterable[tuple[Seq
     import pyarrow as pa
 
     rows = 0
-    with whole_file(shard.file(output)) as target:
+    with atomic_write(shard.file(output)) as target:
         with parquet().ParquetWriter(target, of, use_dictionary=False) as writer:
             for ids, embeddings in batches:
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
                 writer.write_table(pa.table([pa.array(ids, of.field("id").type), vectors], schema=of))
                 rows += len(ids)
         if rows != shard.rows:
-            raise RowError(f"an input has become shorter: there are {rows} of the {shard.rows} rows of {shard.name}")
+            raise DataError(f"an input has become shorter: there are {rows} of the {shard.rows} rows of {shard.name}")
         record = {"rows": rows, "bytes": target.stat().st_size, "sha256": sha256(target)}
     write_json(shard.record(output), record)
 
@@ -99,7 +97,7 @@ def is_finished(output: Path, shard: Shard) -> bool:
 
 def record_if_there(output: Path, shard: Shard) -> dict[str, Any]:
     """The record of a shard whose file has the recorded size; else nothing."""
-    file, record = shard.file(output), read_if_good(shard.record(output))
+    file, record = shard.file(output), read_json_or_empty(shard.record(output))
     return record if file.exists() and file.stat().st_size == record.get("bytes") else {}
 
 
@@ -115,21 +113,3 @@ def remove_unfinished(output: Path, shards: Iterable[Shard]) -> None:
     for partial in output.glob(".part-*.partial-*"):
         if partial.name[1:].partition(".partial-")[0] in names:
             partial.unlink(missing_ok=True)
-
-
-def read_if_good(path: Path) -> dict[str, Any]:
-    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
-    try:
-        return read_json(path) if path.exists() else {}
-    except ValueError:
-        return {}
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(dump_json(fields), "utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

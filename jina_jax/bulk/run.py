@@ -22,24 +22,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..checkpoints.tensor_files import read_json
-from ..config import differences
 from ..embed.embedder import Embedder
-from ..embed.quantize import Precision
+from ..embed.quantize import EmbeddingPrecision
+from ..errors import DataError, RunError
+from ..files import json_diff, read_json, read_json_or_empty, sha256, write_json
 from ..parallel.mesh import make_mesh
-from ..text.readers import Row, RowError, check_file, parquet, read_rows
+from ..text.readers import TextRecord, check_file, parquet, read_rows
 from .parquet_shards import (
     RUN,
     Shard,
     is_finished,
-    read_if_good,
     record_if_there,
     remove_unfinished,
     rows_done,
     schema,
-    sha256,
     shards_of,
-    write_json,
     write_shard,
 )
 
@@ -56,17 +53,13 @@ CALL_ROWS = 4096
 MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
 
 
-class OutputError(ValueError):
-    """The output directory holds something else; the message lists what differs."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BulkOptions:
     """What the embeddings depend on beside model and input; as in `Embedder.encode` and `text_files.read_rows`."""
 
     task: str | None = None
     dim: int | None = None
-    precision: Precision = "float32"
+    precision: EmbeddingPrecision = "float32"
     batch_size: int = 32
     field: str = "text"
     id_field: str | None = None
@@ -83,7 +76,7 @@ class Options:
             )
 
 
-class Result(NamedTuple):
+class BulkResult(NamedTuple):
     """What is there when a process has done its part."""
 
     rows: int
@@ -92,7 +85,7 @@ class Result(NamedTuple):
     """Whether all shards are there and the manifest is written, or other processes are still at work."""
 
 
-def load_here(directory: Path) -> Embedder:
+def load_on_this_host(directory: Path) -> Embedder:
     """The model on all devices of this host.
 
     Raises:
@@ -121,12 +114,12 @@ def embed_files(
     fingerprint: str,
     files: Sequence[str],
     output: Path,
-    options: Options,
+    options: BulkOptions,
     *,
     process: int = 0,
     processes: int = 1,
     progress: bool = False,
-) -> Result:
+) -> BulkResult:
     """Embeds this process's shards of all rows of `files`: those of its number modulo `processes` that are not there yet.
 
     Args:
@@ -146,10 +139,10 @@ def embed_files(
     check_arguments(files, options, process, processes)
     no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
     _open_output(output)
-    inputs = _surveyed(files, output, options, process, processes, progress)
+    inputs = _scan_inputs(files, output, options, process, processes, progress)
     of = schema(_id_type(inputs), no_embeddings)
     identity = _identity(embedder, fingerprint, options, inputs)
-    _claim(output, identity)
+    _check_same_run(output, identity)
 
     total = sum(known["rows"] for known in inputs)
     shards = shards_of(total, options.shard_rows)
@@ -170,10 +163,10 @@ def embed_files(
             bar.refresh()
             speed = shard.rows / (time.perf_counter() - began)
             logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, total, speed)
-    return Result(total, len(shards), _finish(output, identity, shards))
+    return BulkResult(total, len(shards), _finish(output, identity, shards))
 
 
-def check_arguments(files: Sequence[str], options: Options, process: int, processes: int) -> None:
+def check_arguments(files: Sequence[str], options: BulkOptions, process: int, processes: int) -> None:
     """What can be told at once, before a model is loaded."""
     if not files:
         raise ValueError("there are no files to embed")
@@ -199,24 +192,24 @@ def _open_output(output: Path) -> None:
     (output / RUN).mkdir(parents=True, exist_ok=True)
 
 
-def _surveyed(
-    files: Sequence[str], output: Path, options: Options, process: int, processes: int, progress: bool
+def _scan_inputs(
+    files: Sequence[str], output: Path, options: BulkOptions, process: int, processes: int, progress: bool
 ) -> list[dict[str, Any]]:
     """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
     found: dict[int, dict[str, Any]] = {}
     begin = len(files) * process // processes
     with _progress_bar("Reading", len(files), "file", progress) as bar:
         for i in (*range(begin, len(files)), *range(begin)):
-            found[i] = _input(files[i], output / RUN / f"input-{i:05d}.json", options)
+            found[i] = _scan_input(files[i], output / RUN / f"input-{i:05d}.json", options)
             bar.update()
     return [found[i] for i in range(len(files))]
 
 
-def _input(file: str, record: Path, options: Options) -> dict[str, Any]:
+def _scan_input(file: str, record: Path, options: BulkOptions) -> dict[str, Any]:
     """What is known of a file, from the record where that is of the file as it is now. Every row is checked."""
     stat = Path(file).stat()
     now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
-    known = read_if_good(record)
+    known = read_json_or_empty(record)
     if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
         return known
     digest, rows, types = sha256(Path(file)), 0, set()
@@ -231,11 +224,11 @@ def _input(file: str, record: Path, options: Options) -> dict[str, Any]:
 def _id_type(inputs: list[dict[str, Any]]) -> str:
     first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
     if len(first) > 1:
-        raise RowError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
+        raise DataError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
     return next(iter(first), "string")
 
 
-def _identity(embedder: Embedder, fingerprint: str, options: Options, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+def _identity(embedder: Embedder, fingerprint: str, options: BulkOptions, inputs: list[dict[str, Any]]) -> dict[str, Any]:
     """What a restart must agree with."""
     return {
         "format": FORMAT,
@@ -246,19 +239,19 @@ def _identity(embedder: Embedder, fingerprint: str, options: Options, inputs: li
     }
 
 
-def _claim(output: Path, identity: dict[str, Any]) -> None:
+def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
     """Marks the output as this run's. OutputError where it is another's."""
     file = output / RUN / "run.json"
     if not file.exists():
         write_json(file, identity)
-    if changed := differences(read_json(file), identity):
-        raise OutputError(
+    if changed := json_diff(read_json(file), identity):
+        raise RunError(
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
             "Give the same files, model and options, or another directory"
         )
 
 
-def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -> Iterator[Row]:
+def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: BulkOptions) -> Iterator[TextRecord]:
     """Rows of the shards, in one pass over the files that have any."""
     base = 0
     for known in inputs:
@@ -273,7 +266,7 @@ def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: Options) -
 
 
 def _embedded(
-    embedder: Embedder, rows: Iterator[Row], options: Options, bar: Any, *, calls: int
+    embedder: Embedder, rows: Iterator[TextRecord], options: BulkOptions, bar: Any, *, calls: int
 ) -> Iterator[tuple[list[str | int], np.ndarray]]:
     """Ids and embeddings of rows, a call's worth at a time and in order; so many calls are under way at once."""
     running: deque[tuple[list[str | int], Future[np.ndarray]]] = deque()
@@ -290,7 +283,7 @@ def _embedded(
                 bar.update(len(ids))
 
 
-def _encoded(embedder: Embedder, texts: list[str], options: Options) -> np.ndarray:
+def _encoded(embedder: Embedder, texts: list[str], options: BulkOptions) -> np.ndarray:
     return embedder.encode(
         texts,
         options.task,

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import PUBLISHED_INSTRUCTIONS, ModelConfig
+from ..errors import CheckpointError
+from ..files import read_json
 from . import torch_names
-from .tensor_files import FLOATS, CheckpointError, LazyTensor, open_tensors, read_json
-from .torch_names import Entry, Spelling
+from .tensor_files import FLOATS, LazyTensor, open_tensors
+from .torch_names import NameScheme, TensorMapping
 
 PREFIX = "base_model.model."
 
@@ -81,12 +83,12 @@ def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, all
 
 def matched_tensors(
     adapter: PeftAdapter, config: ModelConfig, task: int, array_shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[LazyTensor, Entry]]:
+) -> dict[str, tuple[LazyTensor, TensorMapping]]:
     """Every tensor of an adapter with its line of the table, or one error that lists all that do not fit.
 
     A module without an adapter is fine, half an adapter is not. Ranks may be smaller than the model's.
     """
-    table = torch_names.peft_adapter_entries(config, task, _spelling(config))
+    table = torch_names.peft_adapter_mappings(config, task, _name_scheme(config))
     problems = [f"unexpected: {name}" for name in adapter.tensors if name not in table]
     for name, tensor in adapter.tensors.items():
         if _partner(name) not in adapter.tensors:
@@ -112,7 +114,7 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
     """Scales of an adapter for every adapted module of the encoder, by path: [l, c] for q, k, v, [l] in a layer, else []."""
     layers, parts = config.num_layers, 3 if config.separate_qkv_adapters else 1
     scales: dict[str, np.ndarray] = {}
-    for name, entry in torch_names.peft_adapter_entries(config, 0, _spelling(config)).items():
+    for name, entry in torch_names.peft_adapter_mappings(config, 0, _name_scheme(config)).items():
         if not entry.path.endswith(".a"):
             continue
         path = entry.path.removesuffix(".a")
@@ -126,8 +128,8 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
 
 def share_down_projections(adapters: list[PeftAdapter], config: ModelConfig) -> bool:
     """Whether q, k and v have the same down-projection and scale in every layer of every adapter, as the original has."""
-    pattern = torch_names.LAYER_PREFIXES[_spelling(config)]
-    parts = [getattr(module, _spelling(config)) for module in torch_names.LAYER_MODULES if module.kind == "part"]
+    pattern = torch_names.LAYER_PREFIXES[_name_scheme(config)]
+    parts = [getattr(module, _name_scheme(config)) for module in torch_names.LAYER_MODULES if module.kind == "part"]
     for adapter in adapters:
         for layer in range(config.num_layers):
             modules = [pattern.format(l=layer) + part for part in parts]
@@ -183,7 +185,7 @@ def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default
     return default
 
 
-def _spelling(config: ModelConfig) -> Spelling:
+def _name_scheme(config: ModelConfig) -> NameScheme:
     return "xlmr" if config.position_type == "absolute" else "split"
 
 

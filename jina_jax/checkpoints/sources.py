@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from ..config import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..files import read_json, read_json_list
 from .native import is_checkpoint
 from .remote import fetch, is_remote
-from .tensor_files import INDEX_SUFFIX, PICKLES, CheckpointError, read_json, read_json_list
+from .tensor_files import INDEX_SUFFIX, PICKLES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors", "arrays/*"]
@@ -41,7 +42,7 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{text} is no directory here, and not to be had from the hub: {error}") from error
 
 
-def model_kind(directory: Path) -> Literal["native", "torch"]:
+def checkpoint_format(directory: Path) -> Literal["native", "torch"]:
     """Whether a directory holds a checkpoint of this library or a PyTorch one.
 
     Raises:

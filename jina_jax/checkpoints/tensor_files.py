@@ -4,11 +4,13 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from ..errors import CheckpointError
 
 INDEX_SUFFIX = ".index.json"
 PICKLES = "pytorch_model*.bin"
@@ -28,10 +30,6 @@ _DTYPES = {
 
 FLOATS = (_DTYPES["F32"], _DTYPES["BF16"], _DTYPES["F16"])
 """Dtypes that parameters may have."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, ambiguous or of an unknown kind; the message says which and where."""
 
 
 class LazyTensor(NamedTuple):
@@ -63,28 +61,6 @@ def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = F
             "If you trust it, convert it once: python -m convert from_torch SRC DST --allow-pickle"
         )
     return {name: tensor for path in pickles for name, tensor in _open_pickle(path).items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError where the file is none."""
-    return _read_json(path, dict)
-
-
-def read_json_list(path: Path) -> list[Any]:
-    """A JSON array; CheckpointError where the file is none."""
-    return _read_json(path, list)
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
-    return value
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:

@@ -6,8 +6,8 @@ Three pieces make it up, and everything else is derived from them:
   * TENSORS: the tensors of a module of each kind, and how their axes change;
   * STACKED_ADAPTERS and PEFT_ADAPTERS: the same for adapters, stacked over tasks (the original) or a folder a task (PEFT).
 
-The functions below write the table out for a configuration: for each tensor name an `Entry`, a place in a Flax array and an
-invertible change of axes. Nothing here opens a file.
+The functions below write the table out for a configuration: for each tensor name a `TensorMapping`: a place in a Flax array
+and an invertible change of axes. Nothing here opens a file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import ModelConfig
 
-Spelling = Literal["fused", "split", "xlmr"]
+NameScheme = Literal["fused", "split", "xlmr"]
 """fused: files of jina-embeddings-v3, the original's and transformers'. split: the names transformers gives the modules of
 jina-embeddings-v3 in memory, which some files and all PEFT adapters use. xlmr: XLM-RoBERTa and multilingual-E5."""
 
@@ -53,7 +53,7 @@ MODULES = (
     _everywhere("mlm_head",       "bias",      "lm_head"),
 )
 
-LAYER_PREFIXES: dict[Spelling, str] = {
+LAYER_PREFIXES: dict[NameScheme, str] = {
     "fused": "encoder.layers.{l}.",
     "split": "layers.{l}.",
     "xlmr": "encoder.layer.{l}.",
@@ -93,8 +93,8 @@ class Transform(NamedTuple):
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
-SAME = Transform(lambda x: x, lambda x: x)
-SWAP = Transform(np.transpose, np.transpose)  # [o, i] <-> [i, o]
+IDENTITY = Transform(lambda x: x, lambda x: x)
+TRANSPOSE = Transform(np.transpose, np.transpose)  # [o, i] <-> [i, o]
 FUSED_KERNEL = Transform(  # [3 o, i] <-> [i, 3, o]
     lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),
     lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
@@ -108,33 +108,33 @@ FUSED_UP = Transform(  # [k, 3 o, r] <-> [k, r, 3, o]
     lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]),
 )
 
-# kind -> (tensor, array, transform). A part fills its third of the array: `_part_index`.
+# kind -> (tensor, array, transform). A part fills its third of the array: `_qkv_place`.
 TENSORS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
-    "dense": (("weight", "kernel", SWAP), ("bias", "bias", SAME)),
-    "part": (("weight", "kernel", SWAP), ("bias", "bias", SAME)),
+    "dense": (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY)),
+    "part": (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY)),
     "fused": (("weight", "kernel", FUSED_KERNEL), ("bias", "bias", FUSED_BIAS)),
-    "embedding": (("weight", "table", SAME),),
-    "norm": (("weight", "scale", SAME), ("bias", "bias", SAME)),
-    "bias": (("bias", "bias", SAME),),
+    "embedding": (("weight", "table", IDENTITY),),
+    "norm": (("weight", "scale", IDENTITY), ("bias", "bias", IDENTITY)),
+    "bias": (("bias", "bias", IDENTITY),),
 }
 
 # The update of an embedding is A @ B, that of a dense layer B @ A. The ".0." is the number of the parametrization, not a task.
 STACKED_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
     "dense": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", RANK_SECOND)),
     "fused": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", FUSED_UP)),
-    "embedding": (("lora_A", "a", TASKS_SECOND), ("lora_B", "b", SAME)),
+    "embedding": (("lora_A", "a", TASKS_SECOND), ("lora_B", "b", IDENTITY)),
 }
 PEFT_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
-    "dense": (("lora_A.weight", "a", SWAP), ("lora_B.weight", "b", SWAP)),
-    "part": (("lora_A.weight", "a", SWAP), ("lora_B.weight", "b", SWAP)),
-    "embedding": (("lora_embedding_A", "a", SWAP), ("lora_embedding_B", "b", SWAP)),
+    "dense": (("lora_A.weight", "a", TRANSPOSE), ("lora_B.weight", "b", TRANSPOSE)),
+    "part": (("lora_A.weight", "a", TRANSPOSE), ("lora_B.weight", "b", TRANSPOSE)),
+    "embedding": (("lora_embedding_A", "a", TRANSPOSE), ("lora_embedding_B", "b", TRANSPOSE)),
 }
 
 Index = tuple[int | slice, ...]
 EVERY = slice(None)
 
 
-class Entry(NamedTuple):
+class TensorMapping(NamedTuple):
     """One line of the table: a tensor, after `transform`, is `array[index]` of the Flax array at `path`."""
 
     path: str
@@ -155,7 +155,7 @@ class Entry(NamedTuple):
         return np.ascontiguousarray(self.transform.to_torch(array[self.index]))
 
 
-def base_entries(config: ModelConfig, spelling: Spelling, *, parametrized: bool = False) -> dict[str, Entry]:
+def base_mappings(config: ModelConfig, spelling: NameScheme, *, parametrized: bool = False) -> dict[str, TensorMapping]:
     """Every tensor of the base model, by its name without a `roberta.` prefix.
 
     `parametrized`: adapted weights are called `parametrizations.weight.original`, as in the original with adapters.
@@ -165,12 +165,12 @@ def base_entries(config: ModelConfig, spelling: Spelling, *, parametrized: bool 
         for tensor, leaf, transform in TENSORS[module.kind]:
             if parametrized and tensor == "weight" and module.adapted and module.kind in STACKED_ADAPTERS:
                 tensor = "parametrizations.weight.original"
-            index = layer + (_part_index(leaf, module.part) if module.kind == "part" else ())
-            entries[f"{name}.{tensor}"] = Entry(f"{module.path}.{leaf}", index, transform)
+            index = layer + (_qkv_place(leaf, module.part) if module.kind == "part" else ())
+            entries[f"{name}.{tensor}"] = TensorMapping(f"{module.path}.{leaf}", index, transform)
     return entries
 
 
-def stacked_adapter_entries(config: ModelConfig) -> dict[str, Entry]:
+def stacked_adapter_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
     """Adapters of the original layout: one tensor for all tasks, q, k and v sharing one `lora_A`."""
     entries = {}
     for module, name, layer in _modules(config, "fused"):
@@ -178,12 +178,12 @@ def stacked_adapter_entries(config: ModelConfig) -> dict[str, Entry]:
             continue
         for tensor, leaf, transform in STACKED_ADAPTERS.get(module.kind, ()):
             shared = (EVERY, 0) if module.kind == "fused" and leaf == "a" else ()
-            entry = Entry(f"{module.path}.{leaf}", layer + shared, transform)
+            entry = TensorMapping(f"{module.path}.{leaf}", layer + shared, transform)
             entries[f"{name}.parametrizations.weight.0.{tensor}"] = entry
     return entries
 
 
-def peft_adapter_entries(config: ModelConfig, task: int, spelling: Spelling) -> dict[str, Entry]:
+def peft_adapter_mappings(config: ModelConfig, task: int, spelling: NameScheme) -> dict[str, TensorMapping]:
     """Tensors of one task's PEFT adapter, by their names without the `base_model.model.` prefix."""
     entries = {}
     for module, name, layer in _modules(config, spelling):
@@ -196,7 +196,7 @@ def peft_adapter_entries(config: ModelConfig, task: int, spelling: Spelling) -> 
                 index = (EVERY, module.part if config.separate_qkv_adapters else 0, task)
             else:
                 index = (EVERY, task)
-            entries[f"{name}.{tensor}"] = Entry(f"{module.path}.{leaf}", layer + index, transform)
+            entries[f"{name}.{tensor}"] = TensorMapping(f"{module.path}.{leaf}", layer + index, transform)
     return entries
 
 
@@ -218,7 +218,7 @@ def standard_module_name(name: str) -> str:
     return name
 
 
-def _modules(config: ModelConfig, spelling: Spelling) -> Iterator[tuple[Module, str, Index]]:
+def _modules(config: ModelConfig, spelling: NameScheme) -> Iterator[tuple[Module, str, Index]]:
     """(module, its name, index of its layer) of every module that this configuration and spelling have."""
     present = {"positions": config.position_type == "absolute", "pooler": config.pooler, "mlm_head": config.mlm_head}
     for module in MODULES:
@@ -230,6 +230,6 @@ def _modules(config: ModelConfig, spelling: Spelling) -> Iterator[tuple[Module, 
                 yield module, LAYER_PREFIXES[spelling].format(l=layer) + name, (layer,)
 
 
-def _part_index(leaf: str, part: int) -> Index:
+def _qkv_place(leaf: str, part: int) -> Index:
     """Place of q, k or v in kernel [i, 3, o] and bias [3, o]."""
     return (EVERY, part) if leaf == "kernel" else (part,)

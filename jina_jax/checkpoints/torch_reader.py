@@ -18,13 +18,17 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..config import PUBLISHED_INSTRUCTIONS, ConfigError, ModelConfig, from_hf
-from ..model.encoder import Encoder, abstract_variables, from_arrays
+from ..config import PUBLISHED_INSTRUCTIONS, ModelConfig
+from ..errors import CheckpointError, ConfigError
+from ..files import read_json
+from ..model.encoder import Encoder
 from ..model.lora import AdapterParam, AdapterScale
+from ..model.parameters import abstract_variables, from_arrays
 from . import torch_names
+from .hf_config import from_hf
 from .peft import PeftAdapter, find_peft_adapters, matched_tensors, module_scales, share_down_projections
-from .tensor_files import FLOATS, CheckpointError, LazyTensor, open_tensors, read_json
-from .torch_names import Entry, Spelling
+from .tensor_files import FLOATS, LazyTensor, open_tensors
+from .torch_names import NameScheme, TensorMapping
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class _Source(NamedTuple):
 
     name: str
     tensor: LazyTensor
-    entry: Entry
+    entry: TensorMapping
 
 
 def read_torch_checkpoint(
@@ -61,7 +65,7 @@ def read_torch_checkpoint(
     """
     hf = read_json(directory / "config.json")
     tensors = _without_prefix(open_tensors(directory, allow_pickle=allow_pickle), directory)
-    spelling = recognise_spelling(tensors, directory)
+    spelling = recognise_name_scheme(tensors, directory)
     stacked = any(name.endswith(_STACKED) for name in tensors)
     config = _checked_config(from_hf(hf), hf, tensors, spelling, stacked)
     config = replace(
@@ -81,17 +85,17 @@ def read_torch_checkpoint(
         config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
     config = _with_prompts(config, directory)
 
-    table = torch_names.base_entries(config, spelling, parametrized=stacked)
+    table = torch_names.base_mappings(config, spelling, parametrized=stacked)
     if stacked:
-        table |= torch_names.stacked_adapter_entries(config)
+        table |= torch_names.stacked_adapter_mappings(config)
     return _fill(config, _match(table, tensors, config, directory), adapters, dtype, param_dtype)
 
 
-def recognise_spelling(names: Iterable[str], directory: Path) -> Spelling:
+def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
     """Which layout the tensor names (without `roberta.`) are written in."""
-    marks: dict[str, Spelling] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "xlmr"}
+    marks: dict[str, NameScheme] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "xlmr"}
     names = list(names)
-    found: set[Spelling] = {spelling for mark, spelling in marks.items() for name in names if mark in name}
+    found: set[NameScheme] = {spelling for mark, spelling in marks.items() for name in names if mark in name}
     if len(found) == 1:
         (spelling,) = found
         return spelling
@@ -113,7 +117,7 @@ def _without_prefix(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[
 
 
 def _checked_config(
-    config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], spelling: Spelling, stacked: bool
+    config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], spelling: NameScheme, stacked: bool
 ) -> ModelConfig:
     """The configuration with what only the tensors know; ConfigError names every field that contradicts them."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -140,7 +144,7 @@ def _checked_config(
     return replace(config, lora_rank=found["lora_rank"]) if stacked else replace(config, tasks=())
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], spelling: Spelling, stacked: bool) -> dict[str, int]:
+def _sizes(shapes: Mapping[str, tuple[int, ...]], spelling: NameScheme, stacked: bool) -> dict[str, int]:
     """Sizes that the tensors themselves state, by their name in `config.json`. A missing tensor states nothing."""
     prefix, _, suffix = torch_names.LAYER_PREFIXES[spelling].partition("{l}")
     up = {"fused": "mlp.fc1", "split": "mlp.fc1", "xlmr": "intermediate.dense"}[spelling]
@@ -174,7 +178,7 @@ def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def _match(
-    table: Mapping[str, Entry], tensors: Mapping[str, LazyTensor], config: ModelConfig, directory: Path
+    table: Mapping[str, TensorMapping], tensors: Mapping[str, LazyTensor], config: ModelConfig, directory: Path
 ) -> list[_Source]:
     """Pairs every tensor with its line of the table, or raises one error that lists all that do not fit."""
     arrays = {path: variable.shape for path, variable in abstract_variables(config).items()}

@@ -12,15 +12,17 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerFast
 
-from ..config import ModelConfig, dump_json, to_hf
+from ..config import ModelConfig
+from ..files import dump_json
 from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
 from ..model.encoder import Encoder
+from ..text.tokenizer import Tokenizer
 from . import torch_names
-from .native import written_whole
+from .hf_config import to_hf
 from .peft import adapter_folder
-from .torch_names import Entry
+from .sealed_directory import atomic_directory
+from .torch_names import TensorMapping
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +43,13 @@ PEFT_TARGETS = {
 }
 
 
-def write_original(directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None):
+def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
     """The layout of the released jina-embeddings-v3: adapters stacked over tasks, names with the prefix `roberta.`.
 
     Adapters with a down-projection for each of q, k and v are written exactly, as shared ones of three times the rank.
     """
     config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
-    table = torch_names.base_entries(config, "fused", parametrized=bool(config.tasks))
+    table = torch_names.base_mappings(config, "fused", parametrized=bool(config.tasks))
     if config.tasks:
         adapters = _on_host(extract_adapters(encoder), dtype)
         if config.separate_qkv_adapters:
@@ -56,19 +58,17 @@ def write_original(directory: str | Path, encoder: Encoder, tokenizer: PreTraine
             adapters = share_down_projections(adapters)
         adapters, scale = with_one_scale(adapters)
         config = replace(config, lora_alpha=_alpha(scale, config.lora_rank))
-        table |= torch_names.stacked_adapter_entries(config)
+        table |= torch_names.stacked_adapter_mappings(config)
         arrays |= adapters
     hf = to_hf(config, "original", _torch_dtype(arrays))
-    with written_whole(directory) as target:
+    with atomic_directory(directory) as target:
         _write(target, _prefixed(_tensors(table, arrays)), hf, tokenizer)
         _write_prompts(target, config)
 
 
-def write_transformers(
-    directory: str | Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None = None
-):
+def write_transformers(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
     """The layout of transformers' own classes, and for each task a folder with a PEFT adapter."""
-    with written_whole(directory) as target:
+    with atomic_directory(directory) as target:
         _write_transformers(target, encoder, tokenizer, dtype)
         _write_prompts(target, encoder.config)
 
@@ -76,7 +76,7 @@ def write_transformers(
 def write_sentence_transformers(
     directory: str | Path,
     encoder: Encoder,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     dtype: DTypeLike | None = None,
     *,
     task: str | None = None,
@@ -92,7 +92,7 @@ def write_sentence_transformers(
     base = merge_adapter(encoder, task) if task else _without_adapters(encoder)
     library = {"prompts": prompts, "default_prompt_name": task, "similarity_fn_name": "cosine"}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    with written_whole(directory) as target:
+    with atomic_directory(directory) as target:
         _write_transformers(target, base, tokenizer, dtype)
         _write_json(target / "config_sentence_transformers.json", library)
         _write_json(target / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
@@ -157,12 +157,12 @@ def with_one_scale(adapters: Arrays) -> tuple[Arrays, float]:
     return out, target
 
 
-def _write_transformers(target: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerFast, dtype: DTypeLike | None) -> None:
+def _write_transformers(target: Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None) -> None:
     config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
     if len({adapter_folder(task) for task in config.tasks}) < len(config.tasks):
         raise ValueError(f"two of the tasks {list(config.tasks)} would share a folder: only letters and digits tell them apart")
     spelling = "fused" if config.position_type == "rope" else "xlmr"
-    tensors = _tensors(torch_names.base_entries(config, spelling), arrays)
+    tensors = _tensors(torch_names.base_mappings(config, spelling), arrays)
     _write(
         target,
         _prefixed(tensors) if config.mlm_head else tensors,
@@ -173,7 +173,7 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: PreTrainedTok
         adapter, scale = with_one_scale(_on_host(extract_adapter(encoder, task), dtype))
         folder = target / adapter_folder(task)
         folder.mkdir()
-        table = torch_names.peft_adapter_entries(config, 0, "split" if spelling == "fused" else "xlmr")
+        table = torch_names.peft_adapter_mappings(config, 0, "split" if spelling == "fused" else "xlmr")
         save_file(
             {f"base_model.model.{name}": entry.extract(adapter[entry.path]) for name, entry in table.items()},
             folder / "adapter_model.safetensors",
@@ -206,7 +206,7 @@ def _on_host(arrays: Mapping[str, Array], dtype: DTypeLike | None) -> Arrays:
     return {path: a if dtype is None or path in keep else a.astype(jnp.dtype(dtype)) for path, a in host.items()}
 
 
-def _tensors(table: Mapping[str, Entry], arrays: Arrays) -> Arrays:
+def _tensors(table: Mapping[str, TensorMapping], arrays: Arrays) -> Arrays:
     return {name: entry.extract(arrays[entry.path]) for name, entry in table.items()}
 
 
@@ -214,7 +214,7 @@ def _prefixed(tensors: Arrays) -> Arrays:
     return {name if name.startswith("lm_head.") else f"roberta.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     _write_json(target / "config.json", hf)
     tokenizer.save_pretrained(target)

@@ -13,21 +13,20 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
-from transformers import PreTrainedTokenizerFast
 
-from ..checkpoints.native import load_checkpoint, save_checkpoint
-from ..checkpoints.sources import find_model, model_kind
-from ..checkpoints.torch_reader import read_torch_checkpoint
+from ..checkpoints.load import load_encoder
+from ..checkpoints.native import save_checkpoint
 from ..config import ModelConfig
 from ..model.adapters import fold_adapter
 from ..model.encoder import Encoder
-from ..parallel.mesh import replicate, split_rows
+from ..model.parameters import unstack_layers
+from ..parallel.mesh import replicate, shard_batch
 from ..text import packing
-from ..text.batching import packed_rows
-from ..text.tokenizer import load_tokenizer, max_tokens, tokenize
-from .forward import embed_rows, encode_rows, layers_apart
-from .inputs import check_one_of, is_whole, kept_dims, texts_of, token_limit, with_prompts
-from .quantize import PRECISIONS, Precision, quantize
+from ..text.batching import packed_batches
+from ..text.tokenizer import Tokenizer, max_tokens, tokenize
+from .forward import text_embeddings, token_states
+from .inputs import as_texts, check_one_of, is_int, resolve_max_length, resolve_truncate_dim, with_prompts
+from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class Embedder:
         max_length: most tokens of a text, special tokens included.
     """
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, mesh: Mesh | None = None):
+    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: Tokenizer, *, mesh: Mesh | None = None):
         if encoder.config.tasks != config.tasks or encoder.config.hidden_size != config.hidden_size:
             raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
         self.encoder = encoder if mesh is None else replicate(encoder, mesh)
@@ -83,12 +82,10 @@ class Embedder:
             FileNotFoundError: the source or one of its files does not exist.
             ValueError: the checkpoint is damaged, ambiguous or not supported; the message says what and where.
         """
-        directory = find_model(source, revision)
         if dtype is None and jax.default_backend() == "cpu":
             dtype = jnp.float32
-        read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
-        encoder = read(directory, dtype=dtype, param_dtype=dtype)
-        return cls(encoder, encoder.config, load_tokenizer(directory, encoder.config), mesh=mesh)
+        encoder, tokenizer, _ = load_encoder(source, dtype=dtype, param_dtype=dtype, revision=revision)
+        return cls(encoder, encoder.config, tokenizer, mesh=mesh)
 
     def save(self, directory: str | Path) -> None:
         """Writes a native checkpoint into a new directory, local or remote (`gs://...`)."""
@@ -115,7 +112,7 @@ class Embedder:
         batch_size: int = 32,
         truncate_dim: int | None = None,
         normalize_embeddings: bool = True,
-        precision: Precision = "float32",
+        precision: EmbeddingPrecision = "float32",
         max_length: int | None = None,
         output_value: OutputValue = "sentence_embedding",
         show_progress_bar: bool | None = None,
@@ -152,23 +149,23 @@ class Embedder:
             raise ValueError("convert_to_tensor gives PyTorch tensors; use torch.from_numpy(model.encode(...))")
         if device is not None:
             raise ValueError("device is JAX's to choose: set JAX_PLATFORMS, or use jax.default_device(...) around the call")
-        texts = texts_of(sentences)
-        dim = kept_dims(truncate_dim, self.config)
-        check_one_of("precision", precision, PRECISIONS)
+        texts = as_texts(sentences)
+        dim = resolve_truncate_dim(truncate_dim, self.config)
+        check_one_of("precision", precision, EMBEDDING_PRECISIONS)
         check_one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
         if output_value == "token_embeddings" and precision != "float32":
             raise ValueError("token_embeddings come in float32 only")
-        if not is_whole(batch_size) or batch_size < 1:
+        if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
         texts, tasks = with_prompts(texts, task, prompt, prompt_name, self.config)
-        limit, cut = token_limit(max_length, self.max_length), []
+        limit, cut = resolve_max_length(max_length, self.max_length), []
 
         def token_ids(some: Sequence[str]) -> list[list[int]]:
             ids, too_long = tokenize(self.tokenizer, some, limit)
             cut.append(too_long)
             return ids
 
-        compute = embed_rows if output_value == "sentence_embedding" else encode_rows
+        compute = text_embeddings if output_value == "sentence_embedding" else token_states
         results = _one_ahead(self._computed(compute, texts, tasks, token_ids, batch_size))
         collect = _sentence_embeddings if output_value == "sentence_embedding" else _token_states
         with _progress_bar(len(texts), show_progress_bar) as progress:
@@ -208,11 +205,11 @@ class Embedder:
         tasks: np.ndarray,
         token_ids: Callable[[Sequence[str]], list[list[int]]],
         batch_size: int,
-    ) -> Iterator[tuple[packing.Rows, Array]]:
+    ) -> Iterator[tuple[packing.PackedBatch, Array]]:
         """Every batch with its result, which may still be under way. Its rows have the texts' indices in the call."""
         budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
         for encoder, members, mixed in self._groups(texts, tasks):
-            for rows in packed_rows([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
+            for rows in packed_batches([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
                 own = np.where(rows.texts < 0, -1, members[rows.texts])
                 if mixed:
                     of_rows = np.where(own < 0, -1, tasks[own])
@@ -220,7 +217,7 @@ class Embedder:
                     of_rows = None if encoder is self._base else np.int32(0)
                 arrays = rows.tokens, rows.segments, rows.positions, of_rows
                 if self.mesh is not None:
-                    arrays = split_rows(arrays, self.mesh)
+                    arrays = shard_batch(arrays, self.mesh)
                 yield rows._replace(texts=own), compute(encoder, *arrays, mesh=self.mesh)
 
     def _groups(self, texts: list[str], tasks: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
@@ -249,10 +246,10 @@ class Embedder:
         return self._folded[1]
 
     def _for_inference(self, encoder: Encoder) -> Encoder:
-        return layers_apart(encoder) if self.mesh is None else encoder
+        return unstack_layers(encoder) if self.mesh is None else encoder
 
 
-def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[packing.Rows, Array]]:
+def _one_ahead(results: Iterator[tuple[packing.PackedBatch, Array]]) -> Iterator[tuple[packing.PackedBatch, Array]]:
     """Starts each batch before the one before it is read, so that the device never waits for the host."""
     waiting = None
     for result in results:
@@ -264,7 +261,7 @@ def _one_ahead(results: Iterator[tuple[packing.Rows, Array]]) -> Iterator[tuple[
 
 
 def _sentence_embeddings(
-    results: Iterator[tuple[packing.Rows, Array]], texts: int, hidden_size: int, progress: Any
+    results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
 ) -> Float[np.ndarray, "n d"]:
     out = np.zeros((texts, hidden_size), np.float32)
     for rows, pooled in results:
@@ -274,7 +271,7 @@ def _sentence_embeddings(
 
 
 def _token_states(
-    results: Iterator[tuple[packing.Rows, Array]], texts: int, hidden_size: int, progress: Any
+    results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
 ) -> list[Float[np.ndarray, "t d"]]:
     out = [np.zeros((0, hidden_size), np.float32)] * texts
     for rows, states in results:

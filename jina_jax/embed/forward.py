@@ -5,20 +5,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from ..model.attention import platform
 from ..model.encoder import Encoder, pool
 from ..parallel.mesh import AXES, BATCH
 from ..text.packing import max_texts
 
 
 @partial(jax.jit, static_argnames="mesh")
-def encode_rows(
+def token_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
     segments: Int[Array, "b t"],
@@ -31,7 +28,7 @@ def encode_rows(
 
 
 @partial(jax.jit, static_argnames="mesh")
-def embed_rows(
+def text_embeddings(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
     segments: Int[Array, "b t"],
@@ -39,7 +36,7 @@ def embed_rows(
     tasks: Int[Array, "b g"] | Int[Array, ""] | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b g d"]:
-    """Mean of each text of packed rows, before normalisation; otherwise as `encode_rows`."""
+    """Mean of each text of packed rows, before normalisation; otherwise as `token_states`."""
     return _over(mesh, _embed)(encoder, tokens, segments, positions, tasks)
 
 
@@ -59,21 +56,6 @@ def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Arr
         return split(encoder, *inputs)
 
     return whole
-
-
-def layers_apart(encoder: Encoder) -> Encoder:
-    """The same on CPU with a list of layers, whose parameters lie in the memory of the stacked ones.
-
-    A product of XLA on CPU reads a layer of a stack from a copy that is made before: a single query would be copies for the
-    most part. Programs for accelerators read it where it is, and `encoder` itself is returned.
-    """
-    if platform() != "cpu":
-        return encoder
-    apart = nnx.merge(*nnx.split(encoder))  # variables of its own
-    stacked = jax.tree.map(np.asarray, encoder.layers)
-    layers = [jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(encoder.config.num_layers)]
-    apart.layers = nnx.List(jax.device_put(layers, may_alias=True))
-    return apart
 
 
 def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:

@@ -9,7 +9,7 @@ from ..config import ModelConfig
 from ..text.tokenizer import check_unicode
 
 
-def texts_of(sentences: Any) -> list[str]:
+def as_texts(sentences: Any) -> list[str]:
     """The texts of a call; one text counts as a list of one."""
     if isinstance(sentences, str):
         return [sentences]
@@ -39,7 +39,7 @@ def with_prompts(
     return texts, np.array([indices[name] for name in tasks], np.int32)
 
 
-def kept_dims(truncate_dim: int | None, config: ModelConfig) -> int:
+def resolve_truncate_dim(truncate_dim: int | None, config: ModelConfig) -> int:
     """Leading dimensions to keep."""
     d, dims = config.hidden_size, config.matryoshka_dims
     dim = config.truncate_dim if truncate_dim is None else truncate_dim
@@ -47,21 +47,21 @@ def kept_dims(truncate_dim: int | None, config: ModelConfig) -> int:
         return d
     if dims and dim not in dims:
         raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
-    if not is_whole(dim) or not 1 <= dim <= d:
+    if not is_int(dim) or not 1 <= dim <= d:
         raise ValueError(f"truncate_dim must be a whole number in 1..{d}, not {dim!r}")
     return int(dim)
 
 
-def token_limit(max_length: int | None, most: int) -> int:
+def resolve_max_length(max_length: int | None, most: int) -> int:
     """Most tokens of a text, of those that the model takes."""
     if max_length is None:
         return most
-    if not is_whole(max_length) or not 2 <= max_length <= most:
+    if not is_int(max_length) or not 2 <= max_length <= most:
         raise ValueError(f"max_length must be a whole number in 2..{most}, not {max_length!r}")
     return int(max_length)
 
 
-def is_whole(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

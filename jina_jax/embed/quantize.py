@@ -8,13 +8,13 @@ from jaxtyping import Float, Num
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-PRECISIONS = get_args(Precision)
+EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+EMBEDDING_PRECISIONS = get_args(EmbeddingPrecision)
 
 _FEW_EMBEDDINGS = 100
 
 
-def quantize(embeddings: Float[np.ndarray, "n d"], precision: Precision) -> Num[np.ndarray, "n _"]:
+def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision) -> Num[np.ndarray, "n _"]:
     """float32 [n, d] as is; int8 and uint8 [n, d] in 256 steps between each dimension's least and greatest value in
     `embeddings`; binary (int8) and ubinary (uint8) [n, ceil(d / 8)], the signs packed into bits.
 

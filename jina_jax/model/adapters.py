@@ -14,8 +14,9 @@ from jax import Array
 from jaxtyping import Int
 
 from ..config import ModelConfig
-from .encoder import Encoder, abstract_variables, from_arrays, variables
+from .encoder import Encoder
 from .lora import AdaptedDense, AdaptedEmbed, AdapterParam, AdapterScale
+from .parameters import abstract_variables, from_arrays, variables
 
 Adapter = Mapping[str, Array]
 

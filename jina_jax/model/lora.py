@@ -14,7 +14,6 @@ A layer takes its `task` in one of three forms:
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..config import ModelConfig
+from .matmul import add_bias, matmul, matmul_with_lora
 
-Task = Int[Array, ""] | Int[Array, "b t"] | None
+AdapterIds = Int[Array, ""] | Int[Array, "b t"] | None
 
 
 class AdapterParam(nnx.Variable[Array]):
@@ -50,99 +50,6 @@ class AdapterSpec:
         if not config.tasks:
             return None
         return cls(len(config.tasks), config.lora_rank, config.lora_alpha, config.separate_qkv_adapters)
-
-
-def precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """float32 means float32: the default is a bfloat16 pass on TPU and TF32 on recent GPUs."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def contract(x: Array, kernel: Array) -> Array:
-    """x [..., i] times kernel [i, ...] in x's dtype, with float32 accumulation and a float32 result.
-
-    The backward products are of x's dtype too: left to JAX, they would have a float32 operand, which GPUs and CPUs multiply at
-    a fraction of the speed. The kernel's gradient is accumulated in float32 and has the kernel's own dtype.
-    """
-    return _contract(x, kernel, 0)
-
-
-def contract_table(x: Array, table: Array) -> Array:
-    """x [..., i] times the transpose of table [o, i], as `contract`; neither the table nor its gradient is transposed."""
-    return _contract(x, table, 1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract(x: Array, kernel: Array, axis: int) -> Array:
-    return _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,))
-
-
-def _contract_forward(x: Array, kernel: Array, axis: int) -> tuple[Array, tuple[Array, Array]]:
-    return _contract(x, kernel, axis), (x, kernel)
-
-
-def _contract_backward(axis: int, operands: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    x, kernel = operands
-    d_y, batch, outputs = d_y.astype(x.dtype), tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, d_y.ndim))
-    operand = kernel.astype(x.dtype)
-    if axis == 0:  # TPUs are slow at a transposed kernel that is still to be cut out of the stack of all layers
-        operand = jax.lax.optimization_barrier(operand)
-    d_x = _dot(d_y, operand, outputs, tuple(i for i in range(kernel.ndim) if i != axis))
-    d_kernel = _dot(x, d_y, batch, batch) if axis == 0 else _dot(d_y, x, batch, batch)
-    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
-
-
-@jax.custom_vjp
-def _contract_extended(x: Array, z: Array, kernel: Array, rows: Array) -> Array:
-    """x times kernel plus z times rows, as one product. Its gradient has the two apart: where the kernel is frozen, its part, a
-    third of the work, is asked for by nobody and left out. Of their concatenation all would have to be made."""
-    return _dot(*_extended(x, z, kernel, rows), (x.ndim - 1,), (0,))
-
-
-def _extended(x: Array, z: Array, kernel: Array, rows: Array) -> tuple[Array, Array]:
-    return jnp.concatenate([x, z], -1), jnp.concatenate([kernel, rows]).astype(x.dtype)
-
-
-def _contract_extended_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _contract_extended(*operands), operands
-
-
-def _contract_extended_backward(operands: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
-    x, z, kernel, rows = operands
-    xz, both = _extended(x, z, kernel, rows)
-    d_xz, _ = _contract_backward(0, (xz, both), d_y)
-    (_, d_kernel), (_, d_rows) = (_contract_backward(0, pair, d_y) for pair in ((x, kernel), (z, rows)))
-    return d_xz[..., : x.shape[-1]], d_xz[..., x.shape[-1] :], d_kernel, d_rows
-
-
-_contract_extended.defvjp(_contract_extended_forward, _contract_extended_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _with_bias(y: Array, bias: Array, dtype: DTypeLike) -> Array:
-    """y [b, t, *o] + bias [*o] in `dtype`, where the gradient of y comes from a kernel and not from a product that could add it
-    up. The bias's gradient is a product with ones, accumulated in float32: the matrix unit is the fastest to do it on a TPU."""
-    return (y + bias[None, None]).astype(dtype)
-
-
-def _with_bias_forward(y: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, None]:
-    return _with_bias(y, bias, dtype), None
-
-
-def _with_bias_backward(dtype: DTypeLike, _: None, d_y: Array) -> tuple[Array, Array]:
-    ones = jnp.ones((8, *d_y.shape[:2]), d_y.dtype)  # a tile of equal rows: of one row, the compiler makes a sum again
-    return d_y.astype(jnp.float32), _dot(ones, d_y, (1, 2), (0, 1))[0]
-
-
-_with_bias.defvjp(_with_bias_forward, _with_bias_backward)
-
-
-def _dot(x: Array, y: Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> Array:
-    return jax.lax.dot_general(
-        x, y, ((x_axes, y_axes), ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32
-    )
 
 
 class AdaptedDense(nnx.Module):
@@ -180,16 +87,16 @@ class AdaptedDense(nnx.Module):
         self.b = AdapterParam(jnp.zeros((k, r, *features), param_dtype), task_axis=-2 - len(features))
         self.scale = AdapterScale(jnp.full((*c, k), adapters.alpha / r, jnp.float32), task_axis=-1)
 
-    def __call__(self, x: Float[Array, "b t i"], task: Task = None) -> Float[Array, "b t *o"]:
+    def __call__(self, x: Float[Array, "b t i"], task: AdapterIds = None) -> Float[Array, "b t *o"]:
         if self.a is None or task is None:
-            y = contract(x, self.kernel[...])
+            y = matmul(x, self.kernel[...])
         elif task.ndim == 0:
-            y = contract(x, self.folded_kernel(task))
+            y = matmul(x, self.folded_kernel(task))
         else:
             z, rows = self._adapter_rows(x, task)
-            y = _contract_extended(x, z, self.kernel[...], rows)
+            y = matmul_with_lora(x, z, self.kernel[...], rows)
         bias = self.bias[...].astype(jnp.float32)
-        return _with_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
+        return add_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 
     def folded_kernel(self, task: Int[Array, ""]) -> Array:
         """kernel + scale a b of one task, computed in float32, in the kernel's own dtype. Without adapters: the kernel."""
@@ -208,7 +115,7 @@ class AdaptedDense(nnx.Module):
         a, b, scale = self._by_part()
         i, c, k, r = a.shape
         n, o = b.shape[2:]
-        z = contract(x, a)  # [b, t, c, k, r]
+        z = matmul(x, a)  # [b, t, c, k, r]
         gate = jnp.where(task[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)  # [b, t, c, k]
         z = (z * gate[..., None]).astype(self.dtype).reshape(*x.shape[:2], c * k * r)
         if c == 1:
@@ -255,7 +162,7 @@ class AdaptedEmbed(nnx.Module):
         self.b = AdapterParam(jax.random.normal(rngs.params(), (k, r, features), param_dtype), task_axis=-3)
         self.scale = AdapterScale(jnp.full(k, adapters.alpha / r, jnp.float32), task_axis=-1)
 
-    def __call__(self, token: Int[Array, "b t"], task: Task = None) -> Float[Array, "b t d"]:
+    def __call__(self, token: Int[Array, "b t"], task: AdapterIds = None) -> Float[Array, "b t d"]:
         """Embeddings in float32."""
         return self.adapted(self.rows(token), token, task)
 
@@ -263,7 +170,7 @@ class AdaptedEmbed(nnx.Module):
         """Those of the table, in float32."""
         return jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
 
-    def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], task: Task) -> Float[Array, "b t d"]:
+    def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], task: AdapterIds) -> Float[Array, "b t d"]:
         """The table's rows with the adapters' updates."""
         if task is None or self.a is None or self.b is None or self.scale is None:
             return rows
@@ -277,4 +184,4 @@ class AdaptedEmbed(nnx.Module):
             gate = jnp.where(task[..., None] == jnp.arange(k)[None, None], scale[None, None], 0)
             z = (jnp.take(a, token, axis=0).astype(jnp.float32) * gate[..., None]).reshape(*token.shape, k * r)
             b = b.reshape(k * r, d)
-        return rows + contract(z, b)
+        return rows + matmul(z, b)

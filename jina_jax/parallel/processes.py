@@ -43,7 +43,7 @@ def start() -> bool:
         ValueError: the environment names processes and leaves something out.
     """
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, number = _whole("JAX_NUM_PROCESSES"), _whole("JAX_PROCESS_ID")
+        count, number = _int_env("JAX_NUM_PROCESSES"), _int_env("JAX_PROCESS_ID")
         if not 0 <= number < count:
             raise ValueError(f"JAX_PROCESS_ID must be in 0..{count - 1}, not {number}")
         _initialize(num_processes=count, process_id=number)
@@ -56,7 +56,7 @@ def _initialize(**arguments: Any) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
 
 
-def _whole(name: str) -> int:
+def _int_env(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():
         raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a whole number, not {text!r}")
@@ -80,31 +80,31 @@ def barrier(name: str) -> None:
         RuntimeError: not all of them came.
     """
     if client := _client():
-        client.wait_at_barrier(_numbered(name), WAIT_SECONDS * 1000)
+        client.wait_at_barrier(_unused_key(name), WAIT_SECONDS * 1000)
 
 
 @contextlib.contextmanager
-def first_alone(name: str) -> Iterator[None]:
+def main_process_first(name: str) -> Iterator[None]:
     """The first process is inside alone, the others after it: they find what it has made."""
-    if not is_first():
+    if not is_main_process():
         barrier(name)
     yield
-    if is_first():
+    if is_main_process():
         barrier(name)
 
 
-def of_first(name: str, value: Callable[[], str]) -> str:
+def broadcast_from_main(name: str, value: Callable[[], str]) -> str:
     """The value that the first process computes, in every process."""
     client = _client()
     if client is None:
         return value()
-    key = _numbered(name)
-    if is_first():
+    key = _unused_key(name)
+    if is_main_process():
         client.key_value_set(key, value())
     return client.blocking_key_value_get(key, WAIT_SECONDS * 1000)
 
 
-def largest(name: str, number: int, value: int) -> int:
+def max_over_processes(name: str, number: int, value: int) -> int:
     """The largest of the processes' values of that name and number. What was agreed on KEPT numbers ago is forgotten."""
     client = _client()
     if client is None:
@@ -117,7 +117,7 @@ def largest(name: str, number: int, value: int) -> int:
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
+def abort_together() -> Iterator[None]:
     """An error inside ends all processes with its message. Without this the others would wait for the lost one."""
     client = _client()
     if client is None:
@@ -155,12 +155,12 @@ def _report_failed(client: Any) -> bool:
 
 def _end() -> None:
     """Ends the process at once: the usual way waits for the others. The first one, which is the coordinator, ends last."""
-    if is_first():
+    if is_main_process():
         time.sleep(3 * _LOOK_SECONDS)
     os._exit(1)
 
 
-def _numbered(name: str) -> str:
+def _unused_key(name: str) -> str:
     """A name is used up when the processes have met under it. They all use it equally often, so a count makes another one."""
     _uses[name] += 1
     return f"jina-jax/{name}/{_uses[name]}"
@@ -169,7 +169,7 @@ def _numbered(name: str) -> str:
 _uses: dict[str, int] = defaultdict(int)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes what one alone should write."""
     return jax.process_index() == 0
 

@@ -5,23 +5,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .packing import Rows, lay_out, plan, plan_full, plan_large
+from .packing import PackedBatch, lay_out, plan_batches, plan_full_batches, plan_without_small_rows
 
-FIRST_PIECE = 128
+FIRST_CHUNK = 128
 """Texts of the first piece, for which the device waits. Each piece is twice the one before it."""
 
-LARGEST_PIECE = 4096
+LARGEST_CHUNK = 4096
 """Texts that are tokenised, and may wait for others, at most: enough to fill rows well."""
 
 
-def packed_rows(
+def packed_batches(
     texts: Sequence[str],
     tokenize: Callable[[Sequence[str]], list[list[int]]],
     pad_id: int,
     budget: int,
     devices: int = 1,
-) -> Iterator[Rows]:
-    """Batches that hold every text once; `Rows.texts` are indices in `texts`.
+) -> Iterator[PackedBatch]:
+    """Batches that hold every text once; `PackedBatch.texts` are indices in `texts`.
 
     Texts that do not fill a batch wait for those of the next pieces, so that pieces cost no empty rows.
 
@@ -29,7 +29,7 @@ def packed_rows(
         texts: what to pack.
         tokenize: token ids of some of the texts; but for the first, in another thread.
         pad_id: token of empty slots.
-        budget, devices: as in `packing.plan`.
+        budget, devices: as in `packing.plan_batches`.
     """
     waiting: list[tuple[int, list[int]]] = []  # indices of texts, and their tokens
     start = 0
@@ -38,10 +38,10 @@ def packed_rows(
         start += len(piece)
         token_ids = [ids for _, ids in waiting]
         indices = np.array([index for index, _ in waiting])
-        if not is_last and len(waiting) < LARGEST_PIECE:
-            plan_now = plan_full
+        if not is_last and len(waiting) < LARGEST_CHUNK:
+            plan_now = plan_full_batches
         else:  # a small row is for a small call: for what is left of a larger one it would be a program more to compile
-            plan_now = plan if len(waiting) == start else plan_large
+            plan_now = plan_batches if len(waiting) == start else plan_without_small_rows
         batches = plan_now([len(ids) for ids in token_ids], budget, devices)
         for batch in batches:
             rows = lay_out(token_ids, batch, pad_id)
@@ -54,7 +54,7 @@ def _tokenized(
     texts: Sequence[str], tokenize: Callable[[Sequence[str]], list[list[int]]]
 ) -> Iterator[tuple[list[list[int]], bool]]:
     """Token ids of each piece, and whether it is the last; the next one is tokenised while the caller works on it."""
-    first, *others = _pieces(texts)
+    first, *others = _chunks(texts)
     token_ids = tokenize(first)
     with ThreadPoolExecutor(1) as pool:
         for piece in others:
@@ -64,11 +64,11 @@ def _tokenized(
     yield token_ids, True
 
 
-def _pieces(texts: Sequence[str]) -> list[Sequence[str]]:
-    pieces, size = [texts[:FIRST_PIECE]], FIRST_PIECE
+def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
+    pieces, size = [texts[:FIRST_CHUNK]], FIRST_CHUNK
     start = size
     while start < len(texts):
-        size = min(2 * size, LARGEST_PIECE)
+        size = min(2 * size, LARGEST_CHUNK)
         pieces.append(texts[start : start + size])
         start += size
     return pieces

@@ -24,7 +24,7 @@ FULL = 0.95
 """Share of a batch's token slots from which on it is not worth waiting for more texts to fill it."""
 
 
-class Rows(NamedTuple):
+class PackedBatch(NamedTuple):
     """One batch of packed rows: the inputs of the encoder, and where each text went."""
 
     tokens: Int[np.ndarray, "b t"]
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     """Index of the text in the list that was packed, -1 = none."""
 
 
-class Batch(NamedTuple):
+class BatchPlan(NamedTuple):
     """A plan for one batch: the texts of each row, and the shape (rows, slots) they will be laid out in."""
 
     rows: list[list[int]]
@@ -47,7 +47,7 @@ def max_texts(row_length: int) -> int:
     return row_length // TOKENS_PER_TEXT
 
 
-def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
     """Packs texts, longest first, each into the fullest row that still takes it.
 
     Args:
@@ -82,7 +82,7 @@ def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]
     return rows
 
 
-def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
+def plan_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> list[BatchPlan]:
     """Splits texts into batches of packed rows whose shapes come from a short fixed list.
 
     Args:
@@ -97,36 +97,36 @@ def plan(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
         return []
     for length in SMALL_ROW_LENGTHS:
         if sum(lengths) <= length and len(lengths) <= max_texts(length):
-            return [Batch([list(range(len(lengths)))], (devices, length))]
-    return plan_large(lengths, budget, devices)
+            return [BatchPlan([list(range(len(lengths)))], (devices, length))]
+    return plan_without_small_rows(lengths, budget, devices)
 
 
-def plan_full(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
+def plan_full_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> list[BatchPlan]:
     """Batches for some of the texts, which gain nothing from waiting for more: of the largest shape, and nearly full.
 
-    Arguments as in `plan`.
+    Arguments as in `plan_batches`.
     """
 
-    def is_full(batch: Batch) -> bool:
+    def is_full(batch: BatchPlan) -> bool:
         b, t = batch.shape
         held = sum(lengths[text] for row in batch.rows for text in row)
         return b == _most_rows(budget, t) * devices and held >= FULL * b * t
 
-    return [batch for batch in plan_large(lengths, budget, devices) if is_full(batch)]
+    return [batch for batch in plan_without_small_rows(lengths, budget, devices) if is_full(batch)]
 
 
-def plan_large(lengths: Sequence[int], budget: int, devices: int = 1) -> list[Batch]:
-    """As `plan`, in full-size rows alone, each as short as its longest text allows. Arguments as there."""
+def plan_without_small_rows(lengths: Sequence[int], budget: int, devices: int = 1) -> list[BatchPlan]:
+    """As `plan_batches`, in full-size rows alone, each as short as its longest text allows. Arguments as there."""
     batches = []
     shortest = 0
     for length in ROW_LENGTHS:
         members = [i for i, n in enumerate(lengths) if shortest < n <= length]
         shortest = length
-        packed = best_fit([lengths[i] for i in members], length, max_texts(length))
+        packed = best_fit_decreasing([lengths[i] for i in members], length, max_texts(length))
         rows = [[members[i] for i in row] for row in packed]
         for start, count in _cut(-(-len(rows) // devices), _most_rows(budget, length)):
             own = rows[start * devices : (start + count) * devices]
-            batches.append(Batch(own, (count * devices, length)))
+            batches.append(BatchPlan(own, (count * devices, length)))
     if longest := [n for n in lengths if n > shortest]:
         raise ValueError(f"a text has {max(longest)} tokens; the longest row holds {shortest}")
     return batches
@@ -137,10 +137,10 @@ def _most_rows(budget: int, length: int) -> int:
     return max(1, budget // length)
 
 
-def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: Batch, pad_id: int) -> Rows:
+def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, pad_id: int) -> PackedBatch:
     """Writes the tokens of a planned batch into arrays; slots without a text stay padding."""
     b, t = batch.shape
-    rows = Rows(
+    rows = PackedBatch(
         tokens=np.full((b, t), pad_id, np.int32),
         segments=np.zeros((b, t), np.int32),
         positions=np.zeros((b, t), np.int32),
@@ -158,7 +158,7 @@ def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: Batch, pad_i
     return rows
 
 
-def scatter(pooled: np.ndarray, rows: Rows, out: np.ndarray) -> None:
+def scatter(pooled: np.ndarray, rows: PackedBatch, out: np.ndarray) -> None:
     """Puts the pooled vectors [b, g, d] of a batch at their texts' places in `out` [texts, d]."""
     held = rows.texts >= 0
     out[rows.texts[held]] = pooled[held]

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import DataError
+
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -21,11 +23,7 @@ PARQUET_BUFFER = 2**20
 EVERYTHING = ((0, None),)
 
 
-class RowError(ValueError):
-    """A row or file that is not what it should be; the message names the file and the row."""
-
-
-class Row(NamedTuple):
+class TextRecord(NamedTuple):
     """A text and what it is called: the value of a field, else FILE:NUMBER, counted from 1."""
 
     id: str | int
@@ -44,7 +42,7 @@ def check_file(file: str, id_field: str | None) -> None:
 
 def read_rows(
     file: str, field: str, id_field: str | None = None, ranges: Sequence[tuple[int, int | None]] = EVERYTHING
-) -> Iterator[Row]:
+) -> Iterator[TextRecord]:
     """Rows of a file, in its order.
 
     Args:
@@ -60,12 +58,12 @@ def read_rows(
     if kind == ".txt":
         for number, line in _lines(file, ranges):
             place = f"{file}:{number}"
-            yield Row(place, _decoded(line, place).removesuffix("\n").removesuffix("\r"))
+            yield TextRecord(place, _decoded(line, place).removesuffix("\n").removesuffix("\r"))
         return
     rows = _parquet_rows(file, field, id_field, ranges) if kind == ".parquet" else _json_rows(file, ranges)
     for number, fields in rows:
         place = f"{file}:{number}"
-        yield Row(place if id_field is None else _id(fields, id_field, place), _text(fields, field, place))
+        yield TextRecord(place if id_field is None else _id(fields, id_field, place), _text(fields, field, place))
 
 
 def parquet() -> Any:
@@ -97,7 +95,7 @@ def _lines(file: str, ranges: Sequence[tuple[int, int | None]]) -> Iterator[tupl
                 yield from enumerate(islice(lines, None if end is None else end - first), first + 1)
                 at = end or 0
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise RowError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _json_rows(file: str, ranges: Sequence[tuple[int, int | None]]) -> Iterator[tuple[int, Any]]:
@@ -107,9 +105,9 @@ def _json_rows(file: str, ranges: Sequence[tuple[int, int | None]]) -> Iterator[
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:  # also numbers of too many digits
-            raise RowError(f"{place}: not JSON: {error}") from error
+            raise DataError(f"{place}: not JSON: {error}") from error
         if not isinstance(fields, dict):
-            raise RowError(f"{place}: a row is a JSON object, not {type(fields).__name__}")
+            raise DataError(f"{place}: a row is a JSON object, not {type(fields).__name__}")
         yield number, fields
 
 
@@ -125,7 +123,7 @@ def _parquet_rows(
         with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as source:
             for name in columns:
                 if not {name, name.partition(".")[0]} & set(source.schema_arrow.names):
-                    raise RowError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")
+                    raise DataError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")
             at = 0
             for group in range(source.num_row_groups):
                 end = at + source.metadata.row_group(group).num_rows
@@ -136,7 +134,7 @@ def _parquet_rows(
                         at += len(batch)
                 at = end
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RowError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _overlap(ranges: Sequence[tuple[int, int | None]], first: int, end: int) -> list[tuple[int, int]]:
@@ -148,7 +146,7 @@ def _overlap(ranges: Sequence[tuple[int, int | None]], first: int, end: int) -> 
 def _text(fields: dict[str, Any], field: str, place: str) -> str:
     text = _value(fields, field, place)
     if not isinstance(text, str):
-        raise RowError(f"{place}: {field} is no string but {type(text).__name__}")
+        raise DataError(f"{place}: {field} is no string but {type(text).__name__}")
     return _unicode(text, field, place)
 
 
@@ -157,7 +155,7 @@ def _id(fields: dict[str, Any], id_field: str, place: str) -> str | int:
     if isinstance(value, str):
         return _unicode(value, id_field, place)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise RowError(f"{place}: {id_field} is {value!r}, neither a string nor a whole number of 64 bits")
+        raise DataError(f"{place}: {id_field} is {value!r}, neither a string nor a whole number of 64 bits")
     return value
 
 
@@ -168,7 +166,7 @@ def _value(fields: dict[str, Any], field: str, place: str) -> Any:
     value: Any = fields
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise RowError(f"{place}: no field {field!r}; there are {list(fields)}")
+            raise DataError(f"{place}: no field {field!r}; there are {list(fields)}")
         value = value[name]
     return value
 
@@ -177,7 +175,7 @@ def _unicode(text: str, field: str, place: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(f"{place}: {field} is not valid Unicode: a lone surrogate at position {error.start}") from error
+        raise DataError(f"{place}: {field} is not valid Unicode: a lone surrogate at position {error.start}") from error
     return text
 
 
@@ -185,4 +183,4 @@ def _decoded(line: bytes, place: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(f"{place}: not UTF-8 text ({error.reason})") from error
+        raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error

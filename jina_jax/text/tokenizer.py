@@ -1,19 +1,24 @@
 """The tokenizer: always from `tokenizer.json`, never from remote code."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerFast
-
-from ..checkpoints.tensor_files import CheckpointError, read_json
 from ..config import ModelConfig
+from ..errors import CheckpointError
+from ..files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+else:
+    Tokenizer = Any  # transformers is imported at first use: it takes longer than all else
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _XLM_R_SPECIAL = dict(zip(_SPECIAL, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
 
 
-def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a checkpoint directory.
 
     Raises:
@@ -30,7 +35,7 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerF
         raise CheckpointError(f"{settings_path}: model_max_length must be a number of at least 2, not {limit!r}")
     special = {name: _content(settings.get(name)) or default for name, default in _XLM_R_SPECIAL.items()}
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=limit, **special)
+        tokenizer = _fast_tokenizer_class()(tokenizer_file=str(path), model_max_length=limit, **special)
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(f"{path} is damaged or not a tokenizer: {error}") from error
     pieces = max(tokenizer.get_vocab().values()) + 1
@@ -41,12 +46,27 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerF
     return tokenizer
 
 
-def max_tokens(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> int:
+def _fast_tokenizer_class() -> type["Tokenizer"]:
+    """Imports transformers' class, without its advice to install PyTorch."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return PreTrainedTokenizerFast
+
+
+def max_tokens(tokenizer: Tokenizer, config: ModelConfig) -> int:
     """Most tokens of a text, special tokens included: what both the tokenizer and the positions allow."""
     return min(int(tokenizer.model_max_length), config.max_tokens)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
     """Token ids of each text with its special tokens, and how many texts were over the limit and have been cut."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

@@ -28,13 +28,14 @@ from click.testing import CliRunner
 from jina_jax import Embedder
 from jina_jax.bulk import parquet_shards as shards
 from jina_jax.bulk import run as bulk
-from jina_jax.bulk.run import Options, OutputError, embed_files, load_here, model_fingerprint
+from jina_jax.bulk.run import BulkOptions, embed_files, load_on_this_host, model_fingerprint
 from jina_jax.cli import main
-from jina_jax.text.readers import RowError, read_rows
+from jina_jax.errors import DataError, RunError
+from jina_jax.text.readers import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "an image editor for paint sound and games 画像 エディタ très élégant".split()
-OPTIONS = Options(task="classification", dim=16, shard_rows=10)
+OPTIONS = BulkOptions(task="classification", dim=16, shard_rows=10)
 
 
 def text(number: int) -> str:
@@ -113,7 +114,7 @@ def test_ids_of_a_field_and_fields_inside_others(embedder, tmp_path):
     rows = [{"doc": {"id": 2**40 + i, "body": text}} for i, text in enumerate(TEXTS)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
     pq.write_table(pa.Table.from_pylist(rows[20:]), tmp_path / "b.parquet")
-    options = Options(field="doc.body", id_field="doc.id", shard_rows=30)
+    options = BulkOptions(field="doc.body", id_field="doc.id", shard_rows=30)
     embed_files(embedder, "model", [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")], tmp_path / "out", options)
     table = pq.read_table(tmp_path / "out")
     assert table["id"].to_pylist() == [2**40 + i for i in range(47)] and table.schema.field("id").type == pa.int64()
@@ -122,7 +123,7 @@ def test_ids_of_a_field_and_fields_inside_others(embedder, tmp_path):
 
 @pytest.mark.parametrize(("precision", "kind"), [("binary", pa.int8()), ("ubinary", pa.uint8())])
 def test_bits(embedder, files, tmp_path, precision, kind):
-    embed_files(embedder, "model", files, tmp_path / "out", Options(precision=precision, shard_rows=20))
+    embed_files(embedder, "model", files, tmp_path / "out", BulkOptions(precision=precision, shard_rows=20))
     table = pq.read_table(tmp_path / "out")
     assert table.schema.field("embedding").type == pa.list_(kind, 8)
     bits = np.unpackbits((np.array(table["embedding"].to_pylist()) + (128 if precision == "binary" else 0)).astype(np.uint8))
@@ -171,7 +172,7 @@ def test_rows_are_read_as_a_stream(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nnot JSON\n')
     rows = read_rows(str(tmp_path / "a.jsonl"), "text")
     assert [row.text for row in itertools.islice(rows, 2)] == ["one", "two"]
-    with pytest.raises(RowError, match="a.jsonl:3: not JSON"):
+    with pytest.raises(DataError, match="a.jsonl:3: not JSON"):
         next(rows)
 
 
@@ -274,8 +275,8 @@ def test_another_run_in_the_same_directory_is_refused_with_the_differences(embed
         with gzip.open(files[0], "wt") as file:
             file.write(changes["content"])
     given = [files[i] for i in changes.get("files", range(5))]
-    options = Options(**(vars(OPTIONS) | changes.get("options", {})))
-    with pytest.raises(OutputError, match=f"holds other embeddings; they differ in: .*{message}"):
+    options = BulkOptions(**(vars(OPTIONS) | changes.get("options", {})))
+    with pytest.raises(RunError, match=f"holds other embeddings; they differ in: .*{message}"):
         embed_files(embedder, changes.get("fingerprint", "model"), given, output, options)
     assert contents(output) == want
 
@@ -350,7 +351,7 @@ def test_a_bad_input_is_named_before_anything_is_embedded(embedder, tmp_path, na
 def test_bad_columns(embedder, tmp_path, columns, id_field, message):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "x", "id": 1}\n')
-    options = Options(id_field=id_field)
+    options = BulkOptions(id_field=id_field)
     with pytest.raises(ValueError, match=message):
         embed_files(embedder, "model", [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")], tmp_path / "out", options)
     assert not (tmp_path / "out" / "_run" / "run.json").exists()  # the directory is free for what is right
@@ -380,7 +381,7 @@ def test_a_bad_argument_leaves_no_directory(embedder, tmp_path, monkeypatch, cha
     arguments = {"files": ["a.txt"], "process": 0, "processes": 1} | changes
     files, of_job = arguments.pop("files"), {name: arguments.pop(name) for name in ("process", "processes")}
     with pytest.raises((ValueError, OSError), match=message):
-        embed_files(embedder, "model", files, Path("out"), Options(**arguments), **of_job)
+        embed_files(embedder, "model", files, Path("out"), BulkOptions(**arguments), **of_job)
     assert not Path("out").exists()
 
 
@@ -396,9 +397,9 @@ def test_a_directory_of_something_else_is_left_alone(embedder, files, tmp_path):
 
 def test_an_input_that_has_become_shorter_since_it_was_counted(embedder, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text\n" * 15)
-    counted = bulk._surveyed
+    counted = bulk._scan_inputs
     monkeypatch.setattr(bulk, "_surveyed", lambda *a: (counted(*a), (tmp_path / "a.txt").write_text("text\n" * 12))[0])
-    with pytest.raises(RowError, match="become shorter: there are 2 of the 5 rows of part-00001"):
+    with pytest.raises(DataError, match="become shorter: there are 2 of the 5 rows of part-00001"):
         embed_files(embedder, "model", [str(tmp_path / "a.txt")], tmp_path / "out", OPTIONS)
     assert sorted(contents(tmp_path / "out")) == ["part-00000.parquet"]
 
@@ -406,7 +407,7 @@ def test_an_input_that_has_become_shorter_since_it_was_counted(embedder, tmp_pat
 def test_a_host_of_a_larger_slice_is_told_how_to_work_alone(model, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="one of 4 of a TPU slice; .* TPU_PROCESS_BOUNDS=1,1,1"):
-        load_here(model)
+        load_on_this_host(model)
 
 
 # ---- the command
@@ -481,7 +482,7 @@ def _killed_by(fault: str, model: Path, files: list[str], output: Path, cache: P
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     bulk.CALL_ROWS = 4
     _die(*FAULTS[fault])
-    embed_files(load_here(model), model_fingerprint(model), files, output, OPTIONS)
+    embed_files(load_on_this_host(model), model_fingerprint(model), files, output, OPTIONS)
 
 
 def test_killed_at_any_point_it_goes_on_and_every_row_is_there_once(embedder, model, files, tmp_path):

@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jina_jax import Embedder
-from jina_jax.checkpoints.tensor_files import CheckpointError
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
-from jina_jax.config import ConfigError
+from jina_jax.errors import CheckpointError, ConfigError
 from oracles import checkpoints
 
 Edit = Callable[[Path], None]

@@ -12,10 +12,10 @@ from etils import epath
 
 from jina_jax import Embedder
 from jina_jax.checkpoints import native
-from jina_jax.checkpoints.native import check_free, load_checkpoint, save_checkpoint, seal, verify, written_whole
+from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
 from jina_jax.checkpoints.remote import fetch
-from jina_jax.checkpoints.tensor_files import CheckpointError
-from jina_jax.config import ConfigError
+from jina_jax.checkpoints.sealed_directory import atomic_directory, check_free, seal, verify
+from jina_jax.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -84,16 +84,16 @@ def test_a_save_that_fails_leaves_nothing(embedder, tmp_path, monkeypatch, faili
 
 
 def test_nothing_appears_under_the_name_before_all_is_written(tmp_path):
-    with written_whole(tmp_path / "out") as partial:
+    with atomic_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("x")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_killed_process_left_behind_does_not_stop_one_with_the_same_id(tmp_path):
-    left = written_whole(tmp_path / "out")
+    left = atomic_directory(tmp_path / "out")
     left.__enter__()
-    with written_whole(tmp_path / "out") as partial:
+    with atomic_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("x")
     assert (tmp_path / "out" / "file").exists()
 

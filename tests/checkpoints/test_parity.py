@@ -16,7 +16,7 @@ from transformers import JinaEmbeddingsV3ForMaskedLM, JinaEmbeddingsV3Model, Pre
 
 from jina_jax import Embedder
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
-from jina_jax.embed.forward import encode_rows
+from jina_jax.embed.forward import token_states
 from jina_jax.text import packing
 from jina_jax.text.tokenizer import load_tokenizer
 from oracles import checkpoints, original
@@ -280,9 +280,9 @@ def test_logits_of_the_mlm_head_equal_torch(tmp_path, layout):
     batch = tokenizer.pad({"input_ids": token_ids}, return_tensors="pt")
     expected = real(checkpoints.mlm_logits(tmp_path, batch["input_ids"], batch["attention_mask"]), batch["attention_mask"])
 
-    (plan,) = packing.plan(list(map(len, token_ids)), 4096)
+    (plan,) = packing.plan_batches(list(map(len, token_ids)), 4096)
     rows = packing.lay_out(token_ids, plan, encoder.config.pad_id)
-    states = encode_rows(encoder, rows.tokens, rows.segments, rows.positions, None)
+    states = token_states(encoder, rows.tokens, rows.segments, rows.positions, None)
     assert encoder.mlm_head is not None
     logits = np.asarray(encoder.mlm_head(states, encoder.tokens.table[...]))
     for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):

@@ -16,7 +16,7 @@ from jina_jax.checkpoints import torch_names
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.checkpoints.torch_writer import write_original, write_transformers
-from jina_jax.model.encoder import abstract_variables, variables
+from jina_jax.model.parameters import abstract_variables, variables
 from jina_jax.text.tokenizer import load_tokenizer
 from oracles import checkpoints
 
@@ -105,8 +105,8 @@ def test_dtype_is_the_files_unless_told(tmp_path):
 def test_the_table_has_the_published_tensors_and_parameters():
     config = ModelConfig(pooler=True, tasks=("a", "b", "c", "d", "e"))
     arrays = {path: variable.shape for path, variable in abstract_variables(config).items()}
-    base = torch_names.base_entries(config, "fused", parametrized=True)
-    adapters = torch_names.stacked_adapter_entries(config)
+    base = torch_names.base_mappings(config, "fused", parametrized=True)
+    adapters = torch_names.stacked_adapter_mappings(config)
     shapes = {name: entry.tensor_shape(arrays[entry.path]) for name, entry in (base | adapters).items()}
     assert (len(base), len(adapters)) == (294, 198)
     assert sum(map(math.prod, shapes.values())) == 572_310_396
@@ -124,12 +124,12 @@ def test_every_line_of_the_table_is_invertible(spelling):
         lora_rank=3, pooler=True, mlm_head=True, position_type="absolute" if spelling == "xlmr" else "rope",
         separate_qkv_adapters=spelling != "fused",
     )  # fmt: skip
-    table = torch_names.base_entries(config, spelling)
+    table = torch_names.base_mappings(config, spelling)
     if spelling == "fused":
-        table |= torch_names.stacked_adapter_entries(config)
+        table |= torch_names.stacked_adapter_mappings(config)
     else:
         table |= {
-            f"{task}.{n}": e for task in (0, 1) for n, e in torch_names.peft_adapter_entries(config, task, spelling).items()
+            f"{task}.{n}": e for task in (0, 1) for n, e in torch_names.peft_adapter_mappings(config, task, spelling).items()
         }
     arrays = {path: v.shape for path, v in abstract_variables(config).items() if not path.endswith("scale") or "norm" in path}
     rng = np.random.default_rng(0)

@@ -19,9 +19,9 @@ from convert.__main__ import main as convert
 from jina_jax import Embedder
 from jina_jax.checkpoints import native
 from jina_jax.checkpoints.torch_writer import write_sentence_transformers, write_transformers
-from jina_jax.config import ConfigError
+from jina_jax.errors import ConfigError
 from jina_jax.model.adapters import add_adapter, extract_adapter
-from jina_jax.model.encoder import from_arrays, variables
+from jina_jax.model.parameters import from_arrays, variables
 from oracles import checkpoints
 
 TEXTS = ["an image editor", "", "Bildbearbeitung für Fotos", "画像エディタ 🎨"]

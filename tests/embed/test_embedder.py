@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jina_jax import Embedder
-from jina_jax.embed.forward import embed_rows
+from jina_jax.embed.forward import text_embeddings
 from jina_jax.embed.quantize import quantize
 from jina_jax.text.tokenizer import tokenize
 
@@ -159,7 +159,7 @@ def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch
     def compute_during_tokenisation(*arguments, **options):
         computing.set()
         in_time.append(tokenising.wait(60))
-        return embed_rows(*arguments, **options)
+        return text_embeddings(*arguments, **options)
 
     monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 2)
     monkeypatch.setattr("jina_jax.embed.embedder.tokenize", tokenize_during_computation)
@@ -260,7 +260,7 @@ def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, mon
 
     def compute(encoder, *arguments, **options):
         seen.append(encoder.layers)
-        return embed_rows(encoder, *arguments, **options)
+        return text_embeddings(encoder, *arguments, **options)
 
     monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", compute)
     embedder.encode("a text")
@@ -269,23 +269,23 @@ def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, mon
 
 
 def test_the_whole_test_split_compiles_at_most_four_programs(tiny, corpus):
-    before = embed_rows._cache_size()
+    before = text_embeddings._cache_size()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.encode(corpus)
-    first = embed_rows._cache_size() - before
+    first = text_embeddings._cache_size() - before
     tiny.encode(corpus[::-8])
-    assert 1 <= first <= 4 and embed_rows._cache_size() == before + first
+    assert 1 <= first <= 4 and text_embeddings._cache_size() == before + first
 
 
 def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):
     model = Embedder(encoder, encoder.config, tokenizer)
     first, *others = encoder.config.tasks
     model.encode("a text", task=first, prompt="")  # instructions differ in length, and rows in shape
-    before = embed_rows._cache_size()
+    before = text_embeddings._cache_size()
     for task in others:
         model.encode("a text", task=task, prompt="")
-    assert embed_rows._cache_size() == before
+    assert text_embeddings._cache_size() == before
 
 
 def test_another_models_configuration_is_refused(encoder, make_encoder, tokenizer):

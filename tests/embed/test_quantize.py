@@ -5,13 +5,13 @@ import logging
 import numpy as np
 import pytest
 
-from jina_jax.embed.quantize import PRECISIONS, quantize
+from jina_jax.embed.quantize import EMBEDDING_PRECISIONS, quantize
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers.util import quantize_embeddings
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", EMBEDDING_PRECISIONS)
 @pytest.mark.parametrize("shape", [(120, 64), (3, 13), (2, 1), (0, 16)], ids=str)
 def test_values_are_those_of_sentence_transformers(precision, shape):
     embeddings = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

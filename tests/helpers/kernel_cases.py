@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jina_jax.model.attention import RotaryTables, attention, plain_attention, rotary_tables
+from jina_jax.model.attention import attention, plain_attention
 from jina_jax.model.kernels.tpu import HEAD_DIM
+from jina_jax.model.rotary import RotaryTables, rotary_tables
 
 
 def projection(b: int, t: int, n: int = 2, seed: int = 0, dtype=jnp.float32) -> jax.Array:

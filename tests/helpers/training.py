@@ -24,14 +24,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
 from jina_jax import ModelConfig
-from jina_jax.parallel.processes import failing_together, start
-from train.config import Dataset, Stage, Start, TrainConfig
+from jina_jax.parallel.processes import abort_together, start
+from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.tfds_datasets import prepare_records
 from train.run import checkpoints, loop
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "data" / "tokenizer")
 MODEL = ModelConfig(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
-START = Start(model=MODEL, tokenizer=TOKENIZER)
+START = InitialModel(model=MODEL, tokenizer=TOKENIZER)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
 KINDS = ("text", "pair", "triplet", "scored_pair", "labelled_text")
 RECORDS = 40
@@ -60,17 +60,17 @@ def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:
     return [fields(number) | {"language": "en" if number % 2 else "de"} for number in range(RECORDS)]
 
 
-def write_datasets(directory: Path) -> dict[str, Dataset]:
+def write_datasets(directory: Path) -> dict[str, DatasetConfig]:
     """A dataset of every kind."""
     found = {}
     for kind in KINDS:
         file = directory / f"{kind}.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records(kind)), "utf-8")
-        found[kind] = Dataset(str(prepare_records({"train": [file]}, kind, directory / kind)), kind)
+        found[kind] = DatasetConfig(str(prepare_records({"train": [file]}, kind, directory / kind)), kind)
     return found
 
 
-def stages(datasets: dict[str, Dataset], steps: int = 4, **fields: Any) -> dict[str, Stage]:
+def stages(datasets: dict[str, DatasetConfig], steps: int = 4, **fields: Any) -> dict[str, Stage]:
     """A stage of every objective, by name."""
     of_objective: dict[str, dict[str, Any]] = {
         "mlm": {"datasets": ("text",)},
@@ -214,7 +214,7 @@ def _child(
             FAULTS[fault[0]](fault[1])
         try:
             start()
-            with failing_together():
+            with abort_together():
                 loop.train(config, workdir, progress=False)
         except (ValueError, OSError) as error:
             logging.error("error: %s", error)

@@ -6,16 +6,16 @@ import pytest
 from flax import nnx
 
 from jina_jax import Encoder
-from jina_jax.embed.forward import encode_rows
+from jina_jax.embed.forward import token_states
 from jina_jax.model.adapters import add_adapter, base_arrays, drop_adapter, extract_adapter, fold_adapter, merge_adapter
-from jina_jax.model.encoder import variables
+from jina_jax.model.parameters import variables
 
 
 def states(encoder: Encoder, task: int | None) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(4, encoder.config.vocab_size, (2, 16)).astype(np.int32)
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
     tasks = None if task is None else np.full((2, 1), task, np.int32)
-    return np.asarray(encode_rows(encoder, tokens, np.ones_like(tokens), positions, tasks))
+    return np.asarray(token_states(encoder, tokens, np.ones_like(tokens), positions, tasks))
 
 
 @pytest.fixture(scope="module")

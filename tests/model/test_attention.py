@@ -8,32 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jina_jax.model.attention import (
-    BLOCK,
-    LONGEST_PLAIN_ROW,
-    RotaryTables,
-    attention,
-    chunked_attention,
-    gpu_attention,
-    plain_attention,
-    rotary_tables,
-    rotate,
-    rowwise_attention,
-)
+from jina_jax.model.attention import LONGEST_PLAIN_ROW, attention, gpu_attention, plain_attention, rowwise_attention
+from jina_jax.model.chunked_attention import KEYS_PER_BLOCK, blockwise_attention
+from jina_jax.model.rotary import RotaryTables, rotary_tables, rotate
 
 HEADS, HEAD_DIM = 2, 8
 THETA = 20_000.0
-FORMS = [plain_attention, rowwise_attention, chunked_attention]
+FORMS = [plain_attention, rowwise_attention, blockwise_attention]
 
 
 def chunked_elsewhere(qkv, segments, tables, *, num_heads):
     """What chunked attention is on anything but a CPU: all rows and heads at the same time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jina_jax.model.attention.platform", lambda: "tpu")
-        return chunked_attention(qkv, segments, tables, num_heads=num_heads)
+        return blockwise_attention(qkv, segments, tables, num_heads=num_heads)
 
 
-LENGTHS = [1, 7, BLOCK // 2 + 1, BLOCK, 5 * BLOCK // 2 + 1]
+LENGTHS = [1, 7, KEYS_PER_BLOCK // 2 + 1, KEYS_PER_BLOCK, 5 * KEYS_PER_BLOCK // 2 + 1]
 
 
 def case(t: int, *, b: int = 2, texts: int = 5, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -106,10 +97,10 @@ def test_attention_is_softmax_within_each_text(form, t):
 
 @pytest.mark.parametrize(
     ("t", "texts"),
-    [(5 * BLOCK // 2 + 1, texts) for texts in (1, 40, 300)]
-    + [(1, 1), (BLOCK, 5), (6 * BLOCK + 1, 3)],  # the last: larger blocks of queries
+    [(5 * KEYS_PER_BLOCK // 2 + 1, texts) for texts in (1, 40, 300)]
+    + [(1, 1), (KEYS_PER_BLOCK, 5), (6 * KEYS_PER_BLOCK + 1, 3)],  # the last: larger blocks of queries
 )
-@pytest.mark.parametrize("form", [rowwise_attention, chunked_attention, chunked_elsewhere])
+@pytest.mark.parametrize("form", [rowwise_attention, blockwise_attention, chunked_elsewhere])
 def test_every_form_equals_plain_forward_and_backward(form, t, texts):
     qkv, segments, positions = case(t, texts=texts)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(qkv.shape[1:]), jnp.float32)
@@ -123,7 +114,7 @@ def test_every_form_equals_plain_forward_and_backward(form, t, texts):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_extreme_scores_stay_finite_and_right(form):
-    qkv, segments, _ = case(BLOCK + 40)
+    qkv, segments, _ = case(KEYS_PER_BLOCK + 40)
     q, k, v = qkv
     direction = jnp.where(jnp.arange(HEADS * HEAD_DIM) % HEAD_DIM == 0, 200.0 * HEAD_DIM**0.5, 0.0)
     signs = jnp.sign(k[..., :1])
@@ -136,15 +127,15 @@ def test_extreme_scores_stay_finite_and_right(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_the_gradient_add_up_to_one_however_large_the_scores(form):
-    qkv, segments, _ = case(BLOCK + 40)
+    qkv, segments, _ = case(KEYS_PER_BLOCK + 40)
     q, k, v = qkv
     large = jnp.stack([300 + 0 * q, 300 + k / 300, v])  # scores of about 250,000: next to them float32 loses the log of a sum
     _, gradient, _ = value_and_gradients(form, jnp.ones_like(q), large, segments, None)
-    np.testing.assert_allclose(gradient[2].sum(1), BLOCK + 40, rtol=1e-5)
+    np.testing.assert_allclose(gradient[2].sum(1), KEYS_PER_BLOCK + 40, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("t", [5, BLOCK + 1])
+@pytest.mark.parametrize("t", [5, KEYS_PER_BLOCK + 1])
 def test_empty_rows_give_numbers_and_gradients(form, t):
     qkv, segments, positions = case(t, texts=0)
     assert not segments.any()
@@ -154,24 +145,26 @@ def test_empty_rows_give_numbers_and_gradients(form, t):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_text_is_blind_to_its_neighbours_and_to_padding(form):
-    qkv, segments, positions = case(BLOCK + 100)
+    qkv, segments, positions = case(KEYS_PER_BLOCK + 100)
     own = (segments == 2)[..., None]
     disturbed = jnp.where(own, qkv, 3 * qkv[..., ::-1] + 1)
     before, after = (computed(form, x, segments, tables_of(positions)) for x in (qkv, disturbed))
     assert jnp.array_equal(jnp.where(own, before, 0), jnp.where(own, after, 0)) and own.any()
 
 
-@pytest.mark.parametrize("form", [chunked_attention, chunked_elsewhere, partial(gpu_attention, interpret=True)])
+@pytest.mark.parametrize("form", [blockwise_attention, chunked_elsewhere, partial(gpu_attention, interpret=True)])
 def test_blocks_without_a_text_in_common_are_not_even_read(form):
-    segments = jnp.repeat(jnp.array([[1, 2]]), BLOCK, axis=1)
-    qkv = jnp.ones((3, 1, 2 * BLOCK, HEADS * 16)).at[:, :, BLOCK:].set(jnp.nan)  # no weight makes up for it: 0 * nan is nan
+    segments = jnp.repeat(jnp.array([[1, 2]]), KEYS_PER_BLOCK, axis=1)
+    qkv = (
+        jnp.ones((3, 1, 2 * KEYS_PER_BLOCK, HEADS * 16)).at[:, :, KEYS_PER_BLOCK:].set(jnp.nan)
+    )  # no weight makes up for it: 0 * nan is nan
     out = form(qkv, segments, None, num_heads=HEADS)
-    assert (out[:, :BLOCK] == 1).all() and jnp.isnan(out[:, BLOCK:]).all()
+    assert (out[:, :KEYS_PER_BLOCK] == 1).all() and jnp.isnan(out[:, KEYS_PER_BLOCK:]).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_close_and_stays_bfloat16(form):
-    qkv, segments, positions = case(BLOCK + 1)
+    qkv, segments, positions = case(KEYS_PER_BLOCK + 1)
     qkv = qkv.astype(jnp.bfloat16)
     out = computed(form, qkv, segments, tables_of(positions))
     assert out.dtype == jnp.bfloat16
@@ -181,12 +174,12 @@ def test_bfloat16_is_close_and_stays_bfloat16(form):
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_close_whether_the_cpu_multiplies_it_or_not(native, monkeypatch):
     monkeypatch.setattr("jina_jax.model.attention.multiplies_bfloat16", lambda: native)
-    qkv, segments, positions = case(BLOCK + 1)
+    qkv, segments, positions = case(KEYS_PER_BLOCK + 1)
     qkv, tables = qkv.astype(jnp.bfloat16), tables_of(positions)
-    program = jax.jit(partial(chunked_attention, num_heads=HEADS)).lower(qkv, segments, tables).as_text()
+    program = jax.jit(partial(blockwise_attention, num_heads=HEADS)).lower(qkv, segments, tables).as_text()
     operands = re.findall(r"dot_general.*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)", program)
     assert set(operands) == {("bf16", "bf16") if native else ("f32", "f32")}
-    out = chunked_attention(qkv, segments, tables, num_heads=HEADS)
+    out = blockwise_attention(qkv, segments, tables, num_heads=HEADS)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), twin(qkv, segments, positions), atol=0.03)
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from jina_jax import Encoder, ModelConfig, pool
-from jina_jax.embed.forward import embed_rows, encode_rows, layers_apart
-from jina_jax.model.encoder import LayerNorm, Normalised, Sums, abstract_variables, from_arrays, gelu, task_of_tokens, variables
+from jina_jax.embed.forward import text_embeddings, token_states
+from jina_jax.model.encoder import GradientSums, token_adapter_ids
+from jina_jax.model.layers import DeferredLayerNorm, LayerNorm, gelu
 from jina_jax.model.lora import AdapterParam, AdapterScale
+from jina_jax.model.parameters import abstract_variables, from_arrays, unstack_layers, variables
 from jina_jax.text import packing
 
 LENGTHS = (9, 3, 30, 1, 16, 5)
@@ -30,9 +32,9 @@ def texts() -> list[list[int]]:
 
 def embedded(encoder: Encoder, texts, row_texts, row_length: int, tasks) -> np.ndarray:
     """Embeddings of texts laid out as given: `row_texts` lists the texts of each row."""
-    rows = packing.lay_out(texts, packing.Batch(row_texts, (len(row_texts), row_length)), pad_id=1)
+    rows = packing.lay_out(texts, packing.BatchPlan(row_texts, (len(row_texts), row_length)), pad_id=1)
     of_rows = np.where(rows.texts < 0, -1, np.asarray(tasks)[rows.texts]).astype(np.int32)
-    pooled = np.asarray(embed_rows(encoder, rows.tokens, rows.segments, rows.positions, of_rows))
+    pooled = np.asarray(text_embeddings(encoder, rows.tokens, rows.segments, rows.positions, of_rows))
     out = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     packing.scatter(pooled, rows, out)
     return out / np.linalg.norm(out, axis=1, keepdims=True)
@@ -66,22 +68,22 @@ def test_a_neighbours_task_changes_nothing(encoder, texts):
 
 
 def test_one_task_for_the_batch_equals_the_same_task_for_each_text(encoder, texts):
-    rows = packing.lay_out(texts, packing.Batch([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
+    rows = packing.lay_out(texts, packing.BatchPlan([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
     for task in (-1, 0, 2):
-        each = encode_rows(encoder, *rows[:3], np.full(rows.texts.shape, task, np.int32))
-        whole = encode_rows(encoder, *rows[:3], np.int32(task))
+        each = token_states(encoder, *rows[:3], np.full(rows.texts.shape, task, np.int32))
+        whole = token_states(encoder, *rows[:3], np.int32(task))
         np.testing.assert_allclose(np.asarray(whole)[rows.segments > 0], np.asarray(each)[rows.segments > 0], atol=2e-5)
 
 
 def test_no_tasks_argument_is_the_base_model(encoder, texts):
-    rows = packing.lay_out(texts, packing.Batch([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
+    rows = packing.lay_out(texts, packing.BatchPlan([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
     none = np.full(rows.texts.shape, -1, np.int32)
-    got, want = (encode_rows(encoder, *rows[:3], tasks) for tasks in (None, none))
+    got, want = (token_states(encoder, *rows[:3], tasks) for tasks in (None, none))
     np.testing.assert_allclose(np.asarray(got)[rows.segments > 0], np.asarray(want)[rows.segments > 0], atol=1e-5)
 
 
 def test_tasks_of_tokens():
-    got = task_of_tokens(jnp.array([[4, -1, 2]]), jnp.array([[1, 1, 2, 3, 3, 0]]))
+    got = token_adapter_ids(jnp.array([[4, -1, 2]]), jnp.array([[1, 1, 2, 3, 3, 0]]))
     assert got.tolist() == [[4, 4, -1, 2, 2, -1]]
 
 
@@ -126,7 +128,7 @@ def test_the_gradient_of_a_layer_norm_is_torchs(read):
 
 def test_what_is_taken_as_it_is_has_its_gradient_as_it_is():
     x, d_y = (jnp.asarray(np.random.default_rng(seed).standard_normal((2, 8)), jnp.float32) for seed in (0, 1))
-    y, backward = jax.vjp(lambda x: Normalised.of(x).value(), x)
+    y, backward = jax.vjp(lambda x: DeferredLayerNorm.of(x).value(), x)
     np.testing.assert_array_equal(y, x)
     np.testing.assert_allclose(backward(d_y)[0], d_y, rtol=1e-6)
 
@@ -151,22 +153,22 @@ def test_pool_is_the_mean_of_each_text():
 
 
 def test_unrolled_equals_scanned(encoder, texts):
-    rows = packing.lay_out(texts, packing.Batch([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
+    rows = packing.lay_out(texts, packing.BatchPlan([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
     unrolled = from_arrays(replace(encoder.config, unroll=True), arrays, dtype=jnp.float32)
-    got, want = (encode_rows(model, *rows[:3], None) for model in (unrolled, encoder))
+    got, want = (token_states(model, *rows[:3], None) for model in (unrolled, encoder))
     np.testing.assert_allclose(np.asarray(got)[rows.segments > 0], np.asarray(want)[rows.segments > 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("tasks", [None, np.int32(1), np.array([[0, -1, 2, 1, 0, 2]], np.int32)], ids=["base", "one", "mixed"])
 def test_layers_apart_equal_the_stack(encoder, texts, tasks):
-    rows = packing.lay_out(texts, packing.Batch([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
-    got, want = (encode_rows(model, *rows[:3], tasks) for model in (layers_apart(encoder), encoder))
+    rows = packing.lay_out(texts, packing.BatchPlan([[0, 1, 2, 3, 4, 5]], (1, 96)), pad_id=1)
+    got, want = (token_states(model, *rows[:3], tasks) for model in (unstack_layers(encoder), encoder))
     np.testing.assert_allclose(np.asarray(got)[rows.segments > 0], np.asarray(want)[rows.segments > 0], atol=1e-5)
 
 
 def test_layers_apart_lie_in_the_memory_of_the_stack(encoder):
-    apart = layers_apart(encoder)
+    apart = unstack_layers(encoder)
     kernels, stack = [layer.up.kernel.get_value() for layer in apart.layers], encoder.layers.up.kernel.get_value()
     begin = stack.unsafe_buffer_pointer()
     assert [kernel.unsafe_buffer_pointer() - begin for kernel in kernels] == [i * kernels[0].nbytes for i in range(len(stack))]
@@ -178,18 +180,18 @@ def test_layers_apart_are_not_copied_before_their_products(make_encoder, dtype):
     encoder = make_encoder(vocab_size=300)
     arrays = {path: variable.get_value().astype(dtype) for path, variable in variables(encoder).items()}
     shape = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    apart = layers_apart(from_arrays(encoder.config, arrays, dtype=dtype))
-    used = embed_rows.lower(apart, shape, shape, shape, None).compile().memory_analysis().temp_size_in_bytes
+    apart = unstack_layers(from_arrays(encoder.config, arrays, dtype=dtype))
+    used = text_embeddings.lower(apart, shape, shape, shape, None).compile().memory_analysis().temp_size_in_bytes
     assert used < apart.layers[0].up.kernel.get_value().nbytes
 
 
 def test_layers_apart_have_no_sums_of_gradients(encoder):
     with pytest.raises(TypeError, match="in one stack"):
-        Sums.of(layers_apart(encoder))
+        GradientSums.of(unstack_layers(encoder))
 
 
 def test_gather_is_applied_to_every_layer(encoder, texts):
-    rows = packing.lay_out(texts, packing.Batch([[0]], (1, 16)), pad_id=1)
+    rows = packing.lay_out(texts, packing.BatchPlan([[0]], (1, 16)), pad_id=1)
     inputs = [jnp.asarray(array) for array in rows[:3]]
     halved = jax.tree.map(lambda array: array / 2, encoder.layers)
     spread = from_arrays(
@@ -208,7 +210,7 @@ def products(dtype, make_encoder) -> list[str]:
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
     encoder = from_arrays(encoder.config, arrays, dtype=dtype)
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32)
-    lowered = embed_rows.lower(encoder, shape, shape, shape, jax.ShapeDtypeStruct((2, 2), jnp.int32))
+    lowered = text_embeddings.lower(encoder, shape, shape, shape, jax.ShapeDtypeStruct((2, 2), jnp.int32))
     return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 
 
@@ -228,9 +230,9 @@ def test_bfloat16_agrees_with_float32_on_the_corpus(encoder, tokenizer, corpus):
     texts = tokenizer(corpus[:200:2], truncation=True, max_length=512)["input_ids"]
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
     half = from_arrays(encoder.config, arrays, dtype=jnp.bfloat16)
-    for batch in packing.plan([len(text) for text in texts], 8192):
+    for batch in packing.plan_batches([len(text) for text in texts], 8192):
         rows = packing.lay_out(texts, batch, pad_id=1)
-        got, want = (np.asarray(embed_rows(model, *rows[:3], np.int32(1))) for model in (half, encoder))
+        got, want = (np.asarray(text_embeddings(model, *rows[:3], np.int32(1))) for model in (half, encoder))
         held = rows.texts >= 0
         cosine = (got * want).sum(-1)[held] / (np.linalg.norm(got[held], axis=-1) * np.linalg.norm(want[held], axis=-1))
         assert cosine.min() >= 0.999

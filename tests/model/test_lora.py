@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jina_jax.model.lora import AdaptedDense, AdaptedEmbed, AdapterParam, AdapterScale, AdapterSpec, contract
+from jina_jax.model.lora import AdaptedDense, AdaptedEmbed, AdapterParam, AdapterScale, AdapterSpec
+from jina_jax.model.matmul import matmul
 
 INPUTS, OUTPUTS, ENTRIES = 12, 5, 40
 SPEC = AdapterSpec(tasks=3, rank=2, alpha=3.0)
@@ -227,8 +228,8 @@ def test_a_folded_kernel_has_the_kernels_dtype_and_is_summed_in_float32():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_accumulate_in_float32(dtype):
     ones = jnp.ones((1, 4096), dtype)
-    assert contract(ones, jnp.ones((4096, 1), dtype)).dtype == jnp.float32
-    assert contract(ones, jnp.ones((4096, 1), dtype).at[0].set(2))[0, 0] == 4097  # bfloat16 has no 4097
+    assert matmul(ones, jnp.ones((4096, 1), dtype)).dtype == jnp.float32
+    assert matmul(ones, jnp.ones((4096, 1), dtype).at[0].set(2))[0, 0] == 4097  # bfloat16 has no 4097
 
 
 @pytest.mark.parametrize("outputs", [(OUTPUTS,), (3, OUTPUTS)])
@@ -239,7 +240,7 @@ def test_a_products_gradients_are_those_of_the_plain_product(outputs, dtype, tol
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
         for shape in ((2, 300, INPUTS), (INPUTS, *outputs), (2, 300, *outputs))
     )
-    got, pull = jax.vjp(contract, x.astype(dtype), kernel)
+    got, pull = jax.vjp(matmul, x.astype(dtype), kernel)
     want, plain_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, 1, precision="highest"), x, kernel)
     (d_x, d_kernel), plain = pull(d_y), plain_pull(d_y)
     assert (got.dtype, d_x.dtype, d_kernel.dtype) == (jnp.float32, dtype, jnp.float32)
@@ -252,7 +253,7 @@ def test_a_kernels_gradient_is_accumulated_in_float32():
     """A sum that bfloat16 does not have, of a kernel that is kept in float32."""
     ones = jnp.ones((4097, 1), jnp.bfloat16)
     kernel = jnp.ones((1, 1), jnp.float32)
-    assert jax.grad(lambda kernel: contract(ones, kernel).sum())(kernel)[0, 0] == 4097
+    assert jax.grad(lambda kernel: matmul(ones, kernel).sum())(kernel)[0, 0] == 4097
 
 
 @pytest.mark.parametrize("task", [np.int32(1), MIXED])

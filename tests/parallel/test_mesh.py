@@ -13,8 +13,9 @@ from conftest import ROOT
 from helpers.training import free_address
 from jina_jax import ModelConfig
 from jina_jax.losses import masked_lm
-from jina_jax.model.encoder import abstract_variables, from_parts, variables
-from jina_jax.parallel.mesh import SPLIT, check_divides, make_mesh, pad_vocabulary, specs, unpad_vocabulary
+from jina_jax.model.parameters import abstract_variables, from_local_arrays, variables
+from jina_jax.parallel.fsdp import pad_vocabulary, unpad_vocabulary
+from jina_jax.parallel.mesh import SPLIT, check_divides, make_mesh, specs
 
 
 @pytest.mark.parametrize("program", ["sharded_losses", "embedder_on_meshes"])
@@ -85,7 +86,7 @@ def test_a_padded_vocabulary_changes_neither_loss_nor_gradients(make_encoder):
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
 
     def loss(changed):
-        head = from_parts(encoder.config, arrays | changed, dtype=jnp.float32).mlm_head
+        head = from_local_arrays(encoder.config, arrays | changed, dtype=jnp.float32).mlm_head
         return masked_lm(states, labels, changed["tokens.table"], head, max_masked=18)
 
     plain = {path: arrays[path] for path in ("tokens.table", "mlm_head.bias")}

@@ -13,7 +13,7 @@ pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 from helpers.training import Runs, assert_identical, exit_codes, log_of, run_config, saved_arrays, stages, write_datasets
 from jina_jax.parallel import processes
-from train.config import Mesh
+from train.config import MeshConfig
 from train.run.metrics import read_metrics
 
 DEVICES = 4
@@ -46,11 +46,11 @@ def runs_of(datasets, tmp_path_factory):
 )
 def test_several_processes_are_one(runs_of, tmp_path, names, counts, fsdp):
     whole = tmp_path / "one"
-    assert runs_of(*names, devices=DEVICES, mesh=Mesh(fsdp=fsdp)).finish(whole) == 0, log_of(whole)
+    assert runs_of(*names, devices=DEVICES, mesh=MeshConfig(fsdp=fsdp)).finish(whole) == 0, log_of(whole)
     want, lines = saved_arrays(whole), read_metrics(whole)
     for count in counts:
         workdir = tmp_path / str(count)
-        job = runs_of(*names, devices=DEVICES // count, mesh=Mesh(fsdp=fsdp)).start_job(workdir, count)
+        job = runs_of(*names, devices=DEVICES // count, mesh=MeshConfig(fsdp=fsdp)).start_job(workdir, count)
         assert exit_codes(job) == [0] * count, log_of(workdir)
         for key in ("loss", "grad_norm", "padding"):
             np.testing.assert_allclose([x[key] for x in read_metrics(workdir)], [x[key] for x in lines], rtol=1e-5)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
     assert runs_of("pairs", devices=1).finish(tmp_path / "whole") == 0
     moved = tmp_path / "moved"
     faults = {number: ("dies in a step", 4) for number in range(2)}
-    first = runs_of("pairs", devices=2, mesh=Mesh(fsdp=2)).start_job(moved, 2, faults)
+    first = runs_of("pairs", devices=2, mesh=MeshConfig(fsdp=2)).start_job(moved, 2, faults)
     assert 0 not in exit_codes(first)
     assert runs_of("pairs", devices=1).finish(moved) == 0, log_of(moved)
     assert "resumed" in log_of(moved)
@@ -136,4 +136,4 @@ def test_alone_there_is_nobody_to_wait_for(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert not processes.start() and jax.process_count() == 1
     processes.barrier("anything")
-    assert processes.largest("rows", 3, 5) == 5 and processes.of_first("name", lambda: "value") == "value"
+    assert processes.max_over_processes("rows", 3, 5) == 5 and processes.broadcast_from_main("name", lambda: "value") == "value"

@@ -7,7 +7,7 @@ from conftest import ROOT, TASKS, random_array
 from jina_jax import Embedder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.embed import embedder
-from jina_jax.model.encoder import abstract_variables, from_arrays
+from jina_jax.model.parameters import abstract_variables, from_arrays
 from jina_jax.parallel.mesh import make_mesh
 from jina_jax.text.tokenizer import load_tokenizer
 

@@ -9,8 +9,8 @@ import jax
 
 from helpers.training import run_config, stages, write_datasets
 from jina_jax.checkpoints.native import load_checkpoint
-from jina_jax.model.encoder import variables
-from train.config import Mesh
+from jina_jax.model.parameters import variables
+from train.config import MeshConfig
 from train.run import loop
 
 device, host = jax.devices()
@@ -37,7 +37,7 @@ def watched_step(*arguments):
 steps, loop.make_step = [], watched_step
 workdir = Path(sys.argv[1])
 stage = stages(write_datasets(workdir), steps=2)["pairs"]
-config = run_config(stage, mesh=Mesh(data=1), checkpoint_every=1)
+config = run_config(stage, mesh=MeshConfig(data=1), checkpoint_every=1)
 with contextlib.suppress(InterruptedError):
     loop.train(config, workdir / "run", progress=False)
 loop.initial_state = None

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jina_jax.parallel import processes
-from jina_jax.parallel.mesh import make_mesh, place, shardings
+from jina_jax.parallel.mesh import make_mesh, shard_params, shardings
 from train.run.checkpoints import Saver, latest, restore
 
 SHAPES = {
@@ -84,7 +84,7 @@ def main(action: str, directory: Path, fsdp: int) -> None:
         print(f"{restored(directory, fsdp):.3f}")
         return
     saver = Saver(directory, keep=1)
-    saver.save(1, place(whole_state(0), make_mesh(fsdp=fsdp)), {})
+    saver.save(1, shard_params(whole_state(0), make_mesh(fsdp=fsdp)), {})
     saver.wait()
     saver.close()
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jina_jax.text.batching import packed_rows
-from jina_jax.text.packing import plan, plan_full
+from jina_jax.text.batching import packed_batches
+from jina_jax.text.packing import plan_batches, plan_full_batches
 
 BUDGET = 1024
 
@@ -43,7 +43,7 @@ def pieces(first: int, largest: int):
 def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devices):
     found = []
     with pieces(first, largest):
-        for rows in packed_rows([str(n) for n in lengths], of_length, 0, BUDGET, devices):
+        for rows in packed_batches([str(n) for n in lengths], of_length, 0, BUDGET, devices):
             assert rows.tokens.shape[0] % devices == 0
             for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
                 text = rows.texts[row, slot]
@@ -56,8 +56,8 @@ def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devic
 
 @given(st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1100)), max_size=120), st.integers(1, 9000), st.integers(1, 4))
 def test_full_batches_are_those_of_the_plan_that_others_could_not_fill(lengths, budget, devices):
-    full = plan_full(lengths, budget, devices)
-    assert all(batch in plan(lengths, budget, devices) for batch in full)
+    full = plan_full_batches(lengths, budget, devices)
+    assert all(batch in plan_batches(lengths, budget, devices) for batch in full)
     for batch in full:
         b, t = batch.shape
         assert len(batch.rows) == b == max(1, budget // t) * devices
@@ -69,30 +69,30 @@ def test_the_corpus_in_pieces_takes_no_more_slots_than_together(corpus, tokenize
         return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
 
     for texts in (corpus[:512], corpus[:2000], sorted(corpus[:2000], key=len)):
-        together = sum(b * t for b, t in (batch.shape for batch in plan([len(ids) for ids in tokenize(texts)], 8192)))
-        in_pieces = sum(rows.tokens.size for rows in packed_rows(texts, tokenize, 1, 8192))
+        together = sum(b * t for b, t in (batch.shape for batch in plan_batches([len(ids) for ids in tokenize(texts)], 8192)))
+        in_pieces = sum(rows.tokens.size for rows in packed_batches(texts, tokenize, 1, 8192))
         assert in_pieces <= 1.02 * together
 
 
 def test_texts_wait_for_others_that_fill_their_rows():
     seen, tokenize = recorded()
     with pieces(2, 100):
-        (rows,) = packed_rows(["300", "300", "200", "200"], tokenize, 0, BUDGET)
+        (rows,) = packed_batches(["300", "300", "200", "200"], tokenize, 0, BUDGET)
     assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segments > 0).sum() == 1000
 
 
 def test_only_a_small_call_gets_a_small_row():
     with pieces(2, 100):
-        shapes = [rows.tokens.shape for rows in packed_rows(["512", "512", "5"], of_length, 0, BUDGET)]
+        shapes = [rows.tokens.shape for rows in packed_batches(["512", "512", "5"], of_length, 0, BUDGET)]
     assert shapes == [(2, 512), (1, 512)]
     with pieces(2, 100):
-        assert [rows.tokens.shape for rows in packed_rows(["5", "5", "5"], of_length, 0, BUDGET)] == [(1, 128)]
+        assert [rows.tokens.shape for rows in packed_batches(["5", "5", "5"], of_length, 0, BUDGET)] == [(1, 128)]
 
 
 def test_texts_that_nothing_fills_do_not_wait_for_the_end():
     seen, tokenize = recorded()
     with pieces(2, 8):
-        batches = packed_rows(["300"] * 40, tokenize, 0, BUDGET)
+        batches = packed_batches(["300"] * 40, tokenize, 0, BUDGET)
         next(batches)
         assert sum(seen) <= 22  # eight wait at most, and the next piece may have been begun
         batches.close()
@@ -105,4 +105,4 @@ def test_an_error_of_the_tokenizer_is_the_callers():
         return of_length(texts)
 
     with pieces(1, 8), pytest.raises(RuntimeError, match="not this one"):
-        list(packed_rows(["1", "1", "1", "2"], tokenize, 0, BUDGET))
+        list(packed_batches(["1", "1", "1", "2"], tokenize, 0, BUDGET))

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jina_jax.text import packing
-from jina_jax.text.packing import ROW_LENGTHS, SMALL_ROW_LENGTHS, Batch, best_fit, lay_out, max_texts, plan, scatter
+from jina_jax.text.packing import (
+    ROW_LENGTHS,
+    SMALL_ROW_LENGTHS,
+    BatchPlan,
+    best_fit_decreasing,
+    lay_out,
+    max_texts,
+    plan_batches,
+    scatter,
+)
 
 LONGEST = ROW_LENGTHS[-1]
 short_texts = st.lists(st.integers(1, 60), max_size=120)
@@ -19,14 +28,14 @@ def flat(rows: list[list[int]]) -> list[int]:
 
 @given(short_texts, st.integers(60, 512), st.integers(1, 32))
 def test_best_fit_holds_each_text_once_within_capacity(lengths, capacity, most):
-    rows = best_fit(lengths, capacity, most)
+    rows = best_fit_decreasing(lengths, capacity, most)
     assert sorted(flat(rows)) == list(range(len(lengths)))
     assert all(1 <= len(row) <= most and sum(lengths[i] for i in row) <= capacity for row in rows)
 
 
 @given(short_texts, st.integers(60, 512), st.integers(1, 32))
 def test_best_fit_opens_a_row_only_for_a_text_that_no_earlier_row_takes(lengths, capacity, most):
-    rows = best_fit(lengths, capacity, most)
+    rows = best_fit_decreasing(lengths, capacity, most)
     free = [capacity - sum(lengths[i] for i in row) for row in rows]
     for later, row in enumerate(rows):
         first = lengths[row[0]]
@@ -34,19 +43,19 @@ def test_best_fit_opens_a_row_only_for_a_text_that_no_earlier_row_takes(lengths,
 
 
 def test_best_fit_takes_the_fullest_row_that_fits():
-    assert best_fit([6, 7, 3, 4], 10, 10) == [[1, 2], [0, 3]]
-    assert best_fit([8, 5, 2, 5], 10, 10) == [[0, 2], [1, 3]]
+    assert best_fit_decreasing([6, 7, 3, 4], 10, 10) == [[1, 2], [0, 3]]
+    assert best_fit_decreasing([8, 5, 2, 5], 10, 10) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("length", [0, -1, 11])
 def test_best_fit_names_a_text_that_fits_no_row(length):
     with pytest.raises(ValueError, match=f"text 1 has {length} tokens; a row takes 1 to 10"):
-        best_fit([3, length], 10, 4)
+        best_fit_decreasing([3, length], 10, 4)
 
 
 @given(any_texts, st.integers(1, 20_000))
 def test_plan_holds_each_text_once_in_rows_of_fixed_shapes(lengths, budget):
-    batches = plan(lengths, budget)
+    batches = plan_batches(lengths, budget)
     assert sorted(flat([row for batch in batches for row in batch.rows])) == list(range(len(lengths)))
     for batch in batches:
         b, t = batch.shape
@@ -57,18 +66,18 @@ def test_plan_holds_each_text_once_in_rows_of_fixed_shapes(lengths, budget):
 
 @given(any_texts, st.integers(1, 20_000))
 def test_no_text_pays_for_a_longer_row_than_it_needs(lengths, budget):
-    for batch in plan(lengths, budget):
+    for batch in plan_batches(lengths, budget):
         t = batch.shape[1]
         if t in ROW_LENGTHS:
             enough = [min(n for n in ROW_LENGTHS if n >= lengths[i]) for row in batch.rows for i in row]
             assert set(enough) == {t}
         else:
-            assert sum(lengths) <= t and len(plan(lengths, budget)) == 1
+            assert sum(lengths) <= t and len(plan_batches(lengths, budget)) == 1
 
 
 @given(any_texts, st.integers(8_192, 20_000))
 def test_at_most_a_quarter_of_a_batch_is_empty_rows(lengths, budget):
-    assert all(len(batch.rows) >= 0.75 * batch.shape[0] for batch in plan(lengths, budget))
+    assert all(len(batch.rows) >= 0.75 * batch.shape[0] for batch in plan_batches(lengths, budget))
 
 
 @pytest.mark.parametrize(
@@ -77,17 +86,17 @@ def test_at_most_a_quarter_of_a_batch_is_empty_rows(lengths, budget):
     + [([5] * 3, (1, 128)), ([10] * 8, (1, 128)), ([10] * 9, (1, 512)), ([129], (1, 512))],
 )
 def test_a_small_call_gets_one_small_row(lengths, shape):
-    assert [batch.shape for batch in plan(lengths, 8192)] == [shape]
+    assert [batch.shape for batch in plan_batches(lengths, 8192)] == [shape]
 
 
 def test_no_texts_make_no_batches():
-    assert plan([], 8192) == []
+    assert plan_batches([], 8192) == []
 
 
 def test_the_longest_row_holds_the_longest_text_and_no_more():
-    assert plan([8194], 8192) == [Batch([[0]], (1, LONGEST))] and LONGEST % 128 == 0
+    assert plan_batches([8194], 8192) == [BatchPlan([[0]], (1, LONGEST))] and LONGEST % 128 == 0
     with pytest.raises(ValueError, match=f"a text has 9999 tokens; the longest row holds {LONGEST}"):
-        plan([9999, 7, LONGEST + 1], 8192)
+        plan_batches([9999, 7, LONGEST + 1], 8192)
 
 
 @st.composite
@@ -99,7 +108,7 @@ def token_lists(draw) -> list[list[int]]:
 
 @given(token_lists(), st.sampled_from([512, 2048, 8192]))
 def test_rows_are_as_a_plain_twin_writes_them(token_ids, budget):
-    for batch in plan([len(ids) for ids in token_ids], budget):
+    for batch in plan_batches([len(ids) for ids in token_ids], budget):
         rows = lay_out(token_ids, batch, pad_id=1)
         b, t = batch.shape
         assert rows.texts.shape == (b, max_texts(t)) and {array.dtype for array in rows} == {np.dtype(np.int32)}
@@ -117,7 +126,7 @@ def test_rows_are_as_a_plain_twin_writes_them(token_ids, budget):
 @given(token_lists(), st.sampled_from([512, 2048, 8192]))
 def test_scatter_puts_each_text_in_its_place(token_ids, budget):
     out = np.full((len(token_ids), 2), np.nan)
-    for batch in plan([len(ids) for ids in token_ids], budget):
+    for batch in plan_batches([len(ids) for ids in token_ids], budget):
         rows = lay_out(token_ids, batch, pad_id=1)
         segments = 1 + np.arange(rows.texts.shape[1])
         member = rows.segments[:, None] == segments[None, :, None]
@@ -127,10 +136,10 @@ def test_scatter_puts_each_text_in_its_place(token_ids, budget):
 
 def test_the_corpus_fills_its_rows(corpus, tokenizer):
     lengths = [len(encoding.ids) for encoding in tokenizer.backend_tokenizer.encode_batch_fast(corpus)]
-    batches = plan(lengths, 32 * 256)
+    batches = plan_batches(lengths, 32 * 256)
     assert sum(lengths) >= 0.95 * sum(b * t for b, t in (batch.shape for batch in batches))
     assert len({batch.shape for batch in batches}) <= 4
 
     fitting = [length for length in lengths if length <= 512]
     assert len(fitting) > 0.99 * len(lengths)
-    assert sum(fitting) >= 0.95 * 512 * len(best_fit(fitting, 512, packing.max_texts(512)))
+    assert sum(fitting) >= 0.95 * 512 * len(best_fit_decreasing(fitting, 512, packing.max_texts(512)))

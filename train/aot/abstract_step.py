@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jina_jax.checkpoints.sources import model_kind
-from jina_jax.checkpoints.tensor_files import read_json
-from jina_jax.config import PUBLISHED_INSTRUCTIONS, ModelConfig, from_hf
+from jina_jax.checkpoints.load import load_config as load_model_config
+from jina_jax.config import PUBLISHED_INSTRUCTIONS, ModelConfig
 from jina_jax.model.encoder import Encoder
 from jina_jax.parallel.mesh import BATCH, shardings
 from jina_jax.text.packing import max_texts
 
 from ..config import Stage, TrainConfig, load_config
-from ..data.collate import Batch, batch_shape
+from ..data.collate import TrainBatch, batch_shape
 from ..data.examples import texts_per_example
-from ..run.initial_model import Parts, for_stages, fresh_sizes, parts
+from ..run.initial_model import fresh_sizes, prepare_for_stages
+from ..step.trainable_split import TrainableSplit, split_trainable
 from ..step.update import State, abstract_state
 
 _XLM_R: dict[str, Any] = {"position_type": "absolute", "max_position_embeddings": 514}
@@ -28,7 +28,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 384, "num_layers": 12, "num_heads": 12, "mlp_size": 1536},
 }
 
-PUBLISHED = {
+PUBLISHED_SIZES = {
     "jinaai/jina-embeddings-v3": ModelConfig(tasks=tuple(PUBLISHED_INSTRUCTIONS), pooler=True),
     "FacebookAI/xlm-roberta-large": ModelConfig(**_XLM_R),
     "FacebookAI/xlm-roberta-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
@@ -55,35 +55,34 @@ def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:
     if source is None:
         assert config.start.model is not None
         return fresh_sizes(config.start.model)
-    if source in PUBLISHED:
-        return PUBLISHED[source]
+    if source in PUBLISHED_SIZES:
+        return PUBLISHED_SIZES[source]
     path = Path(source)
     if path.is_dir():
-        read = ModelConfig.from_dict if model_kind(path) == "native" else from_hf
-        return read(read_json(path / "config.json"))
+        return load_model_config(path)
     if path.parts[:1] == ("runs",) and path.name == "model" and (earlier := directory / f"{path.parent.name}.py").is_file():
         before = load_config(earlier)
-        return abstract_parts(before, source_sizes(before, directory))[0].config
+        return abstract_splits(before, source_sizes(before, directory))[0].config
     raise ValueError(
         f"start.source {source} is no directory here, nor made by a configuration in {directory}, nor a model whose sizes are "
-        f"known: {sorted(PUBLISHED)}. Give one with --set start.source=..., and the same sizes"
+        f"known: {sorted(PUBLISHED_SIZES)}. Give one with --set start.source=..., and the same sizes"
     )
 
 
-def abstract_parts(config: TrainConfig, sizes: ModelConfig) -> list[Parts]:
+def abstract_splits(config: TrainConfig, sizes: ModelConfig) -> list[TrainableSplit]:
     """`start.parts` of each stage, with shapes in place of arrays."""
     made: list[ModelConfig] = []
 
     def arrays() -> list[tuple[Any, Any]]:
-        encoder = for_stages(Encoder(sizes, rngs=nnx.Rngs(0)), config)
-        of_stages = [parts(encoder, stage) for stage in config.stages]
+        encoder = prepare_for_stages(Encoder(sizes, rngs=nnx.Rngs(0)), config)
+        of_stages = [split_trainable(encoder, stage) for stage in config.stages]
         made.extend(part.config for part in of_stages)
         return [(part.trained, part.frozen) for part in of_stages]
 
-    return [Parts(model, *shapes) for model, shapes in zip(made, jax.eval_shape(arrays), strict=False)]
+    return [TrainableSplit(model, *shapes) for model, shapes in zip(made, jax.eval_shape(arrays), strict=False)]
 
 
-def step_arguments(stage: Stage, kind: str, model: Parts, mesh: Mesh) -> tuple[State, Mapping[str, Any], Batch]:
+def step_arguments(stage: Stage, kind: str, model: TrainableSplit, mesh: Mesh) -> tuple[State, Mapping[str, Any], TrainBatch]:
     """Arguments of `make_step`'s step on the largest batch that the stage can have."""
     return placed(abstract_state(stage, model.trained), mesh), placed(model.frozen, mesh), abstract_batch(stage, kind, mesh)
 
@@ -93,7 +92,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh))
 
 
-def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> Batch:
+def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
     """The largest batch, of texts of full length.
 
     Raises:
@@ -109,22 +108,22 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> Batch:
     shape = batch_shape(texts * stage.batch_size // mesh.size, stage)
     rows = shape.row_counts[-1] * mesh.size
     per_token, per_text = (rows, shape.row_length), (rows, max_texts(shape.row_length))
-    return Batch(
-        tokens=whole_numbers(mesh, *per_token),
-        segments=whole_numbers(mesh, *per_token),
-        positions=whole_numbers(mesh, *per_token),
-        tasks=whole_numbers(mesh, *per_text),
-        labels=whole_numbers(mesh, *per_token),
-        places=whole_numbers(mesh, stage.batch_size, texts),
-        scores=_over_devices(mesh, jnp.float32, stage.batch_size),
-        groups=whole_numbers(mesh, stage.batch_size),
+    return TrainBatch(
+        tokens=int32_struct(mesh, *per_token),
+        segments=int32_struct(mesh, *per_token),
+        positions=int32_struct(mesh, *per_token),
+        tasks=int32_struct(mesh, *per_text),
+        labels=int32_struct(mesh, *per_token),
+        places=int32_struct(mesh, stage.batch_size, texts),
+        scores=_batch_struct(mesh, jnp.float32, stage.batch_size),
+        groups=int32_struct(mesh, stage.batch_size),
     )
 
 
-def whole_numbers(mesh: Mesh, *shape: int) -> Any:
+def int32_struct(mesh: Mesh, *shape: int) -> Any:
     """An int32 array of a batch; one without axes is on every device."""
-    return _over_devices(mesh, jnp.int32, *shape)
+    return _batch_struct(mesh, jnp.int32, *shape)
 
 
-def _over_devices(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+def _batch_struct(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH if shape else PartitionSpec()))

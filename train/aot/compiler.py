@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from .chips import GIB, Topology, parse_topology, send_rate
 from .hlo_cost import Collective, cost
-from .kernel_schedules import DUMP_FLAGS, cycles_of, kernel_bundles
+from .kernel_schedules import DUMP_FLAGS, cycles_of, kernel_cycles
 
 INSTALL = "pip install 'jina-jax[train,tpu]'"
 
@@ -136,7 +136,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
             raise
         raise DoesNotFit(_needed(str(error)), topology) from error
     seconds = time.perf_counter() - began
-    bundles = kernel_bundles(schedules)
+    bundles = kernel_cycles(schedules)
     text = compiled.as_text()
     if hlo:
         hlo.write_text(text, "utf-8")

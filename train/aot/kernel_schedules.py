@@ -30,7 +30,7 @@ class Bundle(NamedTuple):
     """Where it jumps back or leaves its loop: the count that the loop's test compares with."""
 
 
-def kernel_bundles(directory: Path) -> dict[str, int]:
+def kernel_cycles(directory: Path) -> dict[str, int]:
     """Cycles of one call of each custom call in a directory of schedules, by the name of its HLO instruction."""
     found = {}
     for file in sorted(directory.glob("*final_bundles.txt")):

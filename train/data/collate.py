@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import tokenizers
 from jaxtyping import Float, Int
-from transformers import PreTrainedTokenizerFast
 
 from jina_jax.text import packing
+from jina_jax.text.tokenizer import Tokenizer
 
 from ..config import Stage
 from .examples import Example
@@ -20,7 +20,7 @@ from .masking import mask_words, word_starts
 Either = np.ndarray | jax.Array
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """What a step takes; n examples of s texts each. On the host, then on devices.
 
     Every array's first axis is split evenly over the devices.
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     """Examples of equal group are not negatives of one another."""
 
 
-class Texts(NamedTuple):
+class TokenizedTexts(NamedTuple):
     """The tokenised texts of some examples, one example after the other."""
 
     ids: list[np.ndarray]
@@ -49,7 +49,7 @@ class Texts(NamedTuple):
     tasks: list[int]
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
     """Sizes of a batch on each device."""
 
     row_length: int
@@ -57,10 +57,10 @@ class Shape(NamedTuple):
     """Ascending; the last one holds any batch."""
 
 
-Encode = Callable[[Sequence[Example]], Texts]
+Encode = Callable[[Sequence[Example]], TokenizedTexts]
 
 
-def batch_shape(texts: int, stage: Stage) -> Shape:
+def batch_shape(texts: int, stage: Stage) -> BatchShape:
     """Shapes of the batches of a stage that puts so many texts on each device.
 
     The largest row count holds them even if all are of full length: packed rows, the last excepted, are so full that no text
@@ -71,10 +71,10 @@ def batch_shape(texts: int, stage: Stage) -> Shape:
     counts = {-(-most * (i + 1) // stage.row_shapes) for i in range(stage.row_shapes)}
     if most > chunk:
         counts = {-(-count // chunk) * chunk for count in counts}
-    return Shape(stage.row_length, tuple(sorted(counts)))
+    return BatchShape(stage.row_length, tuple(sorted(counts)))
 
 
-def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> Encode:
+def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) -> Encode:
     """The function that tokenises a stage's examples: instructions before, suffixes behind, too long texts cut.
 
     Args:
@@ -100,7 +100,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
     first = 0 if stage.adapters else -1
     instructed = max(len(backend.encode(instruction).ids) for instruction in instructions)
 
-    def encode(examples: Sequence[Example]) -> Texts:
+    def encode(examples: Sequence[Example]) -> TokenizedTexts:
         texts, suffixes, tasks = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
@@ -115,7 +115,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
                 tasks.append(first if number == 0 else last)
         encodings = backend.encode_batch_fast(texts)
         ids = [_cut(encoding.ids, suffix, stage.length) for encoding, suffix in zip(encodings, suffixes, strict=True)]
-        return Texts(ids, None, tasks)
+        return TokenizedTexts(ids, None, tasks)
 
     return encode
 
@@ -123,11 +123,11 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: PreTrainedTok
 def collate(
     examples: Sequence[Example],
     encode: Encode,
-    shape: Shape,
+    shape: BatchShape,
     devices: int,
     pad_id: int,
     agreed: Callable[[int], int] = lambda rows: rows,
-) -> Batch:
+) -> TrainBatch:
     """One batch; each device's share of the examples is packed into rows of its own.
 
     Args:
@@ -142,7 +142,7 @@ def collate(
     shares = [examples[device::devices] for device in range(devices)]
     parts = [encode(share) for share in shares]
     most = packing.max_texts(shape.row_length)
-    plans = [packing.best_fit([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
+    plans = [packing.best_fit_decreasing([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
     needed = agreed(max(map(len, plans)))
     rows = next(count for count in shape.row_counts if count >= needed)
     packed = [_packed(part, plan, (rows, shape.row_length), pad_id) for part, plan in zip(parts, plans, strict=True)]
@@ -150,10 +150,10 @@ def collate(
     arrays["places"] = arrays["places"].reshape(len(examples), -1)
     scores = np.array([example.score for share in shares for example in share], np.float32)
     groups = np.array([_group(example) for share in shares for example in share], np.int32)
-    return Batch(**arrays, scores=scores, groups=groups)
+    return TrainBatch(**arrays, scores=scores, groups=groups)
 
 
-def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, length: int, mask: Callable) -> Texts:
+def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, length: int, mask: Callable) -> TokenizedTexts:
     """Texts with masked words; of one that is too long, a window anywhere in it."""
     ids, labels = [], []
     for example, encoding in zip(examples, backend.encode_batch_fast([e.texts[0] for e in examples]), strict=True):
@@ -165,7 +165,7 @@ def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, le
         masked, originals = mask(tokens, rng=rng)
         ids.append(masked)
         labels.append(originals)
-    return Texts(ids, labels, [-1] * len(ids))
+    return TokenizedTexts(ids, labels, [-1] * len(ids))
 
 
 def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
@@ -173,16 +173,16 @@ def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
     return np.array([*ids[:-1][: length - 1 - len(suffix)], *suffix, ids[-1]], np.int32)
 
 
-def _packed(texts: Texts, plan: list[list[int]], shape: tuple[int, int], pad_id: int) -> dict[str, np.ndarray]:
+def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int], pad_id: int) -> dict[str, np.ndarray]:
     plan = plan + [[] for _ in range(shape[0] - len(plan))]
-    rows = packing.lay_out(texts.ids, packing.Batch(plan, shape), pad_id)
+    rows = packing.lay_out(texts.ids, packing.BatchPlan(plan, shape), pad_id)
     held = rows.texts >= 0
     tasks = np.where(held, np.array(texts.tasks, np.int32)[rows.texts], -1)
     places = np.empty(len(texts.ids), np.int32)
     places[rows.texts[held]] = np.flatnonzero(held)
     labels = np.full(shape, -1, np.int32)
     if texts.labels is not None:
-        labels = packing.lay_out(texts.labels, packing.Batch(plan, shape), -1).tokens
+        labels = packing.lay_out(texts.labels, packing.BatchPlan(plan, shape), -1).tokens
     return {
         "tokens": rows.tokens,
         "segments": rows.segments,

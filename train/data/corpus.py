@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .records import RecordError
+from jina_jax.errors import DataError
 
 BUNDLED = Path(__file__).parents[2] / "data" / "debian_packages.jsonl.xz"
 SPLITS = ("train", "validation", "test")
@@ -56,7 +56,7 @@ def _packages(file: Path) -> Iterator[Package]:
             for number, line in enumerate(lines, 1):
                 yield _package(line, f"{file}:{number}")
         except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise RecordError(f"{file} cannot be read: {error}") from error
+            raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _package(line: str, place: str) -> Package:
@@ -69,6 +69,14 @@ def _package(line: str, place: str) -> Package:
             raise KeyError("en")
         return package
     except json.JSONDecodeError as error:
-        raise RecordError(f"{place}: not JSON: {error}") from error
+        raise DataError(f"{place}: not JSON: {error}") from error
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-        raise RecordError(f"{place}: not a package: {error!r}; see data/README.md for the fields") from error
+        raise DataError(f"{place}: not a package: {error!r}; see data/README.md for the fields") from error
+
+
+SEED = 0
+
+
+def title_and_body(package: Package, language: str = "en") -> str:
+    title, body = package.text[language]
+    return f"{title}\n{body}"

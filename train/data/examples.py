@@ -28,10 +28,10 @@ class Example(NamedTuple):
     """Of what is drawn for this example later on (masking)."""
 
 
-Maker = Callable[[Any, np.random.Generator], Example]
+ToExample = Callable[[Any, np.random.Generator], Example]
 
 
-def example_maker(stage: Stage, kind: str, source: Sequence[Record]) -> Maker:
+def to_example(stage: Stage, kind: str, source: Sequence[Record]) -> ToExample:
     """The function that turns a record of a dataset into an example of a stage's objective, with randomness of its own.
 
     Args:
@@ -41,19 +41,22 @@ def example_maker(stage: Stage, kind: str, source: Sequence[Record]) -> Maker:
     """
     match kind:
         case "text":
-            return _masked
+            return _mlm_example
         case "pair":
-            return _pair
+            return _pair_example
         case "triplet":
-            return lambda record, rng: _triplet(record, rng, stage.negatives)
+            return lambda record, rng: _triplet_example(record, rng, stage.negatives)
         case "scored_pair":
-            return _scored
+            return _scored_example
         case "labelled_text" if stage.objective == "classification":
-            classes, told_apart = Classes(source), {"numbered": _numbered, "masked": _masked_class}[stage.same_class]
-            return lambda record, rng: told_apart(_class_tuple(record, rng, classes, stage.negatives), record, rng)
+            classes, told_apart = (
+                Classes(source),
+                {"numbered": _class_id_suffix, "masked": _exclude_same_class}[stage.same_class],
+            )
+            return lambda record, rng: told_apart(_class_example(record, rng, classes, stage.negatives), record, rng)
         case "labelled_text":
             classes = Classes(source)
-            return lambda record, rng: _class_tuple(record, rng, classes, 1)
+            return lambda record, rng: _class_example(record, rng, classes, 1)
     raise ValueError(f"no examples are made of {kind} records")
 
 
@@ -101,37 +104,37 @@ class Classes:
         return drawn
 
 
-def _masked(record: PlainText, rng: np.random.Generator) -> Example:
+def _mlm_example(record: PlainText, rng: np.random.Generator) -> Example:
     return Example((record.text,), seed=int(rng.integers(2**31)))
 
 
-def _pair(record: Pair, _: np.random.Generator) -> Example:
+def _pair_example(record: Pair, _: np.random.Generator) -> Example:
     return Example((record.anchor, record.positive), group=record.group)
 
 
-def _triplet(record: Triplet, rng: np.random.Generator, count: int) -> Example:
+def _triplet_example(record: Triplet, rng: np.random.Generator, count: int) -> Example:
     """Negatives are drawn without repetition where the record has enough of them."""
     held = len(record.negatives)
     drawn = rng.permutation(held)[:count] if held >= count else rng.integers(held, size=count)
     return Example((record.anchor, record.positive, *(record.negatives[i] for i in drawn)), group=record.group)
 
 
-def _scored(record: ScoredPair, _: np.random.Generator) -> Example:
+def _scored_example(record: ScoredPair, _: np.random.Generator) -> Example:
     return Example((record.sentence1, record.sentence2), score=record.score)
 
 
-def _class_tuple(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
+def _class_example(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
     """A text, another of its class, and texts of other classes."""
     others = classes.others(record, negatives, rng)
     return Example((record.text, classes.same(record, rng).text, *(other.text for other in others)))
 
 
-def _numbered(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
+def _class_id_suffix(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
     """All texts end in one number that no other tuple has, so that texts of the same class in another tuple are told apart by
     it and do no harm as negatives."""
     return example._replace(suffix=f" {rng.integers(10**9):09d}")
 
 
-def _masked_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
+def _exclude_same_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
     """Tuples of one class are one group."""
     return example._replace(group=f"class {record.label}")

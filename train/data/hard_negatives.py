@@ -30,7 +30,7 @@ _TERMS = regex.compile(rf"(?V1)(?P<unspaced>[{_UNSPACED}]+)|[\w--[{_UNSPACED}]]+
 
 
 @dataclass(frozen=True)
-class Selection:
+class MiningConfig:
     """Which of the candidates that a search ranks best become negatives.
 
     Attributes:
@@ -80,7 +80,7 @@ class Selection:
 def mine(
     pairs: Sequence[Pair],
     scorer: Scorer,
-    selection: Selection,
+    selection: MiningConfig,
     *,
     same_language: bool = False,
     seed: int = 0,
@@ -112,7 +112,7 @@ def mine(
     return [triplet for part in parts.values() for triplet in _mine_part(part, scorer, selection, rng)]
 
 
-def _mine_part(pairs: list[Pair], scorer: Scorer, selection: Selection, rng: np.random.Generator) -> Iterator[Triplet]:
+def _mine_part(pairs: list[Pair], scorer: Scorer, selection: MiningConfig, rng: np.random.Generator) -> Iterator[Triplet]:
     relations = _Relations(pairs)
     pool = selection.range_max + max(map(len, relations.positives))  # leaves room for positives, as sentence-transformers does
     blocks, first = [], 0
@@ -173,7 +173,7 @@ def negatives_of(
     positives: Sequence[Int[np.ndarray, " p"]],
     barred: Sequence[Int[np.ndarray, " n"]],
     pool: int,
-    selection: Selection,
+    selection: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
     """Negatives of a block of anchors, as `select` gives them, from the `pool` best of all candidates.
@@ -209,7 +209,7 @@ def select(
     indices: Int[np.ndarray, "b k"],
     is_positive: Bool[np.ndarray, "b k"],
     positive_scores: Float[np.ndarray, " b"],
-    selection: Selection,
+    selection: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
     """The negatives of each anchor among its best candidates, best first; -1 where there are too few.
@@ -231,7 +231,7 @@ def select(
     return negatives
 
 
-def _excluded(scores: np.ndarray, positive: np.ndarray, selection: Selection) -> Bool[np.ndarray, "b k"]:
+def _excluded(scores: np.ndarray, positive: np.ndarray, selection: MiningConfig) -> Bool[np.ndarray, "b k"]:
     """Scores that miss a margin or a limit."""
     positive = np.maximum(positive, np.finfo(np.float32).min).astype(np.float64)  # an infinite one times 0 is no number
     excluded = scores == -np.inf
@@ -259,14 +259,14 @@ def bm25_scores(anchors: Sequence[str], candidates: Sequence[str]) -> Iterator[F
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for its own debug messages when imported
     index = bm25s.BM25()
-    index.index([terms(text) or [""] for text in candidates], show_progress=False)
+    index.index([bm25_terms(text) or [""] for text in candidates], show_progress=False)
     nothing = np.zeros(len(candidates), np.float32)
-    for block in _blocks([terms(text) for text in anchors], len(candidates)):
+    for block in _blocks([bm25_terms(text) for text in anchors], len(candidates)):
         scores = np.stack([index.get_scores(query) if query else nothing for query in block])
         yield np.where(scores > 0, scores, np.float32(-np.inf))
 
 
-def terms(text: str) -> list[str]:
+def bm25_terms(text: str) -> list[str]:
     """Words without regard to case; two characters at a time of scripts that put no spaces between words."""
     found = []
     for match in _TERMS.finditer(unicodedata.normalize("NFKC", text).casefold()):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers import PreTrainedTokenizerFast
+
+from jina_jax.text.tokenizer import Tokenizer
 
 WORD_BOUNDARY = "▁"
 """What SentencePiece writes for the space before a word."""
@@ -15,7 +16,7 @@ UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "T
 """Scripts written without spaces between words, by how Unicode's names of their characters begin."""
 
 
-def word_starts(tokenizer: PreTrainedTokenizerFast) -> Bool[np.ndarray, " v"]:
+def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " v"]:
     """Whether a token of the vocabulary begins a word.
 
     A word is what stands between spaces. In scripts without spaces that would be a whole sentence, so there every token is a

@@ -12,11 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jina_jax.errors import DataError
+
 Text = Annotated[str, Field(min_length=1)]
-
-
-class RecordError(ValueError):
-    """A record that is not what it should be; the message names the file and the line."""
 
 
 class Record(BaseModel):
@@ -120,9 +118,9 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield f"{file}:{number}", json.loads(line)
                 except (ValueError, RecursionError) as error:  # also numbers of too many digits
-                    raise RecordError(f"{file}:{number}: not JSON: {error}") from error
+                    raise DataError(f"{file}:{number}: not JSON: {error}") from error
         except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise RecordError(f"{file} cannot be read: {error}") from error
+            raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -136,16 +134,16 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{file}: row {number}", fields
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _checked(record: type[Record], kind: str, fields: Any, place: str) -> Record:
     if not isinstance(fields, dict):
-        raise RecordError(f"{place}: a record is an object, not {type(fields).__name__}")
+        raise DataError(f"{place}: a record is an object, not {type(fields).__name__}")
     present = {name: value for name, value in fields.items() if value is not None}
     try:
         return record.model_validate(present)
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         needed = [name for name, field in record.model_fields.items() if field.is_required()]
-        raise RecordError(f"{place}: not a {kind} record ({details}); it needs {needed}") from error
+        raise DataError(f"{place}: not a {kind} record ({details}); it needs {needed}") from error

@@ -1,6 +1,7 @@
 """The stream of a stage's batches: a pure function of the batch's number, the seed and the datasets.
 
 Record order, what is drawn at random and which dataset a batch comes from depend on the number alone, so a run that goes on
+from jina_jax.text.tokenizer import Tokenizer
 from a number sees what it would have seen. Batch i holds the same records however many processes share it.
 """
 
@@ -13,18 +14,18 @@ from typing import Any
 
 import grain
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from jina_jax.config import ModelConfig
-from jina_jax.parallel.processes import first_alone
+from jina_jax.parallel.processes import main_process_first
+from jina_jax.text.tokenizer import Tokenizer
 
-from ..config import Dataset, Stage
-from .collate import Batch, Shape, batch_shape, collate, text_encoder
-from .examples import Example, example_maker, texts_per_example
+from ..config import DatasetConfig, Stage
+from .collate import BatchShape, TrainBatch, batch_shape, collate, text_encoder
+from .examples import Example, texts_per_example, to_example
 from .records import Record
 from .tfds_datasets import RecordFiles, RecordSource, open_dataset, prepare_records
 
-Agreed = Callable[[str, int, int], int]
+MaxOverProcesses = Callable[[str, int, int], int]
 
 
 def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
@@ -34,23 +35,23 @@ def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
         ValueError: a dataset is empty, damaged, or has malformed records; the message says where.
         FileNotFoundError: there is none.
     """
-    with first_alone(f"datasets/{stage.name}"):
+    with main_process_first(f"datasets/{stage.name}"):
         prepared = [_prepared(dataset, workdir) for dataset in stage.datasets]
     return [open_dataset(path, dataset.kind, dataset.split) for path, dataset in zip(prepared, stage.datasets, strict=True)]
 
 
-def batches(
+def batch_stream(
     stage: Stage,
     sources: Sequence[Sequence[Record]],
     config: ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     seed: int,
     devices: int = 1,
     process: int = 0,
     processes: int = 1,
-    agreed: Agreed = lambda name, number, rows: rows,
-) -> grain.MapDataset[tuple[str, Batch]]:
+    agreed: MaxOverProcesses = lambda name, number, rows: rows,
+) -> grain.MapDataset[tuple[str, TrainBatch]]:
     """This process's part of every batch of a stage, with the kind of its records, by number, without end.
 
     Args:
@@ -73,11 +74,11 @@ def batches(
     parts, weights = [], []
     for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
         shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
-        languages = list(_parts(source, dataset, stage.batch_size))
+        languages = list(_by_language(source, dataset, stage.batch_size))
         shares = np.array([len(part) for part in languages]) ** dataset.language_exponent
         weights += list(dataset.weight * shares / shares.sum())
         for number, part in enumerate(languages):
-            make = example_maker(stage, dataset.kind, part)
+            make = to_example(stage, dataset.kind, part)
             examples = (
                 grain.MapDataset.source(part)
                 .seed(_seed(seed, stage.name, index, number))
@@ -88,20 +89,22 @@ def batches(
             batched = examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
             name = f"{stage.name}/{index}/{number}"
 
-            def collated(batch: int, examples: list[Example], kind: str = dataset.kind, shape: Shape = shape, name: str = name):
+            def collated(
+                batch: int, examples: list[Example], kind: str = dataset.kind, shape: BatchShape = shape, name: str = name
+            ):
                 return kind, collate(examples, encode, shape, devices, config.pad_id, partial(agreed, name, batch))
 
             parts.append(batched.map_with_index(collated))
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
 
 
-def reader(dataset: grain.MapDataset[tuple[str, Batch]], threads: int) -> grain.DatasetIterator[tuple[str, Batch]]:
+def prefetch(dataset: grain.MapDataset[tuple[str, TrainBatch]], threads: int) -> grain.DatasetIterator[tuple[str, TrainBatch]]:
     """Reads batches in order and ahead of their use; its state is the number of the next one."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1) if threads else 0)
     return iter(dataset.to_iter_dataset(options))
 
 
-class _Selection(Sequence[Record]):
+class _Subset(Sequence[Record]):
     """Some records of a source."""
 
     def __init__(self, source: Sequence[Record], indices: np.ndarray):
@@ -117,7 +120,7 @@ class _Selection(Sequence[Record]):
         return self._source.many(self._indices) if isinstance(self._source, RecordSource) else super().__iter__()
 
 
-def _parts(source: Sequence[Record], dataset: Dataset, least: int) -> Iterator[Sequence[Record]]:
+def _by_language(source: Sequence[Record], dataset: DatasetConfig, least: int) -> Iterator[Sequence[Record]]:
     """The dataset, or its languages. Languages with less than a batch of records share one part."""
     if not dataset.by_language:
         yield source
@@ -128,12 +131,12 @@ def _parts(source: Sequence[Record], dataset: Dataset, least: int) -> Iterator[S
     rare = [index for indices in by_language.values() if len(indices) < least for index in indices]
     for _, indices in sorted(by_language.items()):
         if len(indices) >= least:
-            yield _Selection(source, np.array(indices))
+            yield _Subset(source, np.array(indices))
     if rare:
-        yield _Selection(source, np.array(sorted(rare)))
+        yield _Subset(source, np.array(sorted(rare)))
 
 
-def _prepared(dataset: Dataset, workdir: Path) -> Path:
+def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
     path = Path(dataset.path)
     if path.is_dir():
         return path

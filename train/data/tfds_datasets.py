@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from .corpus import BUNDLED, SPLITS, Package, read_corpus
+from jina_jax.errors import DataError
+
+from .corpus import BUNDLED, SPLITS, Package, read_corpus, title_and_body
 from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
 from .word_overlap import overlaps
-
-
-class DatasetError(ValueError):
-    """A dataset directory that is damaged, empty or of another kind."""
 
 
 class RecordFiles(tfds.core.GeneratorBasedBuilder):
@@ -77,7 +75,7 @@ def plain_texts(packages: Sequence[Package]) -> Iterator[PlainText]:
     """Title and body of each description, as one text."""
     for package in packages:
         for language in package.text:
-            yield PlainText(text=_whole(package, language), language=language)
+            yield PlainText(text=title_and_body(package, language), language=language)
 
 
 def title_body_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
@@ -121,8 +119,8 @@ def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[
                 continue
             language, tags, others = rng.choice(languages), set(package.tags), set(other.tags)
             yield ScoredPair(
-                sentence1=_whole(package, language),
-                sentence2=_whole(other, language),
+                sentence1=title_and_body(package, language),
+                sentence2=title_and_body(other, language),
                 score=len(tags & others) / len(tags | others),
                 language=language,
             )
@@ -132,7 +130,9 @@ def section_labels(packages: Sequence[Package]) -> Iterator[LabelledText]:
     """Each description with its package's section."""
     for package in packages:
         for language in package.text:
-            yield LabelledText(text=_whole(package, language), label=package.section, language=language, group=package.source)
+            yield LabelledText(
+                text=title_and_body(package, language), label=package.section, language=language, group=package.source
+            )
 
 
 CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Record]]]] = {
@@ -214,7 +214,7 @@ class RecordSource(Sequence[Record]):
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            raise DatasetError(f"{self._path} is damaged: {where} cannot be read: {error}") from error
+            raise DataError(f"{self._path} is damaged: {where} cannot be read: {error}") from error
 
 
 def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
@@ -230,12 +230,12 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
     try:
         builder = tfds.builder_from_directory(str(path))
     except Exception as error:  # of TFDS, of the JSON reader, of protobuf
-        raise DatasetError(f"{path} is not a TFDS dataset: {error}") from error
+        raise DataError(f"{path} is not a TFDS dataset: {error}") from error
     fields = set(builder.info.features or ())  # type: ignore[arg-type]
     if missing := sorted(set(kind_named(kind).model_fields) - fields):
-        raise DatasetError(f"{path} holds no {kind} records: they lack {missing}, and have {sorted(fields)}")
+        raise DataError(f"{path} holds no {kind} records: they lack {missing}, and have {sorted(fields)}")
     if split not in builder.info.splits:
-        raise DatasetError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
+        raise DataError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
     expected = builder.info.splits[split].num_examples
     try:
         source: Any = builder.as_data_source(split=split)  # type: ignore[call-arg]
@@ -243,9 +243,9 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
         if held and held == expected:
             source[held - 1]
     except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
     if held != expected or not held:
-        raise DatasetError(f"{path} holds {held} records of {split!r}, its own count is {expected}: it is damaged or empty")
+        raise DataError(f"{path} holds {held} records of {split!r}, its own count is {expected}: it is damaged or empty")
     return RecordSource(source, kind, path)
 
 
@@ -270,11 +270,6 @@ def _text(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _whole(package: Package, language: str) -> str:
-    text = package.text[language]
-    return f"{text.title}\n{text.body}"
-
-
 def _prepared(builder: Any, files: Iterable[Path]) -> Path:
     """Writes a builder's dataset, unless it is there: an unfinished one has another name and is written again."""
     tfds.disable_progress_bar()
@@ -283,5 +278,5 @@ def _prepared(builder: Any, files: Iterable[Path]) -> Path:
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
             builder.download_and_prepare(download_dir=downloads, download_config=local)
     except AssertionError as error:  # TFDS's way to say so
-        raise DatasetError(f"no records for a split of {builder.data_dir} in {', '.join(map(str, files))}") from error
+        raise DataError(f"no records for a split of {builder.data_dir} in {', '.join(map(str, files))}") from error
     return Path(builder.data_dir)

@@ -13,8 +13,7 @@ from sklearn.metrics import v_measure_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..data.corpus import Package
-from .texts import SEED, title_and_body
+from ..data.corpus import SEED, Package, title_and_body
 
 FITTED_PER_SECTION = 16
 """Packages of each section that the classifier is fitted on; a section with fewer in the train split is left out."""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from jina_jax import Embedder, ModelConfig
 
 from .scores import Score, System
-from .tasks import Task
+from .tasks import EvalTask
 
 TEXTS_PER_CALL = 1024
 """Steps of the progress bar."""
@@ -27,7 +27,7 @@ class Sides(NamedTuple):
 BASE = Sides("none", None, None)
 
 
-def one(adapter: str) -> Sides:
+def both_sides(adapter: str) -> Sides:
     """One adapter for both sides."""
     return Sides(adapter, adapter, adapter)
 
@@ -35,12 +35,12 @@ def one(adapter: str) -> Sides:
 OWN_ADAPTERS = {
     "retrieval": (
         Sides("retrieval.query+retrieval.passage", "retrieval.query", "retrieval.passage"),
-        one("retrieval.query"),
-        one("retrieval.passage"),
+        both_sides("retrieval.query"),
+        both_sides("retrieval.passage"),
     ),
-    "classification": (one("classification"),),
-    "clustering": (one("separation"), one("classification")),
-    "similarity": (one("text-matching"),),
+    "classification": (both_sides("classification"),),
+    "clustering": (both_sides("separation"), both_sides("classification")),
+    "similarity": (both_sides("text-matching"),),
 }
 """The adapters that were trained for a task, the one to use first."""
 
@@ -48,7 +48,7 @@ OWN_ADAPTERS = {
 class Run(NamedTuple):
     """One task, embedded in one way, at these dimensions."""
 
-    task: Task
+    task: EvalTask
     sides: Sides
     dims: tuple[int, ...]
 
@@ -58,7 +58,7 @@ def matryoshka_dims(config: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted(config.matryoshka_dims)) or (config.hidden_size,)
 
 
-def planned_runs(task: Task, adapters: Sequence[str], dims: tuple[int, ...], every_adapter: bool) -> Iterator[Run]:
+def planned_runs(task: EvalTask, adapters: Sequence[str], dims: tuple[int, ...], every_adapter: bool) -> Iterator[Run]:
     """The base and the task's own adapters at all dimensions; the others at the largest.
 
     Args:
@@ -69,7 +69,7 @@ def planned_runs(task: Task, adapters: Sequence[str], dims: tuple[int, ...], eve
     own = [sides for sides in OWN_ADAPTERS[task.name] if {sides.left, sides.right} <= set(adapters)]
     yield from (Run(task, sides, dims) for sides in own)
     of_known_tasks = {sides for known in OWN_ADAPTERS.values() for sides in known}
-    for sides in map(one, adapters):
+    for sides in map(both_sides, adapters):
         if sides not in own and (every_adapter or sides not in of_known_tasks):
             yield Run(task, sides, dims[-1:])
 
@@ -77,7 +77,7 @@ def planned_runs(task: Task, adapters: Sequence[str], dims: tuple[int, ...], eve
 def model_scores(
     system: System,
     embedder: Embedder,
-    tasks: Sequence[Task],
+    tasks: Sequence[EvalTask],
     adapters: Sequence[str],
     *,
     every_adapter: bool = False,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jina_jax.cli import whole_file
+from jina_jax.files import atomic_write
 
 from .model_scores import BASE, OWN_ADAPTERS
 from .scores import Score, System, write_scores
@@ -18,7 +18,7 @@ from .scores import Score, System, write_scores
 ACROSS = "X-en"
 """The mean over the retrieval subsets of all languages but English."""
 
-TASKS = {
+EVAL_TASKS = {
     ("retrieval", "en"): "retrieval en, nDCG@10",
     ("retrieval", ACROSS): "retrieval X-en, nDCG@10",
     ("classification", "en"): "classification, accuracy",
@@ -29,7 +29,7 @@ TASKS = {
 """Task and subset: the columns of tables, and the panels of the plot."""
 
 
-class Way(NamedTuple):
+class Column(NamedTuple):
     """A system, and of a model the adapter; None is the one trained for the task."""
 
     label: str
@@ -37,11 +37,11 @@ class Way(NamedTuple):
     adapter: str | None = None
 
 
-BM25 = Way("BM25", "bm25")
-UNTRAINED = Way("untrained", "untrained", BASE.name)
-BASE_MODEL = Way("base", "model", BASE.name)
-OWN_ADAPTER = Way("own adapter", "model")
-WAYS = (BM25, UNTRAINED, BASE_MODEL, OWN_ADAPTER)
+BM25 = Column("BM25", "bm25")
+UNTRAINED = Column("untrained", "untrained", BASE.name)
+BASE_MODEL = Column("base", "model", BASE.name)
+OWN_ADAPTER = Column("own adapter", "model")
+COLUMNS = (BM25, UNTRAINED, BASE_MODEL, OWN_ADAPTER)
 
 
 class Results:
@@ -59,18 +59,18 @@ class Results:
         self._scores = {(score.system, score.adapter, score.task, score.subset, score.dim): score for score in scores}
         self.dims = sorted({score.dim for score in scores if score.dim is not None})
         measured = {(score.task, score.subset): None for score in scores}
-        self.tasks = [task for task in TASKS if task in measured]
+        self.tasks = [task for task in EVAL_TASKS if task in measured]
         self.languages = [subset for task, subset in measured if task == "retrieval" and subset != ACROSS]
         self.adapters = list(dict.fromkeys(score.adapter for score in scores if score.system == "model" and score.adapter))
 
-    def get(self, way: Way, task: str, subset: str, dim: int) -> Score | None:
+    def get(self, way: Column, task: str, subset: str, dim: int) -> Score | None:
         if way.system == "bm25":
             return self._scores.get(("bm25", None, task, subset, None))
         return self._scores.get((way.system, way.adapter or OWN_ADAPTERS[task][0].name, task, subset, dim))
 
-    def ways(self, task: str, subset: str) -> list[Way]:
+    def ways(self, task: str, subset: str) -> list[Column]:
         """Those measured at full dimension."""
-        return [way for way in WAYS if self.get(way, task, subset, self.dims[-1])]
+        return [way for way in COLUMNS if self.get(way, task, subset, self.dims[-1])]
 
 
 def check_writable(output: Path) -> None:
@@ -89,7 +89,7 @@ def check_writable(output: Path) -> None:
 def write(output: Path, scores: Sequence[Score]) -> None:
     """Writes OUT.json, and OUT.md and OUT.png beside it."""
     write_scores(output, scores)
-    with whole_file(output.with_suffix(".md")) as target:
+    with atomic_write(output.with_suffix(".md")) as target:
         target.write_text(markdown(scores), "utf-8")
     plot_dims(scores, output.with_suffix(".png"))
 
@@ -100,7 +100,7 @@ def markdown(scores: Sequence[Score]) -> str:
     full = results.dims[-1]
     parts = [
         f"## All tasks at {full} dimensions\n",
-        _by_system(results, {task: TASKS[task] for task in results.tasks}),
+        _by_system(results, {task: EVAL_TASKS[task] for task in results.tasks}),
         f"## Retrieval by language at {full} dimensions, nDCG@10\n",
         _by_system(results, {("retrieval", language): language for language in results.languages}),
     ]
@@ -108,7 +108,7 @@ def markdown(scores: Sequence[Score]) -> str:
         if any(results.get(way, *task, full) for task in results.tasks):
             rows = [(str(dim), [results.get(way, *task, dim) for task in results.tasks]) for dim in reversed(results.dims)]
             parts += [f"## Dimensions, {title}\n", _table("dimensions", _headings(results), rows)]
-    adapters = [Way(adapter, "model", adapter) for adapter in results.adapters]
+    adapters = [Column(adapter, "model", adapter) for adapter in results.adapters]
     rows = [(way.label, [results.get(way, *task, full) for task in results.tasks]) for way in adapters]
     parts += [f"## Adapters at {full} dimensions\n", _table("adapter", _headings(results), rows)]
     return "\n".join(parts)
@@ -122,12 +122,12 @@ def plot_dims(scores: Sequence[Score], output: Path) -> None:
         for way in results.ways(*task):
             points = [(dim, 100 * score.value) for dim in results.dims if (score := results.get(way, *task, dim))]
             style = "--" if way.system == "bm25" else ".-"
-            panel.plot(*zip(*points, strict=True), style, color=f"C{WAYS.index(way)}", label=way.label)
+            panel.plot(*zip(*points, strict=True), style, color=f"C{COLUMNS.index(way)}", label=way.label)
         panel.set_xscale("log", base=2)
         panel.set_xticks(results.dims, [str(dim) for dim in results.dims])
         panel.minorticks_off()
         panel.axhline(0, color="0.8")  # an axis without its zero makes small differences look large
-        panel.set(title=TASKS[task], xlabel="dimensions")
+        panel.set(title=EVAL_TASKS[task], xlabel="dimensions")
         panel.legend()
     _save(figure, output)
 
@@ -169,7 +169,7 @@ def _means_across_languages(scores: Sequence[Score]) -> Iterator[Score]:
 def _by_system(results: Results, tasks: dict[tuple[str, str], str]) -> str:
     """A row for each task or language, a column for each system."""
     full = results.dims[-1]
-    ways = [way for way in WAYS if any(way in results.ways(*task) for task in tasks)]
+    ways = [way for way in COLUMNS if any(way in results.ways(*task) for task in tasks)]
     rows = []
     for task, label in tasks.items():
         found = [results.get(way, *task, full) for way in ways]
@@ -178,7 +178,7 @@ def _by_system(results: Results, tasks: dict[tuple[str, str], str]) -> str:
 
 
 def _headings(results: Results) -> list[str]:
-    return [TASKS[task] for task in results.tasks]
+    return [EVAL_TASKS[task] for task in results.tasks]
 
 
 def _table(corner: str, headings: Sequence[str], rows: Iterable[tuple[str, Sequence[Score | None]]]) -> str:
@@ -210,5 +210,5 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _save(figure: Figure, output: Path) -> None:
-    with whole_file(output) as target:
+    with atomic_write(output) as target:
         figure.savefig(target, format="png", dpi=120)

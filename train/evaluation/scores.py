@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jina_jax.cli import whole_file
+from jina_jax.files import atomic_write
 
 System = Literal["model", "untrained", "bm25"]
 
@@ -34,5 +34,5 @@ def write_scores(file: Path, scores: Sequence[Score]) -> None:
     if wrong := [score for score in scores if not math.isfinite(score.value)]:
         raise ValueError(f"a score is not finite: {wrong[0]}")
     records = {"records": [score._asdict() for score in scores]}
-    with whole_file(file) as target:
+    with atomic_write(file) as target:
         target.write_text(json.dumps(records, indent=1) + "\n", "utf-8")

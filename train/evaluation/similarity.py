@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from ..data.corpus import Package
-from .texts import SEED, title_and_body
+from ..data.corpus import SEED, Package, title_and_body
 
 PAIRS = {"en": 2000, "en-other": 1000}
 """Pairs of each subset: English with English, and English with another language."""

@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jina_jax.cli import whole_file
+from jina_jax.files import atomic_write
 
 from . import report
 from .model_scores import OWN_ADAPTERS
 from .scores import Score
 
 STAGES = ("BM25", "untrained", "masked words", "pairs", "adapters")
-TASKS = {
+EVAL_TASKS = {
     ("retrieval", "en"): "title -> body, English, nDCG@10",
     ("retrieval", "de-en"): "German title -> English body, nDCG@10",
     ("retrieval", "ja-en"): "Japanese title -> English body, nDCG@10",
@@ -38,7 +38,7 @@ def write_summary(
         "validation": records["validation"],
         "masked_words": [score._asdict() for score in pretrained],
     }
-    with whole_file(directory / "metrics.json") as target:
+    with atomic_write(directory / "metrics.json") as target:
         target.write_text(json.dumps(contents, indent=1) + "\n", "utf-8")
     report.plot_losses(metrics, directory / "losses.png")
     for split, split_scores in scores.items():
@@ -51,7 +51,7 @@ def write_summary(
     ]
     for split in ("test", "validation"):
         parts += [f"# The {split} split\n", report.markdown(scores[split]), f"![scores over dimensions]({split}.png)\n"]
-    with whole_file(directory / "report.md") as target:
+    with atomic_write(directory / "report.md") as target:
         target.write_text("\n".join(parts), "utf-8")
 
 
@@ -61,7 +61,7 @@ def stage_table(scores: Sequence[Score], pretrained: Sequence[Score]) -> str:
     held = {(score.system, score.task, score.subset, score.adapter, score.dim): score.value for score in scores}
     first = {(score.task, score.subset, score.dim): score.value for score in pretrained if score.system == "model"}
     lines = [f"| | {' | '.join(STAGES)} |", f"|---|{'---:|' * len(STAGES)}"]
-    for (task, subset), title in TASKS.items():
+    for (task, subset), title in EVAL_TASKS.items():
         values = (
             held.get(("bm25", task, subset, None, None)),
             held.get(("untrained", task, subset, "none", full)),

@@ -11,10 +11,10 @@ from .classification import Classification, Clustering, classification_tasks, cl
 from .retrieval import Retrieval, retrieval_tasks
 from .similarity import Similarity, similarity_tasks
 
-Task = Retrieval | Classification | Clustering | Similarity
+EvalTask = Retrieval | Classification | Clustering | Similarity
 
 
-def corpus_tasks(packages: Sequence[Package], train_packages: Sequence[Package]) -> list[Task]:
+def corpus_tasks(packages: Sequence[Package], train_packages: Sequence[Package]) -> list[EvalTask]:
     """All tasks that the packages allow: no clustering of a single section, no similarity without tags.
 
     Args:

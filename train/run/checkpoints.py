@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jina_jax.checkpoints.native import all_processes, seal, verify, written_whole
-from jina_jax.checkpoints.tensor_files import CheckpointError, read_json
-from jina_jax.config import dump_json
+from jina_jax.checkpoints.native import all_processes
+from jina_jax.checkpoints.sealed_directory import atomic_directory, seal, verify
+from jina_jax.errors import CheckpointError
+from jina_jax.files import dump_json, read_json
 from jina_jax.parallel.mesh import split_axis
-from jina_jax.parallel.processes import is_first, of_first
+from jina_jax.parallel.processes import broadcast_from_main, is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Saver:
         self.wait()
         try:
             with contextlib.ExitStack() as stack:
-                target = stack.enter_context(written_whole(self._directory / f"{step:08d}"))
+                target = stack.enter_context(atomic_directory(self._directory / f"{step:08d}"))
                 with _in_chunks():
                     arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
                 self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, arrays, run)
@@ -78,7 +79,7 @@ class Saver:
     def _finish(self, stack: contextlib.ExitStack, target: Path, arrays: ocp.AsyncResponse, run: dict[str, Any]) -> None:
         with stack:
             arrays.result()
-            if not is_first():
+            if not is_main_process():
                 return
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
@@ -101,7 +102,7 @@ def latest(directory: Path) -> Checkpoint | None:
 
     The first process looks, and tells the others.
     """
-    step = of_first("newest checkpoint", lambda: str(_newest(directory)))
+    step = broadcast_from_main("newest checkpoint", lambda: str(_newest(directory)))
     if step == "None":
         return None
     saved = directory / f"{int(step):08d}"
@@ -126,7 +127,7 @@ def _newest(directory: Path) -> int | None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a killed run left half-written, see `written_whole`."""
+    """Removes what a killed run left half-written, see `atomic_directory`."""
     for unfinished in directory.glob(".*.partial-*"):
         shutil.rmtree(unfinished)
 

@@ -1,10 +1,9 @@
 """The model that a run starts from, and what of it a stage trains."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +11,18 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerFast
 
-from jina_jax.checkpoints.native import load_checkpoint
-from jina_jax.checkpoints.sources import find_model, model_kind
-from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
+from jina_jax.checkpoints.load import load_encoder
 from jina_jax.config import PUBLISHED_INSTRUCTIONS, SERVING_ROPE_THETA, ModelConfig
-from jina_jax.model.adapters import add_adapter, base_arrays, extract_adapters, replace_adapters
-from jina_jax.model.encoder import Encoder, abstract_variables, from_arrays, variables
-from jina_jax.model.lora import AdapterParam
-from jina_jax.parallel.mesh import pad_vocabulary, unpad_vocabulary
-from jina_jax.text.tokenizer import load_tokenizer
+from jina_jax.model.adapters import add_adapter, base_arrays
+from jina_jax.model.encoder import Encoder
+from jina_jax.model.parameters import Arrays, abstract_variables, from_arrays, variables
+from jina_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-from ..config import Stage, Start, TrainConfig
-
-Arrays = dict[str, Array]
+from ..config import InitialModel, TrainConfig
 
 
-class Parts(NamedTuple):
-    """A stage's model, by path: what it trains, and what it only uses."""
-
-    config: ModelConfig
-    trained: Arrays
-    frozen: Arrays
-
-
-def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFast]:
+def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
     """The model of `config.start` in float32, with every adapter and head that the stages need, and its tokenizer.
 
     Raises:
@@ -48,13 +33,13 @@ def starting_model(config: TrainConfig) -> tuple[Encoder, PreTrainedTokenizerFas
     start = config.start
     if start.source is None:
         assert start.model is not None and start.tokenizer is not None
-        directory, encoder = Path(start.tokenizer), _fresh(fresh_sizes(start.model), jax.random.key(config.seed))
+        encoder = _fresh(fresh_sizes(start.model), jax.random.key(config.seed))
+        tokenizer = load_tokenizer(Path(start.tokenizer), encoder.config)
     else:
-        directory = find_model(start.source)
-        read = load_checkpoint if model_kind(directory) == "native" else read_torch_checkpoint
-        encoder = read(directory, dtype=jnp.float32, param_dtype=jnp.float32)
-    tokenizer = load_tokenizer(Path(start.tokenizer) if start.tokenizer else directory, encoder.config)
-    return for_stages(encoder, config), tokenizer
+        encoder, tokenizer, _ = load_encoder(
+            start.source, dtype=jnp.float32, param_dtype=jnp.float32, tokenizer=start.tokenizer
+        )
+    return prepare_for_stages(encoder, config), tokenizer
 
 
 def fresh_sizes(model: ModelConfig) -> ModelConfig:
@@ -62,7 +47,7 @@ def fresh_sizes(model: ModelConfig) -> ModelConfig:
     return replace(model, mlm_head=False, tasks=())
 
 
-def for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
+def prepare_for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
     """The source's model with what `config.start` changes, and with every adapter and head that the stages need.
 
     Raises:
@@ -78,27 +63,6 @@ def for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
         return _with_new_adapters(encoder, config, key)
     encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
     return _with_head(encoder, config.stages[0].objective == "mlm", key)
-
-
-def parts(encoder: Encoder, stage: Stage) -> Parts:
-    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not. The vocabulary is
-    padded, whatever the mesh, so that checkpoints fit every other one."""
-    config = replace(encoder.config, tasks=stage.adapters)
-    arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
-    trained = {}
-    for path, variable in abstract_variables(config).items():
-        unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
-        if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
-            trained[path] = arrays.pop(path)
-    return Parts(config, pad_vocabulary(trained), pad_vocabulary(arrays))
-
-
-def with_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
-    """The model after a stage; inverse of `parts`."""
-    if stage.adapters:
-        return replace_adapters(encoder, stage.adapters, trained)
-    arrays = base_arrays(encoder) | unpad_vocabulary(trained, encoder.config)
-    return from_arrays(encoder.config, arrays, dtype=encoder.dtype)
 
 
 def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b t"]]) -> Encoder:
@@ -124,15 +88,6 @@ def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b
     )
 
 
-def fingerprint(arrays: Mapping[str, Array]) -> str:
-    """SHA-256 over arrays by path."""
-    digest = hashlib.sha256()
-    for path in sorted(arrays):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(arrays[path]).data)
-    return digest.hexdigest()
-
-
 def _fresh(config: ModelConfig, key: Array) -> Encoder:
     @jax.jit
     def initialise(key: Array) -> Arrays:
@@ -142,7 +97,7 @@ def _fresh(config: ModelConfig, key: Array) -> Encoder:
     return from_arrays(config, initialise(key), dtype=jnp.float32)
 
 
-def _with_overrides(encoder: Encoder, start: Start) -> Encoder:
+def _with_overrides(encoder: Encoder, start: InitialModel) -> Encoder:
     """A model with absolute positions loses their table and becomes a rotary one, as section 3 of the paper does to XLM-R."""
     config = encoder.config
     changes = {
@@ -179,7 +134,7 @@ def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Enc
                     rank=config.start.lora_rank,
                     alpha=config.start.lora_alpha,
                     instruction=instructions.get(task, ""),
-                    rngs=nnx.Rngs(jax.random.fold_in(key, _number(task))),
+                    rngs=nnx.Rngs(jax.random.fold_in(key, _stable_hash(task))),
                 )
     return encoder
 
@@ -195,5 +150,5 @@ def _with_head(encoder: Encoder, head: bool, key: Array) -> Encoder:
     return from_arrays(config, fresh | base_arrays(encoder), dtype=encoder.dtype)
 
 
-def _number(name: str) -> int:
+def _stable_hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])

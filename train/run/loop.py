@@ -12,8 +12,7 @@ import logging
 import signal
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,41 +24,36 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jina_jax.checkpoints.native import is_checkpoint, save_checkpoint
-from jina_jax.config import differences, dump_json
+from jina_jax.errors import RunError
+from jina_jax.files import dump_json, json_diff
 from jina_jax.model.adapters import base_arrays
-from jina_jax.model.encoder import Encoder
-from jina_jax.parallel.mesh import join_rows, make_mesh, place, shardings
-from jina_jax.parallel.processes import barrier, first_alone, is_first, largest
+from jina_jax.model.parameters import Arrays
+from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params, shardings
+from jina_jax.parallel.processes import barrier, is_main_process, main_process_first, max_over_processes
 
 from ..config import Stage, TrainConfig, to_dict
-from ..data.records import Record
-from ..data.stream import batches, open_datasets, reader
+from ..data.stream import batch_stream, open_datasets, prefetch
 from ..step.flops import peak_flops, training_flops
+from ..step.trainable_split import merge_trained, split_trainable
 from ..step.update import State, Step, abstract_state, all_finite, initial_state, make_step
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
-from .initial_model import Arrays, fingerprint, parts, starting_model, with_token_frequencies, with_trained
-from .metrics import Done, MetricsWriter, TrainingDiverged, read, summaries
+from .identity import dataset_fingerprint, run_identity
+from .initial_model import load_initial_model, with_token_frequencies
+from .metrics import MetricsWriter, StepRecord, TrainingDiverged, fetch_metrics, summarise
 
 logger = logging.getLogger(__name__)
-
-RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
-"""Fields that say how a run is done and not what it is: a resumed run may change them."""
 
 
 FREQUENCY_BATCHES = 16
 """Batches that tell how frequent tokens are, for a fresh masked-language head."""
 
 
-class ResumeError(ValueError):
-    """The working directory holds a run of another configuration or another model."""
-
-
-class Track(NamedTuple):
+class StageRun(NamedTuple):
     """A stage under way."""
 
     stage: Stage
     frozen: Arrays
-    reader: grain.DatasetIterator
+    batches: grain.DatasetIterator
     steps: dict[str, Step]
     """By kind of the batch's records."""
     flops_per_token: float
@@ -82,10 +76,10 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         ValueError, OSError: the configuration, the data or the disk.
     """
     host = _host()
-    with first_alone("workdir"):
+    with main_process_first("workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
     # The whole model is kept on the host, for the end: the memory of the devices is for what a step needs.
-    with _only_run(workdir) if is_first() else contextlib.nullcontext(), jax.default_device(host):
+    with _only_run(workdir) if is_main_process() else contextlib.nullcontext(), jax.default_device(host):
         return _train(config, workdir, progress)
 
 
@@ -99,19 +93,19 @@ def _host() -> Any:
 
 def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     # ---- model, mesh and data
-    if is_first():
+    if is_main_process():
         remove_unfinished(workdir)
     checkpoint = latest(workdir / "checkpoints")
     if checkpoint is None and is_checkpoint(workdir / "model"):
-        raise ResumeError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
+        raise RunError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    encoder, tokenizer = starting_model(config)
+    encoder, tokenizer = load_initial_model(config)
     base: Arrays = {}
     tracks, states, records = [], [], []
     for stage in config.stages:
         sources = open_datasets(stage, workdir)
-        records.append([_contents(source) for source in sources])
-        stream = partial(batches, stage, sources, encoder.config, tokenizer, seed=config.seed)
+        records.append([dataset_fingerprint(source) for source in sources])
+        stream = partial(batch_stream, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
             whole = stream()  # whatever the processes
             labels = (whole[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
@@ -120,56 +114,58 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
             devices=mesh.size // jax.process_count(),
             process=jax.process_index(),
             processes=jax.process_count(),
-            agreed=largest,
+            agreed=max_over_processes,
         )
-        model, trained, frozen = parts(encoder, stage)
-        base = base or place({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
-        frozen = base | place({path: x for path, x in frozen.items() if path not in base}, mesh)  # stages share the base
+        model, trained, frozen = split_trainable(encoder, stage)
+        base = base or shard_params({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
+        frozen = base | shard_params({path: x for path, x in frozen.items() if path not in base}, mesh)  # stages share the base
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        tracks.append(Track(stage, frozen, reader(own, config.read_threads), steps, flops))
+        tracks.append(StageRun(stage, frozen, prefetch(own, config.read_threads), steps, flops))
         states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
 
     # ---- restore
-    identity = _identity(config, encoder) | {"records": records}
+    identity = run_identity(config, encoder) | {"records": records}
     done = [0] * len(tracks)
     if checkpoint is not None:
         states, done = _resumed(checkpoint, identity, states, tracks, mesh)
         logger.info("resumed %s at step %d", workdir, checkpoint.step)
-    if is_first():
+    if is_main_process():
         (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
 
     # ---- loop
     saver = Saver(workdir / "checkpoints", config.keep)
     writer = MetricsWriter(workdir, sum(done))
     peak = peak_flops(jax.devices()[0], mesh.size)
-    unread: list[Done] = []
+    unread: list[StepRecord] = []
     began = time.perf_counter()
     with (
         contextlib.closing(writer),
         contextlib.closing(saver),
         _stop_signal() as stopped,
-        tqdm(total=config.steps, initial=sum(done), unit="step", disable=None if progress and is_first() else True) as bar,
+        tqdm(
+            total=config.steps, initial=sum(done), unit="step", disable=None if progress and is_main_process() else True
+        ) as bar,
     ):
         stopping = False
         while sum(done) < config.steps and not stopping:
             turn = next_stage(config, done)
             track = tracks[turn]
-            kind, batch = next(track.reader)
-            states[turn], metrics = track.steps[kind](states[turn], track.frozen, join_rows(batch, mesh))
+            kind, batch = next(track.batches)
+            states[turn], metrics = track.steps[kind](states[turn], track.frozen, from_process_local(batch, mesh))
             done[turn] += 1
             step, slots = sum(done), batch.segments.size * jax.process_count()
-            unread.append(Done(step, track.stage, done[turn], metrics, slots, track.flops_per_token))
+            unread.append(StepRecord(step, track.stage, done[turn], metrics, slots, track.flops_per_token))
             stopping = stopped(step)
             save = step % config.checkpoint_every == 0 or step == config.steps or stopping
             if save or step % config.log_every == 0:
-                for number, name, numbers in summaries(read(unread), time.perf_counter() - began, peak):
+                for number, name, numbers in summarise(fetch_metrics(unread), time.perf_counter() - began, peak):
                     writer.write(number, name, numbers)
                     bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
                 bar.update(len(unread))
                 unread, began = [], time.perf_counter()
-            if save:  # nothing that is not finite: `read` has looked at the losses
+            if save:  # nothing that is not finite: `fetch_metrics` has looked at the losses
                 if not all_finite(states):
                     raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
                 saver.save(step, states, identity | _position(done, tracks))
@@ -181,7 +177,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     # ---- the finished model
     if not is_checkpoint(workdir / "model"):
         for track, state in zip(tracks, states, strict=True):
-            encoder = with_trained(encoder, track.stage, _on_host(state.parameters, mesh))
+            encoder = merge_trained(encoder, track.stage, _on_host(state.parameters, mesh))
         save_checkpoint(workdir / "model", encoder, tokenizer)
     barrier("the model is saved")
     return workdir / "model"
@@ -201,7 +197,7 @@ def _only_run(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ResumeError(f"another process is training in {workdir}; wait for it, or give another --workdir") from error
+            raise RunError(f"another process is training in {workdir}; wait for it, or give another --workdir") from error
         yield
 
 
@@ -210,34 +206,21 @@ def next_stage(config: TrainConfig, done: list[int]) -> int:
     return min(range(len(done)), key=lambda i: (done[i] / config.stages[i].steps, i))
 
 
-def _identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
-    """What a checkpoint must agree with to be of this run."""
-    fields = {name: value for name, value in to_dict(config).items() if name not in RUNNING}
-    frozen = parts(encoder, config.stages[0]).frozen
-    return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
-
-
-def _contents(source: Sequence[Record]) -> str:
-    """Tells a dataset from another one under the same path: how many records, and a checksum of some of them."""
-    some = [repr(source[i * (len(source) - 1) // 15]) for i in range(16)]
-    return f"{len(source)} records, {zlib.crc32(''.join(some).encode()):08x}"
-
-
-def _position(done: list[int], tracks: list[Track]) -> dict[str, Any]:
-    return {"done": list(done), "data": [dict(track.reader.get_state()) for track in tracks]}
+def _position(done: list[int], tracks: list[StageRun]) -> dict[str, Any]:
+    return {"done": list(done), "data": [dict(track.batches.get_state()) for track in tracks]}
 
 
 def _resumed(
-    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[Track], mesh: Mesh
+    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[StageRun], mesh: Mesh
 ) -> tuple[list[State], list[int]]:
     saved = {name: checkpoint.run.get(name) for name in identity}
-    if changed := differences(saved, identity):
-        raise ResumeError(
+    if changed := json_diff(saved, identity):
+        raise RunError(
             f"{checkpoint.directory.parents[2]} holds another run; it differs in: {'; '.join(changed)}. "
             "Give the same configuration, or another --workdir"
         )
     for track, position in zip(tracks, checkpoint.run["data"], strict=True):
-        track.reader.set_state(position)
+        track.batches.set_state(position)
     return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
 
 

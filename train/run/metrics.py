@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from jina_jax.parallel.processes import is_first
+from jina_jax.parallel.processes import is_main_process
 
 from ..config import Stage
 from ..step.optimizer import learning_rate
@@ -23,7 +23,7 @@ class TrainingDiverged(ValueError):
     """The loss or a gradient is not finite."""
 
 
-class Done(NamedTuple):
+class StepRecord(NamedTuple):
     """A step that has been started; its metrics are on the device and may not be there yet."""
 
     step: int
@@ -37,7 +37,7 @@ class Done(NamedTuple):
     flops_per_token: float
 
 
-def read(steps: Sequence[Done]) -> list[Done]:
+def fetch_metrics(steps: Sequence[StepRecord]) -> list[StepRecord]:
     """The steps with their metrics as numbers, once they are there.
 
     Raises:
@@ -53,11 +53,11 @@ def read(steps: Sequence[Done]) -> list[Done]:
     return there
 
 
-def summaries(steps: Sequence[Done], seconds: float, peak: float | None) -> Iterator[tuple[int, str, dict[str, float]]]:
+def summarise(steps: Sequence[StepRecord], seconds: float, peak: float | None) -> Iterator[tuple[int, str, dict[str, float]]]:
     """(step, stage, numbers) for each stage of some steps: means, and speed over all of them.
 
     Args:
-        steps: from `read`.
+        steps: from `fetch_metrics`.
         seconds: that they took together.
         peak: FLOP/s of all devices, where known; None leaves the share of it out.
     """
@@ -88,7 +88,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, step: int):
         self._board = None
-        if not is_first():
+        if not is_main_process():
             return
         self._path = workdir / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]

@@ -10,46 +10,48 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from jina_jax.model.encoder import Encoder, Sums
+from jina_jax.model.encoder import Encoder, GradientSums
 
-from ..data.collate import Batch
+from ..data.collate import TrainBatch
 
 Chunk = dict[str, Array]
-OfChunk = Callable[[Encoder, Sums, Batch], tuple[Array, Sums]]
+ChunkFunction = Callable[[Encoder, GradientSums, TrainBatch], tuple[Array, GradientSums]]
 """Of some rows of a batch, and the sums behind them."""
 
 
-def over_chunks(function: OfChunk, encoder: Encoder, batch: Batch, chunk_rows: int | None) -> Array:
+def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Array:
     """function(encoder, sums, chunk of rows) for each chunk, stacked, and computed again in the backward pass (gradient
     caching, Gao et al., 2021): for a loss that needs all chunks before any gradient is known."""
     if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, Sums.of(encoder), batch)[0][None]
+        return function(encoder, GradientSums.of(encoder), batch)[0][None]
     graphdef, state = nnx.split(encoder)
 
     @partial(jax.checkpoint, prevent_cse=False)  # in a scan nothing can be merged with the first pass
-    def step(sums: Sums, state: nnx.State, chunk: Chunk) -> tuple[Sums, Array]:
+    def step(sums: GradientSums, state: nnx.State, chunk: Chunk) -> tuple[GradientSums, Array]:
         result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
         return sums, result
 
-    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), Sums.of(encoder), chunks)[1]
+    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.of(encoder), chunks)[1]
 
 
-def sum_over_chunks(function: OfChunk, encoder: Encoder, batch: Batch, chunk_rows: int | None) -> Float[Array, ""]:
+def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Float[Array, ""]:
     """The sum of function(encoder, sums, chunk of rows), a number for each chunk. No chunk's gradient depends on another chunk,
     so each is made in the first pass, and nothing is computed twice."""
     if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, Sums.of(encoder), batch)[0]
+        return function(encoder, GradientSums.of(encoder), batch)[0]
     graphdef, large, small = nnx.split(encoder, _is_summed, ...)
 
-    def of_chunk(sums: Sums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, Sums]:
+    def of_chunk(sums: GradientSums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, GradientSums]:
         return function(nnx.merge(graphdef, large, small), sums, batch._replace(**chunk))
 
     @jax.custom_vjp
-    def total(sums: Sums, large: nnx.State, small: nnx.State) -> Array:
+    def total(sums: GradientSums, large: nnx.State, small: nnx.State) -> Array:
         return jax.lax.map(lambda chunk: of_chunk(sums, large, small, chunk)[0], chunks).sum()
 
-    def forward(sums: Sums, large: nnx.State, small: nnx.State) -> tuple[Array, tuple[Sums, nnx.State]]:
-        def step(carry: tuple[Array, Sums, nnx.State], chunk: Chunk) -> tuple[tuple[Array, Sums, nnx.State], None]:
+    def forward(sums: GradientSums, large: nnx.State, small: nnx.State) -> tuple[Array, tuple[GradientSums, nnx.State]]:
+        def step(
+            carry: tuple[Array, GradientSums, nnx.State], chunk: Chunk
+        ) -> tuple[tuple[Array, GradientSums, nnx.State], None]:
             so_far, d_sums, d_small = carry
             (share, _), pull = jax.vjp(lambda sums, small: of_chunk(sums, large, small, chunk), sums, small)
             d_sums, own = pull((jnp.ones_like(share), d_sums))
@@ -59,15 +61,15 @@ def sum_over_chunks(function: OfChunk, encoder: Encoder, batch: Batch, chunk_row
         (result, *gradients), _ = jax.lax.scan(step, (jnp.zeros(()), zeros(sums), zeros(small)), chunks)
         return result, tuple(gradients)
 
-    def backward(gradients: tuple[Sums, nnx.State], d_total: Array) -> tuple[Sums, None, nnx.State]:
+    def backward(gradients: tuple[GradientSums, nnx.State], d_total: Array) -> tuple[GradientSums, None, nnx.State]:
         d_sums, d_small = jax.tree.map(lambda gradient: (d_total * gradient).astype(gradient.dtype), gradients)
         return d_sums, None, d_small
 
     total.defvjp(forward, backward)
-    return total(Sums.of(encoder), large, small)
+    return total(GradientSums.of(encoder), large, small)
 
 
-def _chunks(batch: Batch, chunk_rows: int | None) -> Chunk | None:
+def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:
     """What the encoder reads of a batch, split by rows; None where all rows are one chunk."""
     rows = batch.tokens.shape[0]
     if chunk_rows is None or chunk_rows >= rows:
@@ -77,5 +79,5 @@ def _chunks(batch: Batch, chunk_rows: int | None) -> Chunk | None:
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether the gradient of an encoder's parameter arrives at `Sums`."""
+    """Whether the gradient of an encoder's parameter arrives at `GradientSums`."""
     return path[0] == "layers" or path == ("tokens", "table")

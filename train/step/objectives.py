@@ -10,16 +10,16 @@ from jaxtyping import Float
 
 from jina_jax.losses import cosent, info_nce, masked_lm
 from jina_jax.model import gradient_sums
-from jina_jax.model.encoder import Encoder, Gather, Sums, pool
+from jina_jax.model.encoder import Encoder, Gather, GradientSums, pool
 
 from ..config import Stage
-from ..data.collate import Batch
+from ..data.collate import TrainBatch
 from ..data.masking import max_masked
-from .gradient_cache import over_chunks, sum_over_chunks
+from .gradient_cache import accumulate_loss, encode_cached
 
 AxisName = str | tuple[str, ...] | None
-States = Callable[[Encoder, Sums, Batch], tuple[Float[Array, "b t d"], Sums]]
-Loss = Callable[[Encoder, Batch], Float[Array, ""]]
+ChunkStates = Callable[[Encoder, GradientSums, TrainBatch], tuple[Float[Array, "b t d"], GradientSums]]
+Loss = Callable[[Encoder, TrainBatch], Float[Array, ""]]
 """A device's share: the shares of all devices add up to the loss."""
 
 
@@ -32,21 +32,21 @@ def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gathe
         axis_name: mesh axes over which the batch is split, inside a `shard_map`.
         gather: as the encoder takes it.
     """
-    states = partial(token_states, stage=stage, gather=gather)
+    states = partial(chunk_states, stage=stage, gather=gather)
     if kind == "text":
-        return partial(masked_language_loss, states=states, stage=stage, axis_name=axis_name)
-    of_embeddings = {"pair": contrast, "triplet": contrast, "scored_pair": rank}.get(kind)
+        return partial(mlm_loss, states=states, stage=stage, axis_name=axis_name)
+    of_embeddings = {"pair": info_nce_loss, "triplet": info_nce_loss, "scored_pair": cosent_loss}.get(kind)
     if kind == "labelled_text":
-        of_embeddings = contrast if stage.objective == "classification" else separate
+        of_embeddings = info_nce_loss if stage.objective == "classification" else separation_loss
     assert of_embeddings is not None
 
-    def loss(encoder: Encoder, batch: Batch) -> Float[Array, ""]:
+    def loss(encoder: Encoder, batch: TrainBatch) -> Float[Array, ""]:
         return of_embeddings(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
 
     return loss
 
 
-def contrast(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
     """InfoNCE in both directions of anchors and positives, with all other texts of an example as negatives of every anchor."""
     return info_nce(
         embeddings[:, 0],
@@ -61,7 +61,7 @@ def contrast(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis
     )
 
 
-def rank(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+def cosent_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
     """CoSENT on graded pairs."""
     return cosent(
         embeddings[:, 0],
@@ -74,7 +74,9 @@ def rank(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_nam
     )
 
 
-def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
+def separation_loss(
+    embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName
+) -> Float[Array, ""]:
     """CoSENT with two grades: a text is closer to one of its own class than any text to one of another class.
 
     The paper's equation (5) has pairs of one class alone, which leaves nothing to rank; pairs across classes are the others.
@@ -91,8 +93,8 @@ def separate(embeddings: Float[Array, "n s d"], batch: Batch, stage: Stage, axis
     )
 
 
-def masked_language_loss(
-    encoder: Encoder, batch: Batch, *, states: States, stage: Stage, axis_name: AxisName
+def mlm_loss(
+    encoder: Encoder, batch: TrainBatch, *, states: ChunkStates, stage: Stage, axis_name: AxisName
 ) -> Float[Array, ""]:
     """Cross-entropy of the masked tokens, rows in chunks."""
     assert encoder.mlm_head is not None
@@ -103,31 +105,31 @@ def masked_language_loss(
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
 
-    def share(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
+    def share(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
         table, of_table = gradient_sums.whole(encoder.tokens.table[...], sums.table)
         loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk, total=total)
         return loss, sums._replace(table=of_table)
 
-    return sum_over_chunks(share, encoder, batch, stage.chunk_rows)
+    return accumulate_loss(share, encoder, batch, stage.chunk_rows)
 
 
-def embed_texts(encoder: Encoder, batch: Batch, states: States, stage: Stage) -> Float[Array, "n s d"]:
+def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage: Stage) -> Float[Array, "n s d"]:
     """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
     and memory holds the activations of one chunk."""
 
-    def pooled(encoder: Encoder, sums: Sums, chunk: Batch) -> tuple[Array, Sums]:
+    def pooled(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         x, sums = states(encoder, sums, chunk)
         return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
 
-    pooled_rows = over_chunks(pooled, encoder, batch, stage.chunk_rows)
+    pooled_rows = encode_cached(pooled, encoder, batch, stage.chunk_rows)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
 
 
-def token_states(
-    encoder: Encoder, sums: Sums, batch: Batch, *, stage: Stage, gather: Gather | None
-) -> tuple[Float[Array, "b t d"], Sums]:
+def chunk_states(
+    encoder: Encoder, sums: GradientSums, batch: TrainBatch, *, stage: Stage, gather: Gather | None
+) -> tuple[Float[Array, "b t d"], GradientSums]:
     """Token states of packed rows, and the sums behind them."""
     # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
     tasks = jnp.asarray(batch.tasks) if stage.adapters else None

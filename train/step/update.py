@@ -12,13 +12,12 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from jina_jax.config import ModelConfig
-from jina_jax.model.encoder import from_parts
-from jina_jax.parallel import mesh as sharding
-from jina_jax.parallel.mesh import AXES
+from jina_jax.model.parameters import Arrays, from_local_arrays
+from jina_jax.parallel import fsdp
+from jina_jax.parallel.mesh import AXES, BATCH, check_divides, shard_params, shardings, specs
 
 from ..config import Stage
-from ..data.collate import Batch
-from ..run.initial_model import Arrays
+from ..data.collate import TrainBatch
 from .objectives import objective
 from .optimizer import clipped, optimizer
 
@@ -39,7 +38,7 @@ class Metrics(NamedTuple):
     tokens: Array
 
 
-Step = Callable[[State, Arrays, Batch], tuple[State, Metrics]]
+Step = Callable[[State, Arrays, TrainBatch], tuple[State, Metrics]]
 
 
 @jax.jit
@@ -55,8 +54,8 @@ def abstract_state(stage: Stage, trained: Mapping[str, Any]) -> State:
 
 def initial_state(stage: Stage, trained: Arrays, mesh: Mesh) -> State:
     """The parameters on the mesh, copied since a step takes them over, and the optimizer's beginning."""
-    parameters = sharding.place(jax.tree.map(jnp.copy, trained), mesh)
-    begin = jax.jit(optimizer(stage).init, out_shardings=sharding.shardings(abstract_state(stage, trained).optimizer, mesh))
+    parameters = shard_params(jax.tree.map(jnp.copy, trained), mesh)
+    begin = jax.jit(optimizer(stage).init, out_shardings=shardings(abstract_state(stage, trained).optimizer, mesh))
     return State(parameters, begin(parameters))
 
 
@@ -73,35 +72,35 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     Returns:
         (state, frozen arrays, batch) -> (new state, metrics). It takes the state's buffers over.
     """
-    sharding.check_divides(config, mesh)
+    check_divides(config, mesh)
     split = mesh.shape["fsdp"] > 1
     if split:  # kept for the backward pass, every layer's kernels would be there whole, and all at once
         stage = replace(stage, remat="full" if stage.remat == "none" else stage.remat)
-    gather = partial(sharding.gather_layer, dtype=dtype) if split else None
+    gather = partial(fsdp.gather_layer, dtype=dtype) if split else None
     loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
 
-    def step(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, frozen: Arrays, batch: TrainBatch) -> tuple[State, Metrics]:
         def loss_of(parameters: Arrays) -> Array:
             arrays = frozen | parameters
             if split:
-                arrays = sharding.gather_outside_layers(arrays, dtype)
-            return loss_share(from_parts(config, arrays, dtype=dtype), batch)
+                arrays = fsdp.gather_outside_layers(arrays, dtype)
+            return loss_share(from_local_arrays(config, arrays, dtype=dtype), batch)
 
         # The shares are summed after the gradient: inside it, the transpose of psum would be another psum.
         share, gradients = jax.value_and_grad(loss_of)(state.parameters)
-        gradients = sharding.sum_gradients(gradients)
-        norm = sharding.global_norm(gradients)
+        gradients = fsdp.sum_gradients(gradients)
+        norm = fsdp.global_norm(gradients)
         updates, optimizer_state = transform.update(clipped(gradients, norm, stage), state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         loss, tokens = jax.lax.psum((share, (batch.segments > 0).sum()), AXES)
         return State(parameters, optimizer_state), Metrics(loss, norm, tokens)  # type: ignore[arg-type]
 
-    def compiled(state: State, frozen: Arrays, batch: Batch) -> tuple[State, Metrics]:
-        of_state = sharding.specs(state)
+    def compiled(state: State, frozen: Arrays, batch: TrainBatch) -> tuple[State, Metrics]:
+        of_state = specs(state)
         over_mesh = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(of_state, sharding.specs(frozen), sharding.BATCH),
+            in_specs=(of_state, specs(frozen), BATCH),
             out_specs=(of_state, PartitionSpec()),
             check_vma=False,
         )

@@ -8,13 +8,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-MASKED = -1e30
+MASK_VALUE = -1e30
 """Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
 
 LAST = np.iinfo(np.int32).max
 
 
-def visits(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
+def block_ranges(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
     """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
 
     By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
@@ -35,3 +35,7 @@ def bounds(wanted: Bool[Array, "... blocks"]) -> tuple[Int[Array, "..."], Int[Ar
 def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
     blocks = segments.reshape(segments.shape[0], -1, size)
     return blocks.min(-1), blocks.max(-1)
+
+
+ATTENTION_RESIDUALS = "attended"
+"""Name of what the backward pass needs of the forward pass, for `jax.checkpoint`'s policies."""

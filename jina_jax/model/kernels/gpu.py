@@ -5,8 +5,8 @@ block, and keeps the highest score, the sum of the weights and the weighted valu
 weights again from each query's highest score and sum, once for the queries' gradient and once for that of keys and values. The
 log of both in one number would be wrong for large scores.
 
-Texts lie one behind the other in a row, so most blocks of keys have no text in common with a block of queries. `visits` says
-which ones may, and a program goes through those alone: the work grows with the texts' lengths, not with the row's.
+Texts lie one behind the other in a row, so most blocks of keys have no text in common with a block of queries. `block_ranges`
+says which ones may, and a program goes through those alone: the work grows with the texts' lengths, not with the row's.
 
 Letters as in `model.py`, and s for keys.
 """
@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
-from ..lora import precision
-from .block_mask import MASKED, visits
-from .tpu import ATTENDED, LOG2_E
+from ..matmul import matmul_precision
+from .block_mask import ATTENTION_RESIDUALS, MASK_VALUE, block_ranges
+from .tpu import LOG2_E
 
 QUERIES, KEYS = 128, 64
 """Blocks of the forward pass; those of the backward pass, which holds more in registers, are KEYS by KEYS."""
@@ -33,15 +33,15 @@ SHORTEST = 16
 """A product of Triton needs 16 numbers a side."""
 
 
-def serves(qkv: Array, num_heads: int) -> bool:
-    """Whether `attend_blocks` is for the heads of a projection [3, b, t, d]: of 16, 32, 64 or 128 numbers, in half precision.
+def supports(qkv: Array, num_heads: int) -> bool:
+    """True for a projection [3, b, t, d] with heads of 16, 32, 64 or 128 elements in half precision.
 
     In float32 it is right as well, but its blocks do not fit into the registers.
     """
     return qkv.shape[3] // num_heads in (16, 32, 64, 128) and qkv.dtype in (jnp.bfloat16, jnp.float16)
 
 
-def attend_blocks(
+def gpu_flash_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b t n h"],
     v: Float[Array, "b t n h"],
@@ -74,7 +74,7 @@ def _attend_forward(q: Array, k: Array, v: Array, segments: Array, interpret: bo
     size, others = min(QUERIES, q.shape[1]), min(KEYS, q.shape[1])
     of_queries = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     results = _run(_forward, size, others, segments, (q,), (k, v), (q, of_queries, of_queries), interpret)
-    out, highest, total = (checkpoint_name(x, ATTENDED) for x in results)
+    out, highest, total = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in results)
     return out, (q, k, v, segments, out, highest, total)
 
 
@@ -127,7 +127,7 @@ def _run(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )
-    return tuple(call(*visits(segments, size, others), segments, *own, *visited))
+    return tuple(call(*block_ranges(segments, size, others), segments, *own, *visited))
 
 
 # ---- the kernels
@@ -159,7 +159,7 @@ def _forward(
         v = v_ref[block, :]
         return new, total * decay + weights.sum(-1), out * decay[:, None] + _dot(weights.astype(v.dtype), v)
 
-    start = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros(q.shape, jnp.float32)
+    start = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros(q.shape, jnp.float32)
     highest, total, out = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, start)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     highest_ref[...], total_ref[...] = highest, total
@@ -232,9 +232,9 @@ def _backward_keys(
 def _scores(x: Array, y: Array, of_x: Array, of_y: Array) -> Array:
     """x y of tokens of equal segment, to base 2: 2^x is what the hardware computes."""
     scores = _dot(x, y, trans_b=True) * LOG2_E
-    return jnp.where(of_x[:, None] == of_y[None, :], scores, MASKED)
+    return jnp.where(of_x[:, None] == of_y[None, :], scores, MASK_VALUE)
 
 
 def _dot(x: Array, y: Array, trans_b: bool = False) -> Array:
     """In float32."""
-    return triton.dot(x, y, trans_b=trans_b, precision=precision(x.dtype))
+    return triton.dot(x, y, trans_b=trans_b, precision=matmul_precision(x.dtype))

@@ -20,12 +20,9 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..lora import precision
+from ..matmul import matmul_precision
 
 HEAD_DIM, LANES = 64, 128
-
-ATTENDED = "attended"
-"""Name of what the backward pass needs of the forward pass, for `jax.checkpoint`'s policies."""
 
 STEP = 2.0**50
 """Size of the numbers of `segment_code`: their product, 2^100, outweighs every score. Powers of two are exact in any dtype."""
@@ -40,7 +37,7 @@ OVER_QUERIES = (((1,), (1,)), ((), ()))
 """Contract [h, t] and [s, t] to [h, s]."""
 
 
-def in_pairs(qkv: Array, num_heads: int) -> bool:
+def supports_head_pairs(qkv: Array, num_heads: int) -> bool:
     """Whether the projection [3, b, t, d] has heads of 64, an even number of them, in bfloat16 or float32."""
     d = qkv.shape[3]
     return d == num_heads * HEAD_DIM and d % LANES == 0 and qkv.dtype in (jnp.bfloat16, jnp.float32)
@@ -50,19 +47,19 @@ Shared = tuple[Array, tuple[Array, ...]]
 """What all heads of a row share: segments [b, 1, t], and cosines and sines [b, h/2, t] or nothing."""
 
 
-def of_all_heads(segments: Array, tables: tuple[Array, Array] | None) -> Shared:
+def shared_by_heads(segments: Array, tables: tuple[Array, Array] | None) -> Shared:
     """Segments [b, t], and tables [b, t, h/2] or None, laid on their side."""
     return segments.astype(jnp.int32)[:, None], tuple(jnp.swapaxes(x, 1, 2) for x in tables or ())
 
 
-def in_blocks(x: Array, size: int) -> Array:
+def padded_to_blocks(x: Array, size: int) -> Array:
     """Zeros behind the tokens of [.., .., t, ..], up to a multiple of `size`."""
     missing = -x.shape[2] % size
     return jnp.pad(x, [(0, missing if axis == 2 else 0) for axis in range(x.ndim)]) if missing else x
 
 
 def dot(x: Array, y: Array, axes=(((1,), (0,)), ((), ()))) -> Array:
-    return jax.lax.dot_general(x, y, axes, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, axes, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 def segment_code(segments: Array, tokens: int | Array, dtype: DTypeLike) -> Array:
@@ -90,12 +87,12 @@ def key_side(k: Array, code: Array) -> Array:
     return jnp.concatenate([k, code + jnp.asarray(STEP, code.dtype)]).T
 
 
-def half(x: Array, head: int) -> Array:
+def head_rows(x: Array, head: int) -> Array:
     """One head's rows of [2h, t]."""
     return x[head * HEAD_DIM : (head + 1) * HEAD_DIM]
 
 
-def own(head: int, x: Array) -> Array:
+def other_head_zeroed(head: int, x: Array) -> Array:
     """[t, 2h] with zeros for the other head."""
     first = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < HEAD_DIM
     return jnp.where(first, x, jnp.zeros_like(x)) if head == 0 else jnp.where(first, jnp.zeros_like(x), x)

@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from .block_mask import ATTENTION_RESIDUALS
 from .tpu import (
-    ATTENDED,
     HEAD_DIM,
     LANES,
     LOG2_E,
@@ -35,15 +35,15 @@ from .tpu import (
     VMEM_LIMIT,
     Shared,
     dot,
-    half,
-    in_blocks,
-    in_pairs,
+    head_rows,
     key_side,
-    of_all_heads,
-    own,
+    other_head_zeroed,
+    padded_to_blocks,
     query_side,
     rotate,
     segment_code,
+    shared_by_heads,
+    supports_head_pairs,
 )
 
 LONGEST_ROW = {"bfloat16": 16_384, "float32": 8192}
@@ -62,12 +62,12 @@ ONES = 16
 """Rows of ones below v, as many as fill a tile: their product with the weights is the sum of the softmax."""
 
 
-def serves(qkv: Array, num_heads: int) -> bool:
-    """Whether `attend_long_rows` takes such a projection: heads of 64 in pairs, up to 16,384 tokens, or 8,192 in float32."""
-    return in_pairs(qkv, num_heads) and qkv.shape[2] <= LONGEST_ROW[qkv.dtype.name]
+def supports(qkv: Array, num_heads: int) -> bool:
+    """Whether `tpu_flash_attention` takes such a projection: heads of 64 in pairs, up to 16,384 tokens, or 8,192 in float32."""
+    return supports_head_pairs(qkv, num_heads) and qkv.shape[2] <= LONGEST_ROW[qkv.dtype.name]
 
 
-def attend_long_rows(
+def tpu_flash_attention(
     qkv: Float[Array, "3 b t d"],
     segments: Int[Array, "b t"],
     tables: tuple[Float[Array, "b t h_half"], Float[Array, "b t h_half"]] | None,
@@ -76,7 +76,7 @@ def attend_long_rows(
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
-    """`attention.plain_attention` on a TPU, for projections that it `serves`. The tables are constants: they get no gradient.
+    """`attention.plain_attention` on a TPU, for projections that it `supports`. The tables are constants: they get no gradient.
 
     Args:
         qkv: the fused projection before rotation.
@@ -89,14 +89,14 @@ def attend_long_rows(
     Raises:
         ValueError: another head size, an odd number of heads, longer rows or another dtype.
     """
-    if not serves(qkv, num_heads):
+    if not supports(qkv, num_heads):
         raise ValueError(
             f"a projection {qkv.dtype}{list(qkv.shape)} of {num_heads} heads; this kernel takes an even number of heads of "
             f"{HEAD_DIM}, rows of up to 16,384 tokens in bfloat16 or 8,192 in float32"
         )
     t = segments.shape[1]
     size = block or min(BLOCKS, key=lambda size: -t % size)
-    whole = jax.tree.map(partial(in_blocks, size=size), (qkv, of_all_heads(segments, tables)))
+    whole = jax.tree.map(partial(padded_to_blocks, size=size), (qkv, shared_by_heads(segments, tables)))
     out: Array = _attend(*whole, t, size, interpret)
     return out[:, :t]
 
@@ -120,7 +120,7 @@ def _attend_forward(qkv: Array, shared: Shared, tokens: int, size: int, interpre
     )
     outputs = like_qkv((b, t, d)), float32((b, d // LANES, 4, t))
     out, statistics = _run(_long_row_attention, (qkv,), shared, outputs, scratch, size, tokens, interpret)
-    out, statistics = (checkpoint_name(x, ATTENDED) for x in (out, statistics))
+    out, statistics = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (out, statistics))
     return out, (qkv, shared, out, statistics)
 
 
@@ -211,14 +211,14 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
         code, rotary = _of_block(shared, tokens, j, size, dtype)
         k = qkv_ref[1, 0, _slots(j, size)].T
         for head in (0, 1):
-            keys_ref[j, head] = key_side(rotate(half(k, head), rotary), code)
+            keys_ref[j, head] = key_side(rotate(head_rows(k, head), rotary), code)
         values_ref[j] = qkv_ref[2, 0, _slots(j, size)].T
 
     def load_queries(i):
         code, rotary = _of_block(shared, tokens, i, size, dtype)
         q = qkv_ref[0, 0, _slots(i, size)].T
         for head in (0, 1):
-            queries_ref[head] = query_side(rotate(half(q, head), rotary, SCALE * LOG2_E), code)
+            queries_ref[head] = query_side(rotate(head_rows(q, head), rotary, SCALE * LOG2_E), code)
 
     def first_pair(i):
         return spans_ref[0, 0, i] // 2
@@ -235,7 +235,7 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
             highest = jnp.maximum(before, peak_ref[head])
             weights = jnp.exp2(scores_ref[head] - highest).astype(dtype)
             score(head, ahead)
-            sums = dot(jnp.concatenate([half(values_ref[j], head), ones]), weights)
+            sums = dot(jnp.concatenate([head_rows(values_ref[j], head), ones]), weights)
             sums_ref[head] = sums_ref[head] * jnp.exp2(before - highest) + sums[: HEAD_DIM + 8]
             highest_ref[head] = highest
 
@@ -283,9 +283,9 @@ def _long_row_attention_backward(
         q, d_out = qkv_ref[0, 0, _slots(i, size)].T, d_out_ref[0, _slots(i, size)].T
         products = d_out.astype(jnp.float32) * out_ref[0, _slots(i, size)].T.astype(jnp.float32)
         for head in (0, 1):
-            queries_ref[i, head] = query_side(rotate(half(q, head), rotary, SCALE * LOG2_E), code)
+            queries_ref[i, head] = query_side(rotate(head_rows(q, head), rotary, SCALE * LOG2_E), code)
             known_ref[i, 3 * head : 3 * head + 2] = statistics_ref[0, 0, 2 * head : 2 * head + 2, _slots(i, size)]
-            known_ref[i, 3 * head + 2 : 3 * head + 3] = half(products, head).sum(0, keepdims=True)
+            known_ref[i, 3 * head + 2 : 3 * head + 3] = head_rows(products, head).sum(0, keepdims=True)
         d_outs_ref[i] = d_out
         d_q_ref[i] = jnp.zeros((LANES, size), jnp.float32)
 
@@ -293,9 +293,9 @@ def _long_row_attention_backward(
         code, rotary = _of_block(shared, tokens, j, size, dtype)
         k, v = qkv_ref[1, 0, _slots(j, size)].T, qkv_ref[2, 0, _slots(j, size)]
         for head in (0, 1):
-            own_keys_ref[rows[head]] = rotate(half(k, head), rotary)
+            own_keys_ref[rows[head]] = rotate(head_rows(k, head), rotary)
             keys_ref[head] = key_side(own_keys_ref[rows[head]], code)
-            values_ref[head] = own(head, v)
+            values_ref[head] = other_head_zeroed(head, v)
 
     def add(i):
         """The gradients from a block of queries."""
@@ -311,7 +311,7 @@ def _long_row_attention_backward(
     # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains it in q.
     def write(part, j, gradient, scale):
         _, rotary = _of_block(shared, tokens, j, size, dtype)
-        turned = [rotate(half(gradient, head), rotary, scale, back=True) for head in (0, 1)]
+        turned = [rotate(head_rows(gradient, head), rotary, scale, back=True) for head in (0, 1)]
         d_qkv_ref[part, 0, _slots(j, size)] = jnp.concatenate(turned).astype(dtype).T
 
     @pl.loop(0, blocks)

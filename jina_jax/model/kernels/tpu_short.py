@@ -18,8 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from .block_mask import ATTENTION_RESIDUALS
 from .tpu import (
-    ATTENDED,
     HEAD_DIM,
     LANES,
     LOG2_E,
@@ -28,27 +28,27 @@ from .tpu import (
     VMEM_LIMIT,
     Shared,
     dot,
-    half,
-    in_blocks,
-    in_pairs,
+    head_rows,
     key_side,
-    of_all_heads,
-    own,
+    other_head_zeroed,
+    padded_to_blocks,
     query_side,
     rotate,
     segment_code,
+    shared_by_heads,
+    supports_head_pairs,
 )
 
 LONGEST_ROW = 1024
 """All scores of a row and head are in the chip's memory at once."""
 
 
-def serves(qkv: Array, num_heads: int) -> bool:
-    """Whether `attend_rows` takes such a projection: heads of 64 in pairs, rows of up to 1,024 tokens, bfloat16 or float32."""
-    return in_pairs(qkv, num_heads) and qkv.shape[2] <= LONGEST_ROW
+def supports(qkv: Array, num_heads: int) -> bool:
+    """True for heads of 64 in pairs, rows of up to 1,024 tokens, bfloat16 or float32."""
+    return supports_head_pairs(qkv, num_heads) and qkv.shape[2] <= LONGEST_ROW
 
 
-def attend_rows(
+def tpu_fused_attention(
     qkv: Float[Array, "3 b t d"],
     segments: Int[Array, "b t"],
     tables: tuple[Float[Array, "b t h_half"], Float[Array, "b t h_half"]] | None,
@@ -56,7 +56,7 @@ def attend_rows(
     num_heads: int,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
-    """`attention.plain_attention` on a TPU, for projections that it `serves`. The tables are constants: they get no gradient.
+    """`attention.plain_attention` on a TPU, for projections that it `supports`. The tables are constants: they get no gradient.
 
     Args:
         qkv: the fused projection before rotation.
@@ -68,13 +68,13 @@ def attend_rows(
     Raises:
         ValueError: another head size, an odd number of heads, longer rows or another dtype.
     """
-    if not serves(qkv, num_heads):
+    if not supports(qkv, num_heads):
         raise ValueError(
             f"a projection {qkv.dtype}{list(qkv.shape)} of {num_heads} heads; this kernel takes an even number of heads of "
             f"{HEAD_DIM}, rows of up to {LONGEST_ROW} tokens, bfloat16 or float32"
         )
     t = segments.shape[1]
-    whole = jax.tree.map(partial(in_blocks, size=LANES), (qkv, of_all_heads(segments, tables)))
+    whole = jax.tree.map(partial(padded_to_blocks, size=LANES), (qkv, shared_by_heads(segments, tables)))
     out: Array = _attend(*whole, t, interpret)
     return out[:, :t]
 
@@ -88,7 +88,7 @@ def _attend_forward(qkv: Array, shared: Shared, tokens: int, interpret: bool):
     _, b, t, d = qkv.shape
     outputs = _out(qkv), jax.ShapeDtypeStruct((b, d // LANES, 4, t), jnp.float32)
     out, statistics = _run(_row_attention, (qkv,), shared, outputs, tokens, interpret)
-    out, statistics = (checkpoint_name(x, ATTENDED) for x in (out, statistics))
+    out, statistics = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (out, statistics))
     return out, (qkv, shared, out, statistics)
 
 
@@ -138,14 +138,14 @@ def _row_attention(tokens: int, shared, *refs) -> None:
     q, k, v = (qkv_ref[i, 0].T for i in range(3))  # [2h, t]
     scores = []
     for head in (0, 1):
-        own_q, own_k = rotate(half(q, head), rotary, SCALE * LOG2_E), rotate(half(k, head), rotary)
+        own_q, own_k = rotate(head_rows(q, head), rotary, SCALE * LOG2_E), rotate(head_rows(k, head), rotary)
         scores.append(dot(key_side(own_k, code), query_side(own_q, code)))
     ones = jnp.ones((16, v.shape[1]), v.dtype)  # as many as fill a tile
     out = []
     for head in (0, 1):
         highest = scores[head].max(0, keepdims=True)  # [1, t]
         weights = jnp.exp2(scores[head] - highest).astype(v.dtype)
-        sums = dot(jnp.concatenate([half(v, head), ones]), weights)  # [h + 16, t]
+        sums = dot(jnp.concatenate([head_rows(v, head), ones]), weights)  # [h + 16, t]
         total = sums[HEAD_DIM : HEAD_DIM + 1]
         out.append(sums[:HEAD_DIM] / total)
         if statistics_ref:
@@ -162,13 +162,13 @@ def _row_attention_backward(tokens: int, shared, *refs) -> None:
     products = d_out.astype(jnp.float32) * out_ref[0].T.astype(jnp.float32)
     d_q, d_k, d_v = [], [], []
     for head in (0, 1):
-        own_q, own_k = rotate(half(q, head), rotary, SCALE * LOG2_E), rotate(half(k, head), rotary)
+        own_q, own_k = rotate(head_rows(q, head), rotary, SCALE * LOG2_E), rotate(head_rows(k, head), rotary)
         highest, share = (statistics_ref[0, 0, i : i + 1] for i in (2 * head, 2 * head + 1))  # [1, t]
         weights = jnp.exp2(dot(key_side(own_k, code), query_side(own_q, code)) - highest) * share  # [s, t]
-        d_weights = dot(own(head, v), d_out)
-        d_scores = weights * (d_weights - half(products, head).sum(0, keepdims=True))
+        d_weights = dot(other_head_zeroed(head, v), d_out)
+        d_scores = weights * (d_weights - head_rows(products, head).sum(0, keepdims=True))
         weights, d_scores = weights.astype(v.dtype), d_scores.astype(v.dtype)
-        d_v.append(dot(half(d_out, head), weights, OVER_QUERIES))  # [h, s]
+        d_v.append(dot(head_rows(d_out, head), weights, OVER_QUERIES))  # [h, s]
         # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains it in q.
         d_k.append(rotate(dot(own_q, d_scores, OVER_QUERIES), rotary, 1 / LOG2_E, back=True))
         d_q.append(rotate(dot(own_k, d_scores), rotary, SCALE, back=True))  # [h, t]

@@ -15,7 +15,7 @@ import pytest
 
 from helpers.kernel_cases import assert_as_plain, huge_in, projection, repeated, signed_logits, tables_of, texts, traced
 from jina_jax.model.attention import gpu_attention
-from jina_jax.model.kernels.block_mask import visits
+from jina_jax.model.kernels.block_mask import block_ranges
 from jina_jax.model.kernels.gpu import KEYS, QUERIES
 
 kernel = partial(gpu_attention, interpret=True)
@@ -73,7 +73,7 @@ def test_padding_without_an_incoming_gradient_gets_none():
 @pytest.mark.parametrize("name", [name for name, segments in ROWS.items() if segments.shape[1] % QUERIES == 0])
 @pytest.mark.parametrize(("size", "others"), [(QUERIES, KEYS), (KEYS, KEYS)])
 def test_no_block_with_a_text_in_common_is_left_out(name, size, others):
-    first, stop = visits(ROWS[name], size, others)
+    first, stop = block_ranges(ROWS[name], size, others)
     own, theirs = (np.asarray(ROWS[name]).reshape(-1, n) for n in (size, others))
     for i, block in enumerate(own):
         common = [j for j, other in enumerate(theirs) if np.intersect1d(block, other).size]
@@ -82,7 +82,7 @@ def test_no_block_with_a_text_in_common_is_left_out(name, size, others):
 
 def test_of_texts_in_order_only_blocks_with_a_text_in_common_are_visited():
     segments = texts(64, 64, 200, 40, t=512)  # blocks of 64: 1, 2, 3, 3, 3, 3 and 4 and padding, padding, padding
-    first, stop = visits(segments, 64, 64)
+    first, stop = block_ranges(segments, 64, 64)
     assert first[0].tolist() == [0, 1, 2, 2, 2, 2, 5, 5]
     assert stop[0].tolist() == [1, 2, 6, 6, 6, 8, 8, 8]
 

@@ -18,12 +18,13 @@ from helpers.kernel_cases import (
     traced,
     value_and_gradient,
 )
-from jina_jax.model.attention import LONGEST_PLAIN_ROW, RotaryTables
+from jina_jax.model.attention import LONGEST_PLAIN_ROW
 from jina_jax.model.kernels.tpu import HEAD_DIM
-from jina_jax.model.kernels.tpu_long import attend_long_rows
+from jina_jax.model.kernels.tpu_long import tpu_flash_attention
+from jina_jax.model.rotary import RotaryTables
 
 T = 600
-kernel = partial(attend_long_rows, block=128, interpret=True)  # 600 tokens are four blocks and most of a fifth
+kernel = partial(tpu_flash_attention, block=128, interpret=True)  # 600 tokens are four blocks and most of a fifth
 
 UNTURNED = RotaryTables(jnp.ones((1, T, HEAD_DIM // 2)), jnp.zeros((1, T, HEAD_DIM // 2)))
 """No rotation, in the program that all of the float32 tests share: it takes seconds to compile."""
@@ -101,18 +102,18 @@ def test_padding_without_an_incoming_gradient_gets_none():
 @pytest.mark.parametrize("t", [1025, 1280, 2048])  # of 384, 640 and 512
 def test_blocks_of_their_own_size(t):
     segments = texts(t // 2, 1, t // 3, t=t)
-    assert_as_plain(partial(attend_long_rows, interpret=True), projection(1, t), segments, tables_of(segments))
+    assert_as_plain(partial(tpu_flash_attention, interpret=True), projection(1, t), segments, tables_of(segments))
 
 
 def test_what_the_kernel_does_not_take_is_an_error():
     segments = texts(5, t=32)
     for qkv, n in [(projection(1, 32), 4), (projection(1, 32, n=3), 3), (projection(1, 32, dtype=jnp.float16), 2)]:
         with pytest.raises(ValueError, match="even number of heads of 64"):
-            attend_long_rows(qkv, segments, None, num_heads=n)
+            tpu_flash_attention(qkv, segments, None, num_heads=n)
     for dtype, longest in ((jnp.float32, 8192), (jnp.bfloat16, 16_384)):
         qkv, segments = jnp.zeros((3, 1, longest + 1, 128), dtype), jnp.zeros((1, longest + 1), jnp.int32)
         with pytest.raises(ValueError, match="up to 16,384 tokens in bfloat16 or 8,192 in float32"):
-            attend_long_rows(qkv, segments, None, num_heads=2)
+            tpu_flash_attention(qkv, segments, None, num_heads=2)
 
 
 def test_tpu_programs_use_the_kernel_where_it_serves():

@@ -21,9 +21,9 @@ from helpers.kernel_cases import (
     traced,
 )
 from jina_jax.model.attention import attention
-from jina_jax.model.kernels.tpu_short import LONGEST_ROW, attend_rows
+from jina_jax.model.kernels.tpu_short import LONGEST_ROW, tpu_fused_attention
 
-kernel = partial(attend_rows, interpret=True)
+kernel = partial(tpu_fused_attention, interpret=True)
 
 ROWS = {
     "several texts and padding": texts(40, 1, 60, 7, t=128),
@@ -92,9 +92,9 @@ def test_what_the_kernel_does_not_take_is_an_error():
     segments = texts(5, t=32)
     for qkv, n in [(projection(1, 32), 4), (projection(1, 32, n=3), 3), (projection(1, 32, dtype=jnp.float16), 2)]:
         with pytest.raises(ValueError, match="even number of heads of 64"):
-            attend_rows(qkv, segments, None, num_heads=n)
+            tpu_fused_attention(qkv, segments, None, num_heads=n)
     with pytest.raises(ValueError, match="rows of up to 1024"):
-        attend_rows(projection(1, LONGEST_ROW + 1), texts(5, t=LONGEST_ROW + 1), None, num_heads=2)
+        tpu_fused_attention(projection(1, LONGEST_ROW + 1), texts(5, t=LONGEST_ROW + 1), None, num_heads=2)
 
 
 def test_tpu_programs_use_the_kernel_where_it_serves():

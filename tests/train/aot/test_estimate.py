@@ -19,22 +19,24 @@ from click.testing import CliRunner
 from conftest import ROOT
 from helpers.training import KINDS, MODEL, compiled_once, run_config, stages, write_datasets
 from jina_jax import ModelConfig
-from jina_jax.parallel.mesh import join_rows, make_mesh, place
+from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
 from train import compile as program
 from train.aot import compiler as tpu_compiler
-from train.aot.abstract_step import PUBLISHED, abstract_parts, source_sizes, step_arguments
+from train.aot.abstract_step import PUBLISHED_SIZES, abstract_splits, source_sizes, step_arguments
 from train.aot.chips import CHIPS, GIB, parse_topology, send_rate
 from train.aot.compiler import DoesNotFit, Measurement, Slice, transfer_seconds
+from train.aot.estimate import Compiled, compile_config, mesh_for, report, to_json
 from train.aot.hlo_cost import Collective
-from train.compile import Compiled, compile_config, main, over_devices, report, to_json
-from train.config import Dataset, Mesh, load_config
-from train.data.stream import batches, open_datasets
-from train.run.initial_model import parts, starting_model
+from train.compile import main
+from train.config import DatasetConfig, MeshConfig, load_config
+from train.data.stream import batch_stream, open_datasets
+from train.run.initial_model import load_initial_model
+from train.step.trainable_split import split_trainable
 from train.step.update import initial_state, make_step
 
 CONFIGS = ROOT / "configs"
 PUBLIC_PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12}
-STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS})
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS})
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -61,13 +63,13 @@ def shapes(tree):
 def test_the_arguments_are_those_of_training(name, datasets, tmp_path):
     stage = stages(datasets)[name]
     config, mesh = run_config(stage), make_mesh(devices=jax.devices()[:1])
-    encoder, tokenizer = starting_model(config)
-    model, trained, frozen = parts(encoder, stage)
+    encoder, tokenizer = load_initial_model(config)
+    model, trained, frozen = split_trainable(encoder, stage)
     source = open_datasets(stage, tmp_path)
-    kind, batch = batches(stage, source, encoder.config, tokenizer, seed=0)[0]
-    want = initial_state(stage, trained, mesh), place(frozen, mesh), join_rows(batch, mesh)
+    kind, batch = batch_stream(stage, source, encoder.config, tokenizer, seed=0)[0]
+    want = initial_state(stage, trained, mesh), shard_params(frozen, mesh), from_process_local(batch, mesh)
 
-    (abstract,) = abstract_parts(config, source_sizes(config, tmp_path))
+    (abstract,) = abstract_splits(config, source_sizes(config, tmp_path))
     assert replace(abstract.config, prompts=()) == replace(model, prompts=())
     got = step_arguments(stage, kind, abstract, mesh)
     assert shapes(got[:2]) == shapes(want[:2])
@@ -79,14 +81,14 @@ def test_sources_that_are_not_there_have_the_sizes_of_what_makes_them():
     sizes = source_sizes(load_config(CONFIGS / "pairs_long.py"), CONFIGS)
     assert replace(sizes, mlm_head=False) == ModelConfig(rope_theta=10_000.0, matryoshka_dims=sizes.matryoshka_dims)
     assert sizes.matryoshka_dims == (32, 64, 128, 256, 512, 768, 1024)
-    assert source_sizes(load_config(CONFIGS / "add_adapter.py"), CONFIGS) == PUBLISHED["jinaai/jina-embeddings-v3"]
+    assert source_sizes(load_config(CONFIGS / "add_adapter.py"), CONFIGS) == PUBLISHED_SIZES["jinaai/jina-embeddings-v3"]
     with pytest.raises(ValueError, match="runs/other/model is no directory here.*FacebookAI/xlm-roberta-large"):
         source_sizes(load_config(CONFIGS / "pairs_long.py", ["start.source=runs/other/model"]), CONFIGS)
 
 
 def test_every_stage_of_the_adapters_has_a_model():
     config = load_config(CONFIGS / "adapters.py")
-    models = abstract_parts(config, source_sizes(config, CONFIGS))
+    models = abstract_splits(config, source_sizes(config, CONFIGS))
     assert [model.config.tasks for model in models] == [stage.adapters for stage in config.stages]
     for model in models:
         assert sum(x.size for x in model.trained.values()) < 1e7 < 5e8 < sum(x.size for x in model.frozen.values())
@@ -165,11 +167,15 @@ def test_shares_and_rates_are_of_the_whole_step():
 
 @pytest.mark.parametrize(
     ("mesh", "valid"),
-    [(Mesh(fsdp=3), r"\[1, 2, 4, 8, 16\]"), (Mesh(data=2, fsdp=4), "16 devices"), (Mesh(data=32), "16 devices")],
+    [
+        (MeshConfig(fsdp=3), r"\[1, 2, 4, 8, 16\]"),
+        (MeshConfig(data=2, fsdp=4), "16 devices"),
+        (MeshConfig(data=32), "16 devices"),
+    ],
 )
 def test_a_mesh_that_does_not_fit_the_chips(mesh, valid):
     with pytest.raises(ValueError, match=f"does not fit.*{valid}"):
-        over_devices(mesh, a_slice())
+        mesh_for(mesh, a_slice())
 
 
 def test_what_does_not_fit_is_told_with_what_would_help(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("grain")
 from train.aot.hlo_cost import Collective, HloError, array_bytes, cost, parse
-from train.aot.kernel_schedules import bundles, count, cycles_of, kernel_bundles
+from train.aot.kernel_schedules import bundles, count, cycles_of, kernel_cycles
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 PROGRAM = f"""HloModule jit_step, is_scheduled=true
@@ -172,7 +172,7 @@ def test_bundles_of_a_schedule(tmp_path):
     (tmp_path / "1-ours.3-01-final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-ours.3-00-schedule-analysis_final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-fusion.1-01-final_bundles.txt").write_text(SCHEDULE.replace("custom-call", "fusion"))
-    assert kernel_bundles(tmp_path) == {"ours.3": want}
+    assert kernel_cycles(tmp_path) == {"ours.3": want}
 
 
 def test_a_kernel_without_a_schedule_takes_as_long_as_its_like():

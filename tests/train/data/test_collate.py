@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.text.packing import best_fit, max_texts
-from train.config import Dataset, Stage
-from train.data.collate import Batch, Texts, batch_shape, collate, text_encoder
-from train.data.examples import Classes, Example, example_maker, texts_per_example
+from jina_jax.text.packing import best_fit_decreasing, max_texts
+from train.config import DatasetConfig, Stage
+from train.data.collate import TokenizedTexts, TrainBatch, batch_shape, collate, text_encoder
+from train.data.examples import Classes, Example, texts_per_example, to_example
 from train.data.masking import max_masked, word_starts
 from train.data.records import LabelledText, Pair, PlainText, ScoredPair, Triplet
 
@@ -23,7 +23,7 @@ def stage(objective: str = "pairs", **fields) -> Stage:
     adapters = {"retrieval": ("retrieval.query", "retrieval.passage"), "text_matching": ("text-matching",)}
     defaults = {
         "adapters": adapters.get(objective, () if objective in ("mlm", "pairs") else (objective,)),
-        "datasets": (Dataset("d", KINDS.get(objective, "pair")),),
+        "datasets": (DatasetConfig("d", KINDS.get(objective, "pair")),),
         "negatives": 2 if objective in ("classification", "retrieval") else 0,
         "length": 24,
         "row_length": 64,
@@ -32,18 +32,18 @@ def stage(objective: str = "pairs", **fields) -> Stage:
     return Stage(**(defaults | fields))
 
 
-def tokens_at(batch: Batch, place: int, device: int = 0, devices: int = 1) -> np.ndarray:
+def tokens_at(batch: TrainBatch, place: int, device: int = 0, devices: int = 1) -> np.ndarray:
     """The tokens of a text by its place among those of its device."""
     rows, most = len(batch.tokens) // devices, batch.tasks.shape[1]
     row, slot = device * rows + place // most, place % most
     return batch.tokens[row][batch.segments[row] == slot + 1]
 
 
-def fake_encode(examples) -> Texts:
+def fake_encode(examples) -> TokenizedTexts:
     """Token ids told by the text itself: "5,8" is a text of 8 tokens, all of them 5."""
     parts = [text.split(",") for example in examples for text in example.texts]
     ids = [np.full(int(length), int(token), np.int32) for token, length in parts]
-    return Texts(ids, [ids + 1 for ids in ids], [int(token) % 3 - 1 for token, _ in parts])
+    return TokenizedTexts(ids, [ids + 1 for ids in ids], [int(token) % 3 - 1 for token, _ in parts])
 
 
 sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 5))
@@ -100,7 +100,7 @@ def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, ro
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     least = data.draw(st.integers(1, length))
     for lengths in ([length] * texts, rng.integers(least, length + 1, size=texts), rng.choice([1, length], size=texts)):
-        assert len(best_fit(list(map(int, lengths)), row_length, max_texts(row_length))) <= counts[-1]
+        assert len(best_fit_decreasing(list(map(int, lengths)), row_length, max_texts(row_length))) <= counts[-1]
     assert list(counts) == sorted(set(counts)) and 1 <= len(counts) <= row_shapes
     assert chunk is None or all(count <= chunk or count % chunk == 0 for count in counts)
 
@@ -202,7 +202,7 @@ LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) fo
 
 @given(st.integers(0, 99), st.sampled_from(LABELLED), st.integers(1, 7))
 def test_class_tuples(seed, record, negatives):
-    make = example_maker(stage("classification", negatives=negatives), "labelled_text", LABELLED)
+    make = to_example(stage("classification", negatives=negatives), "labelled_text", LABELLED)
     example = make(record, np.random.default_rng(seed))
     anchor, positive, *others = example.texts
     labels = {each.text: each.label for each in LABELLED}
@@ -216,7 +216,7 @@ def test_class_tuples(seed, record, negatives):
 
 def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
     plan = stage("classification", same_class="masked")
-    make = example_maker(plan, "labelled_text", LABELLED)
+    make = to_example(plan, "labelled_text", LABELLED)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
     assert not any(example.suffix for example in examples)
     batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 1, PAD)
@@ -227,7 +227,7 @@ def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
 
 def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
     plan = stage("classification", length=24)
-    make = example_maker(plan, "labelled_text", LABELLED)
+    make = to_example(plan, "labelled_text", LABELLED)
     long = [record.model_copy(update={"text": record.text + " word" * 50}) for record in LABELLED]
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(long[:16])]
     batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 2, PAD)
@@ -241,7 +241,7 @@ def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
 
 @given(st.integers(0, 99), st.sampled_from(LABELLED))
 def test_separation_has_one_of_the_class_and_one_of_another(seed, record):
-    example = example_maker(stage("separation"), "labelled_text", LABELLED)(record, np.random.default_rng(seed))
+    example = to_example(stage("separation"), "labelled_text", LABELLED)(record, np.random.default_rng(seed))
     labels = {each.text: each.label for each in LABELLED}
     assert [labels[text] == record.label for text in example.texts] == [True, True, False] and example.suffix == ""
     assert texts_per_example(stage("separation"), "labelled_text") == 3
@@ -259,7 +259,7 @@ def test_classes_are_drawn_evenly_over_their_records():
 def test_triplets_draw_their_negatives(seed, held, wanted):
     record = Triplet(anchor="a", positive="p", negatives=tuple(f"n{i}" for i in range(held)), group="g")
     plan = stage("retrieval", negatives=wanted)
-    example = example_maker(plan, "triplet", [record])(record, np.random.default_rng(seed))
+    example = to_example(plan, "triplet", [record])(record, np.random.default_rng(seed))
     negatives = Counter(example.texts[2:])
     assert example.texts[:2] == ("a", "p") and example.group == "g" and negatives.total() == wanted
     assert set(negatives) <= set(record.negatives) and (wanted > held or max(negatives.values(), default=1) == 1)
@@ -268,7 +268,7 @@ def test_triplets_draw_their_negatives(seed, held, wanted):
 
 def test_all_negatives_of_a_triplet_have_their_turn():
     record = Triplet(anchor="a", positive="p", negatives=tuple("uvwxyz"))
-    make, rng = example_maker(stage("retrieval", negatives=2), "triplet", [record]), np.random.default_rng(0)
+    make, rng = to_example(stage("retrieval", negatives=2), "triplet", [record]), np.random.default_rng(0)
     counts = Counter(text for _ in range(600) for text in make(record, rng).texts[2:])
     assert set(counts) == set("uvwxyz") and min(counts.values()) > 150
 
@@ -276,12 +276,12 @@ def test_all_negatives_of_a_triplet_have_their_turn():
 def test_pairs_scores_and_texts_pass_through():
     rng = np.random.default_rng(0)
     scored = ScoredPair(sentence1="a", sentence2="b", score=-2.5)
-    assert example_maker(stage("text_matching"), "scored_pair", [scored])(scored, rng) == Example(("a", "b"), score=-2.5)
+    assert to_example(stage("text_matching"), "scored_pair", [scored])(scored, rng) == Example(("a", "b"), score=-2.5)
     pair = Pair(anchor="a", positive="b", group="g")
-    assert example_maker(stage(), "pair", [pair])(pair, rng) == Example(("a", "b"), group="g")
-    example = example_maker(stage("mlm"), "text", [])(PlainText(text="a"), rng)
+    assert to_example(stage(), "pair", [pair])(pair, rng) == Example(("a", "b"), group="g")
+    example = to_example(stage("mlm"), "text", [])(PlainText(text="a"), rng)
     assert example.texts == ("a",) and example.seed != 0
     for kind, count in (("text", 1), ("pair", 2), ("scored_pair", 2)):
         assert texts_per_example(stage(), kind) == count
     with pytest.raises(ValueError, match="no examples are made of song records"):
-        example_maker(stage(), "song", [])
+        to_example(stage(), "song", [])

@@ -18,7 +18,7 @@ from sentence_transformers.util import hard_negatives
 
 from train.data import hard_negatives as negatives
 from train.data.corpus import BUNDLED, read_corpus
-from train.data.hard_negatives import Selection, bm25_scores, embedding_scores, mine, select, terms, top
+from train.data.hard_negatives import MiningConfig, bm25_scores, bm25_terms, embedding_scores, mine, select, top
 from train.data.records import Pair, Triplet, read_records, write_records
 from train.mine import main
 
@@ -119,7 +119,7 @@ def test_the_negatives_are_those_of_sentence_transformers(
     pairs = pairs_of(links)
     model = GivenEmbeddings(sorted({text for pair in pairs for text in (pair.anchor, pair.positive)}), seed)
     expected = mined_by_sentence_transformers(pairs, model, sampling_strategy="top", **options)
-    assert as_tuples(mine(pairs, embedding_scores(model), Selection(**options))) == expected
+    assert as_tuples(mine(pairs, embedding_scores(model), MiningConfig(**options))) == expected
 
 
 @given(links, st.integers(0, 99), st.integers(1, 3), st.integers(0, 2))
@@ -137,7 +137,7 @@ def test_negatives_are_never_the_anchors_own(links, seed, num_negatives, groups)
         ranked = sorted(others, key=lambda text: -(model.vectors[text] @ model.vectors[pair.anchor]))  # noqa: B023
         if len(ranked) >= num_negatives:
             expected.add((pair.anchor, pair.positive, *ranked[:num_negatives]))
-    selection = Selection(num_negatives, range_min=0, range_max=50)
+    selection = MiningConfig(num_negatives, range_min=0, range_max=50)
     assert as_tuples(mine(pairs, embedding_scores(model), selection)) == expected
 
 
@@ -150,14 +150,14 @@ def test_a_text_is_barred_from_all_groups_of_its_anchor():
         Pair(anchor="d", positive="p5"),
     ]
     model = GivenEmbeddings([*"abcd", "p1", "p2", "p3", "p4", "p5"], 0)
-    mined = mine(pairs, embedding_scores(model), Selection(1, 0, 5))
+    mined = mine(pairs, embedding_scores(model), MiningConfig(1, 0, 5))
     assert {triplet.negatives for triplet in mined if triplet.anchor == "a"} == {("p5",)}
 
 
 def test_triplets_keep_language_group_and_order_and_repeated_pairs_count_once():
     pairs = [Pair(anchor=f"a{i % 6}", positive=f"p{i % 6}", language="da", group=f"g{i % 6}") for i in range(9)]
     model = GivenEmbeddings([text for i in range(6) for text in (f"a{i}", f"p{i}")], 0)
-    mined = mine(pairs, embedding_scores(model), Selection(2, 0, 5))
+    mined = mine(pairs, embedding_scores(model), MiningConfig(2, 0, 5))
     assert [triplet.anchor for triplet in mined] == [f"a{i}" for i in range(6)]
     assert all(isinstance(triplet, Triplet) and len(triplet.negatives) == 2 for triplet in mined)
     assert all((triplet.language, triplet.group) == ("da", f"g{triplet.anchor[1:]}") for triplet in mined)
@@ -166,8 +166,8 @@ def test_triplets_keep_language_group_and_order_and_repeated_pairs_count_once():
 def test_same_language():
     pairs = [Pair(anchor=f"a{i}", positive=f"p{i}", language=("da", "en")[i % 2]) for i in range(12)]
     model = GivenEmbeddings([text for i in range(12) for text in (f"a{i}", f"p{i}")], 0)
-    anywhere = mine(pairs, embedding_scores(model), Selection(5, 0, 20))
-    at_home = mine(pairs, embedding_scores(model), Selection(5, 0, 20), same_language=True)
+    anywhere = mine(pairs, embedding_scores(model), MiningConfig(5, 0, 20))
+    at_home = mine(pairs, embedding_scores(model), MiningConfig(5, 0, 20), same_language=True)
     own = [all(int(text[1:]) % 2 == int(t.anchor[1:]) % 2 for text in t.negatives) for t in anywhere]
     assert len(anywhere) == 12 and not all(own)
     assert len(at_home) == 12
@@ -178,10 +178,10 @@ def test_blocks_do_not_change_the_negatives(monkeypatch):
     pairs = pairs_of((i % 23, i) for i in range(40))
     model = GivenEmbeddings(sorted({text for pair in pairs for text in (pair.anchor, pair.positive)}), 0)
     for scorer in (embedding_scores(model), bm25_scores):
-        expected = mine(pairs, scorer, Selection(3, 2, 20, sampling="random"), seed=1)
+        expected = mine(pairs, scorer, MiningConfig(3, 2, 20, sampling="random"), seed=1)
         with monkeypatch.context() as patch:
             patch.setattr(negatives, "SCORES_AT_ONCE", 100)
-            assert mine(pairs, scorer, Selection(3, 2, 20, sampling="random"), seed=1) == expected
+            assert mine(pairs, scorer, MiningConfig(3, 2, 20, sampling="random"), seed=1) == expected
 
 
 @given(st.integers(1, 8), st.integers(1, 60), st.integers(1, 70), st.integers(0, 9))
@@ -200,17 +200,17 @@ SECOND = np.array([[False, True, False, False, False, False]])
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
-        (Selection(2, 0, 6), [7, 5]),
-        (Selection(2, 1, 6), [5, 1]),
-        (Selection(4, 0, 6), [7, 5, 1, 9]),
-        (Selection(5, 0, 6), [7, 5, 1, 9, -1]),
-        (Selection(2, 3, 6), [9, -1]),
-        (Selection(1, 0, 6, max_score=0.7), [5]),
-        (Selection(3, 0, 6, min_score=0.65), [7, 5, -1]),
-        (Selection(2, 0, 6, absolute_margin=0), [5, 1]),
-        (Selection(2, 0, 6, absolute_margin=0.15), [1, 9]),
-        (Selection(2, 0, 6, relative_margin=0.2), [1, 9]),
-        (Selection(1, 1, 2, absolute_margin=0), [1]),  # ranks are of what is left
+        (MiningConfig(2, 0, 6), [7, 5]),
+        (MiningConfig(2, 1, 6), [5, 1]),
+        (MiningConfig(4, 0, 6), [7, 5, 1, 9]),
+        (MiningConfig(5, 0, 6), [7, 5, 1, 9, -1]),
+        (MiningConfig(2, 3, 6), [9, -1]),
+        (MiningConfig(1, 0, 6, max_score=0.7), [5]),
+        (MiningConfig(3, 0, 6, min_score=0.65), [7, 5, -1]),
+        (MiningConfig(2, 0, 6, absolute_margin=0), [5, 1]),
+        (MiningConfig(2, 0, 6, absolute_margin=0.15), [1, 9]),
+        (MiningConfig(2, 0, 6, relative_margin=0.2), [1, 9]),
+        (MiningConfig(1, 1, 2, absolute_margin=0), [1]),  # ranks are of what is left
     ],
 )
 def test_select_by_hand(selection, expected):
@@ -223,20 +223,22 @@ def test_select_by_hand(selection, expected):
 )
 def test_scores_on_the_limit_are_kept(limit):
     scores, positive = np.array([[0.5, 0.25]], np.float32), np.array([0.75], np.float32)
-    found = select(scores, IDS[:, :2], np.zeros((1, 2), bool), positive, Selection(2, 0, 2, **limit), np.random.default_rng(0))
+    found = select(
+        scores, IDS[:, :2], np.zeros((1, 2), bool), positive, MiningConfig(2, 0, 2, **limit), np.random.default_rng(0)
+    )
     assert found.tolist() == [[7, 3]]
 
 
 def test_a_relative_margin_below_zero_goes_down():
     scores, positive = np.array([[-0.48, -0.6]], np.float32), np.array([-0.5], np.float32)
-    selection = Selection(1, 0, 2, relative_margin=0.1)
+    selection = MiningConfig(1, 0, 2, relative_margin=0.1)
     assert select(scores, IDS[:, :2], np.zeros((1, 2), bool), positive, selection, np.random.default_rng(0)).tolist() == [[3]]
 
 
 @pytest.mark.parametrize("margin", [{"absolute_margin": 0.0}, {"relative_margin": 0.0}, {"relative_margin": 0.1}])
 def test_nothing_lies_below_a_positive_that_the_search_does_not_find(margin):
     positive = np.array([-np.inf], np.float32)
-    found = select(SCORES, IDS, SECOND, positive, Selection(1, 0, 6, **margin), np.random.default_rng(0))
+    found = select(SCORES, IDS, SECOND, positive, MiningConfig(1, 0, 6, **margin), np.random.default_rng(0))
     assert found.tolist() == [[-1]]
 
 
@@ -245,23 +247,23 @@ def test_random_sampling_is_even_in_the_window_and_best_first():
     scores = np.tile(np.linspace(1, 0, 12, dtype=np.float32), (6000, 1))
     indices = np.tile(np.arange(12), (6000, 1))
     nobody = np.zeros(scores.shape, bool)
-    found = select(scores, indices, nobody, np.ones(6000, np.float32), Selection(3, 2, 8, sampling="random"), rng)
+    found = select(scores, indices, nobody, np.ones(6000, np.float32), MiningConfig(3, 2, 8, sampling="random"), rng)
     assert (np.diff(found, axis=1) > 0).all()
     np.testing.assert_allclose(np.bincount(found.ravel(), minlength=12)[2:8] / 6000, 0.5, atol=0.03)
     assert set(found.ravel().tolist()) == set(range(2, 8))
 
 
 def test_random_sampling_takes_what_is_there_and_no_less():
-    found = select(SCORES, IDS, SECOND, SCORES[:, 1], Selection(4, 0, 6, sampling="random"), np.random.default_rng(0))
+    found = select(SCORES, IDS, SECOND, SCORES[:, 1], MiningConfig(4, 0, 6, sampling="random"), np.random.default_rng(0))
     assert found.tolist() == [[7, 5, 1, 9]]
-    found = select(SCORES, IDS, SECOND, SCORES[:, 1], Selection(5, 0, 6, sampling="random"), np.random.default_rng(0))
+    found = select(SCORES, IDS, SECOND, SCORES[:, 1], MiningConfig(5, 0, 6, sampling="random"), np.random.default_rng(0))
     assert found.tolist() == [[7, 5, 1, 9, -1]]
 
 
 def test_the_seed_decides_the_sample():
     pairs = pairs_of((i, i) for i in range(30))
     scorer = embedding_scores(GivenEmbeddings([text for i in range(30) for text in (f"a{i}", f"p{i}")], 0))
-    one, same, other = (mine(pairs, scorer, Selection(3, 0, 20, sampling="random"), seed=seed) for seed in (0, 0, 1))
+    one, same, other = (mine(pairs, scorer, MiningConfig(3, 0, 20, sampling="random"), seed=seed) for seed in (0, 0, 1))
     assert one == same != other
 
 
@@ -277,7 +279,7 @@ def test_the_seed_decides_the_sample():
     ],
 )
 def test_terms(text, expected):
-    assert terms(text) == expected
+    assert bm25_terms(text) == expected
 
 
 def test_bm25_ranks_by_shared_terms_and_finds_nothing_else(caplog):
@@ -293,7 +295,7 @@ def test_bm25_ranks_by_shared_terms_and_finds_nothing_else(caplog):
 def test_bm25_ranks_the_corpus_own_bodies_first():
     packages = read_corpus(BUNDLED, "validation")[:200]
     pairs = [Pair(anchor=p.text["en"].title, positive=p.text["en"].body, group=p.source) for p in packages]
-    mined = mine(pairs, bm25_scores, Selection(3, 0, 30, relative_margin=0.1))
+    mined = mine(pairs, bm25_scores, MiningConfig(3, 0, 30, relative_margin=0.1))
     assert len(mined) > 50
     sources = {pair.positive: pair.group for pair in pairs}
     assert all(sources[text] != triplet.group for triplet in mined for text in triplet.negatives)
@@ -312,7 +314,7 @@ def test_tasks_of_the_model(embedder):
 
 def test_no_pairs():
     with pytest.raises(ValueError, match="no pairs"):
-        mine([], bm25_scores, Selection())
+        mine([], bm25_scores, MiningConfig())
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_no_pairs():
 )
 def test_selections_that_nothing_meets(fields, message):
     with pytest.raises(ValueError, match=message):
-        Selection(**fields)
+        MiningConfig(**fields)
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +357,7 @@ def test_program_with_bm25(file, tmp_path):
     result = run(file, "--out", out, "--bm25", "--num-negatives", 2, "--range-min", 0, "--same-language")
     assert result.exit_code == 0, result.output
     pairs = list(read_records(file, "pair"))
-    expected = mine(pairs, bm25_scores, Selection(2, 0), same_language=True)
+    expected = mine(pairs, bm25_scores, MiningConfig(2, 0), same_language=True)
     assert list(read_records(out, "triplet")) == expected and len(expected) < len(pairs)
     assert f"{len(expected)} of {len(pairs)} pairs" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["triplets.jsonl"]
@@ -369,7 +371,7 @@ def test_program_with_a_model(file, embedder, tmp_path):
     assert result.exit_code == 0, result.output
     scorer = embedding_scores(embedder, query_task="classification")
     pairs = list(read_records(file, "pair"))
-    assert list(read_records(out, "triplet")) == mine(pairs, scorer, Selection(3, 1, 20, sampling="random"), seed=5)
+    assert list(read_records(out, "triplet")) == mine(pairs, scorer, MiningConfig(3, 1, 20, sampling="random"), seed=5)
 
 
 @pytest.mark.parametrize(

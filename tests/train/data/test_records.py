@@ -13,18 +13,9 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 from click.testing import CliRunner
 
+from jina_jax.errors import DataError
 from train.data.corpus import BUNDLED, read_corpus
-from train.data.records import (
-    KINDS,
-    LabelledText,
-    Pair,
-    PlainText,
-    RecordError,
-    ScoredPair,
-    Triplet,
-    read_records,
-    write_records,
-)
+from train.data.records import KINDS, LabelledText, Pair, PlainText, ScoredPair, Triplet, read_records, write_records
 from train.data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
 from train.prepare import main
 
@@ -154,7 +145,7 @@ def test_labelled_texts_are_texts_and_triplets_are_pairs(tmp_path):
 def test_a_malformed_line_is_named_and_nothing_is_prepared(kind, line, message, tmp_path):
     good = json.dumps(RECORDS[kind][0].model_dump())
     file = written(tmp_path / "r.jsonl", good, line, good)
-    with pytest.raises(RecordError) as error:
+    with pytest.raises(DataError) as error:
         list(read_records(file, kind))
     assert f"{tmp_path}/{message}" in str(error.value)
     result = prepare("records", file, "--kind", kind, "--out", tmp_path / "out")
@@ -169,10 +160,10 @@ def test_a_malformed_line_is_named_and_nothing_is_prepared(kind, line, message, 
     [
         ("r.csv", b"a,b\n", ValueError, r"r\.csv is of no known type; valid are \.jsonl, \.jsonl\.xz and \.parquet"),
         ("r.xz", b"", ValueError, "no known type"),
-        ("r.jsonl", b'{"text": "\xff"}\n', RecordError, r"r\.jsonl cannot be read: .*utf-8"),
-        ("r.jsonl.xz", b"not xz", RecordError, r"r\.jsonl\.xz cannot be read"),
-        ("r.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 10**4)[:-9], RecordError, r"r\.jsonl\.xz cannot be read"),
-        ("r.parquet", b"PAR1 not parquet", RecordError, r"r\.parquet cannot be read"),
+        ("r.jsonl", b'{"text": "\xff"}\n', DataError, r"r\.jsonl cannot be read: .*utf-8"),
+        ("r.jsonl.xz", b"not xz", DataError, r"r\.jsonl\.xz cannot be read"),
+        ("r.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 10**4)[:-9], DataError, r"r\.jsonl\.xz cannot be read"),
+        ("r.parquet", b"PAR1 not parquet", DataError, r"r\.parquet cannot be read"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(name, data, error, message, tmp_path):
@@ -184,7 +175,7 @@ def test_files_that_cannot_be_read_are_named(name, data, error, message, tmp_pat
 def test_a_row_of_parquet_is_named(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "r.parquet")
-    with pytest.raises(RecordError, match=r"r\.parquet: row 2: not a text record \(text: Field required\)"):
+    with pytest.raises(DataError, match=r"r\.parquet: row 2: not a text record \(text: Field required\)"):
         list(read_records(tmp_path / "r.parquet", "text"))
 
 
@@ -254,7 +245,7 @@ def test_the_corpus_as_records(small_corpus, tmp_path):
 def test_a_malformed_package_is_named(change, message, small_corpus, tmp_path):
     package = json.loads(small_corpus.read_text("utf-8").splitlines()[0])
     file = written(tmp_path / "c.jsonl", json.dumps(package), json.dumps(package | change))
-    with pytest.raises(RecordError, match=rf"c\.jsonl:2: not a package: {message}.*; see data/README\.md"):
+    with pytest.raises(DataError, match=rf"c\.jsonl:2: not a package: {message}.*; see data/README\.md"):
         read_corpus(file, "train")
     result = prepare("corpus", "texts", "--file", file, "--out", tmp_path / "out")
     assert result.exit_code == 1 and "c.jsonl:2: not a package" in result.output and not (tmp_path / "out").exists()

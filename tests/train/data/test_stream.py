@@ -12,9 +12,9 @@ pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 
 from jina_jax import ModelConfig
-from train.config import Dataset, Stage
+from train.config import DatasetConfig, Stage
 from train.data.records import LabelledText, Pair, PlainText, write_records
-from train.data.stream import batches, open_datasets, reader
+from train.data.stream import batch_stream, open_datasets, prefetch
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ModelConfig(vocab_size=16_000)
@@ -28,15 +28,15 @@ def pair(number: int, language: str = "en", mark: str = "q") -> Pair:
 PAIRS = [pair(number) for number in range(50)]
 
 
-def stage(*datasets: Dataset, **fields) -> Stage:
+def stage(*datasets: DatasetConfig, **fields) -> Stage:
     defaults = {"name": "s", "objective": "pairs", "steps": 10, "batch_size": 8, "length": 32, "learning_rate": 1e-3}
-    return Stage(datasets=datasets or (Dataset("d", "pair"),), **(defaults | {"row_length": 64} | fields))
+    return Stage(datasets=datasets or (DatasetConfig("d", "pair"),), **(defaults | {"row_length": 64} | fields))
 
 
 @pytest.fixture
 def stream(tokenizer):
     def make(stage: Stage, *sources, seed: int = 0, **share):
-        return batches(stage, sources or (PAIRS,), CONFIG, tokenizer, seed=seed, **share)
+        return batch_stream(stage, sources or (PAIRS,), CONFIG, tokenizer, seed=seed, **share)
 
     return make
 
@@ -71,8 +71,8 @@ LABELLED = [LabelledText(text=f"text {i}", label="abc"[i % 3], language=LANGUAGE
 LONG = [PlainText(text=" ".join(f"word{i} {j}" for j in range(30))) for i in range(20)]
 KINDS = {
     "pair": (stage(), PAIRS),
-    "text": (stage(Dataset("d", "text"), **MLM), LONG),
-    "labelled_text": (stage(Dataset("d", "labelled_text"), **CLASSES), LABELLED),
+    "text": (stage(DatasetConfig("d", "text"), **MLM), LONG),
+    "labelled_text": (stage(DatasetConfig("d", "labelled_text"), **CLASSES), LABELLED),
 }
 
 
@@ -89,14 +89,14 @@ def test_a_batch_is_a_function_of_seed_and_number(kind, stream):
 def test_reading_goes_on_from_any_number(kind, threads, stream):
     plan = stream(*KINDS[kind])
     expected = [plan[i] for i in range(8)]
-    reading = reader(plan, threads)
+    reading = prefetch(plan, threads)
     read, states = [], [reading.get_state()]
     for _ in range(8):
         read.append(next(reading))
         states.append(reading.get_state())
     assert all(map(same, read, expected))
     for start in (5, 0, 2):
-        again = reader(stream(*KINDS[kind]), 4 - threads)
+        again = prefetch(stream(*KINDS[kind]), 4 - threads)
         again.set_state(dict(states[start]))
         assert all(same(next(again), expected[number]) for number in range(start, 8))
 
@@ -161,7 +161,7 @@ def test_an_epoch_holds_every_record_once_and_the_next_has_another_order(stream,
 
 
 def test_a_record_is_drawn_for_anew_in_each_epoch(stream):
-    plan = stream(stage(Dataset("d", "text"), **(MLM | {"batch_size": 1})), LONG[:1])
+    plan = stream(stage(DatasetConfig("d", "text"), **(MLM | {"batch_size": 1})), LONG[:1])
     tokens = {plan[number][1].tokens.tobytes() for number in range(10)}
     assert len(tokens) == 10  # another window and other masks
 
@@ -175,7 +175,7 @@ def test_fewer_records_than_a_batch_are_repeated(stream, texts_of):
 
 def test_datasets_are_mixed_by_weight(stream, texts_of):
     weights = {"a": 1.0, "b": 2.5, "c": 0.5}
-    plan = stage(*(Dataset(mark, "pair", weight=weight) for mark, weight in weights.items()), batch_size=2)
+    plan = stage(*(DatasetConfig(mark, "pair", weight=weight) for mark, weight in weights.items()), batch_size=2)
     mixed = stream(plan, *([pair(i, mark=mark) for i in range(10 * n)] for n, mark in enumerate(weights, 1)))
     marks = [{anchor[0] for anchor, _ in texts_of(mixed[number][1])} for number in range(200)]
     assert all(len(mark) == 1 for mark in marks)
@@ -187,7 +187,9 @@ def test_datasets_are_mixed_by_weight(stream, texts_of):
 
 
 def test_kinds_are_told_with_the_batch(stream):
-    plan = stage(Dataset("a", "labelled_text"), Dataset("b", "pair"), objective="separation", adapters=("separation",))
+    plan = stage(
+        DatasetConfig("a", "labelled_text"), DatasetConfig("b", "pair"), objective="separation", adapters=("separation",)
+    )
     kinds = Counter(stream(plan, LABELLED, PAIRS)[number][0] for number in range(10))
     assert kinds == {"labelled_text": 5, "pair": 5}
 
@@ -196,9 +198,9 @@ def test_kinds_are_told_with_the_batch(stream):
 def test_a_batch_holds_one_language(exponent, expected, stream, texts_of):
     counts = {"de": 80, "en": 40, "ja": 5, "ko": 3}  # the last two have less than a batch
     records = [pair(i, language, mark=language) for language, count in counts.items() for i in range(count)]
-    plan = stage(Dataset("d", "pair", by_language=True, language_exponent=exponent))
-    batches = stream(plan, records)
-    seen = [frozenset(anchor.split()[0] for anchor, _ in texts_of(batches[number][1])) for number in range(100)]
+    plan = stage(DatasetConfig("d", "pair", by_language=True, language_exponent=exponent))
+    batch_stream = stream(plan, records)
+    seen = [frozenset(anchor.split()[0] for anchor, _ in texts_of(batch_stream[number][1])) for number in range(100)]
     found = Counter(seen)
     rare = {languages: found.pop(languages) for languages in list(found) if languages <= {"ja", "ko"}}
     assert set(found) == {frozenset({"de"}), frozenset({"en"})} and rare
@@ -207,7 +209,7 @@ def test_a_batch_holds_one_language(exponent, expected, stream, texts_of):
 
 def test_texts_of_other_classes_are_of_the_batchs_language(stream, texts_of):
     labelled = [LabelledText(text=f"{'de' if i % 2 else 'en'} {i}", label=f"{i % 5}", language=f"{i % 2}") for i in range(60)]
-    plan = stage(Dataset("d", "labelled_text", by_language=True), **CLASSES)
+    plan = stage(DatasetConfig("d", "labelled_text", by_language=True), **CLASSES)
     drawn = stream(plan, labelled)
     for number in range(10):
         texts = texts_of(drawn[number][1])
@@ -215,7 +217,7 @@ def test_texts_of_other_classes_are_of_the_batchs_language(stream, texts_of):
 
 
 def test_stages_and_datasets_have_seeds_of_their_own(stream, texts_of):
-    plan = stage(Dataset("a", "pair"), Dataset("b", "pair"), batch_size=10)
+    plan = stage(DatasetConfig("a", "pair"), DatasetConfig("b", "pair"), batch_size=10)
     one, other = stream(plan, PAIRS, PAIRS), stream(stage(name="other", batch_size=10))
     orders = [texts_of(one[0][1]), texts_of(one[1][1]), texts_of(other[0][1])]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -236,7 +238,7 @@ def test_labelled_texts_of_one_label_are_refused(stream):
 def test_files_are_prepared_once_for_each_split_and_content(tmp_path):
     file = tmp_path / "r.jsonl"
     write_records(file, iter(PAIRS[:20]))
-    plan = stage(Dataset(str(file), "pair"), Dataset(str(file), "pair", split="more"))
+    plan = stage(DatasetConfig(str(file), "pair"), DatasetConfig(str(file), "pair", split="more"))
     sources = open_datasets(plan, tmp_path / "run")
     assert [sorted(pair.anchor for pair in source) for source in sources] == [sorted(pair.anchor for pair in PAIRS[:20])] * 2
     prepared = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.array_record*")}
@@ -245,22 +247,22 @@ def test_files_are_prepared_once_for_each_split_and_content(tmp_path):
     write_records(file, iter(PAIRS[:21]))
     assert len(open_datasets(plan, tmp_path / "run")[0]) == 21
     with pytest.raises(FileNotFoundError, match="there is no dataset none"):
-        open_datasets(stage(Dataset("none", "pair")), tmp_path)
+        open_datasets(stage(DatasetConfig("none", "pair")), tmp_path)
 
 
 def test_a_datasets_languages_are_those_of_its_records(tmp_path, tokenizer):
     file = tmp_path / "r.jsonl"
     write_records(file, iter(LABELLED))
-    plan = stage(Dataset(str(file), "labelled_text", by_language=True), **CLASSES)
+    plan = stage(DatasetConfig(str(file), "labelled_text", by_language=True), **CLASSES)
     (source,) = open_datasets(plan, tmp_path)
-    stored, listed = (batches(plan, [each], CONFIG, tokenizer, seed=0) for each in (source, list(source)))
+    stored, listed = (batch_stream(plan, [each], CONFIG, tokenizer, seed=0) for each in (source, list(source)))
     assert all(same(stored[number], listed[number]) for number in range(6))
 
 
 def test_what_a_killed_run_left_is_not_taken(tmp_path):
     file = tmp_path / "r.jsonl"
     write_records(file, iter(PAIRS[:20]))
-    plan = stage(Dataset(str(file), "pair"))
+    plan = stage(DatasetConfig(str(file), "pair"))
     open_datasets(plan, tmp_path / "run")
     (done,) = (tmp_path / "run").rglob("1.0.0")
     (done / "features.json").unlink()

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets")
 
+from jina_jax.errors import DataError
 from train.data.records import Pair, write_records
-from train.data.tfds_datasets import DatasetError, open_dataset, prepare_records
+from train.data.tfds_datasets import open_dataset, prepare_records
 
 
 def prepared(file: Path, count: int, directory: Path) -> Path:
@@ -31,11 +32,11 @@ def test_order_is_the_same_wherever_it_is_prepared(tmp_path, pairs):
 def test_datasets_of_another_sort_are_refused(pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no dataset"):
         open_dataset(tmp_path / "none", "pair", "train")
-    with pytest.raises(DatasetError, match="is not a TFDS dataset"):
+    with pytest.raises(DataError, match="is not a TFDS dataset"):
         open_dataset(tmp_path, "pair", "train")
-    with pytest.raises(DatasetError, match=r"holds no text records: they lack \['text'\], and have"):
+    with pytest.raises(DataError, match=r"holds no text records: they lack \['text'\], and have"):
         open_dataset(pairs, "text", "train")
-    with pytest.raises(DatasetError, match=r"has no split 'test'; it has \['train'\]"):
+    with pytest.raises(DataError, match=r"has no split 'test'; it has \['train'\]"):
         open_dataset(pairs, "pair", "test")
 
 
@@ -44,7 +45,7 @@ def test_a_truncated_or_missing_file_is_found(share, pairs, tmp_path):
     copy = shutil.copytree(pairs, tmp_path / "copy")
     (file,) = copy.glob("*.array_record*")
     file.unlink() if share is None else file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(DatasetError, match="copy (cannot be read|holds)"):
+    with pytest.raises(DataError, match="copy (cannot be read|holds)"):
         open_dataset(copy, "pair", "train")
 
 
@@ -52,7 +53,7 @@ def test_a_file_of_fewer_records_is_found(pairs, tmp_path):
     copy = shutil.copytree(pairs, tmp_path / "copy")
     (other,) = prepared(tmp_path / "r.jsonl", 150, tmp_path / "out").glob("*.array_record*")
     shutil.copy(other, copy)
-    with pytest.raises(DatasetError, match="copy (cannot be read: .* 150|holds 150)"):
+    with pytest.raises(DataError, match="copy (cannot be read: .* 150|holds 150)"):
         open_dataset(copy, "pair", "train")
 
 
@@ -61,7 +62,7 @@ def test_a_file_of_fewer_records_is_found(pairs, tmp_path):
 def test_damaged_metadata_is_found(name, text, pairs, tmp_path):
     copy = shutil.copytree(pairs, tmp_path / "copy")
     (copy / name).write_text(text)
-    with pytest.raises(DatasetError, match="copy"):
+    with pytest.raises(DataError, match="copy"):
         open_dataset(copy, "pair", "train")
 
 
@@ -75,6 +76,6 @@ def test_a_flipped_bit_is_found_or_does_no_harm(pairs, tmp_path):
         file.write_bytes(damaged)
         try:
             assert list(open_dataset(copy, "pair", "train")) == expected
-        except DatasetError as error:
+        except DataError as error:
             found += str(copy) in str(error)
     assert found > 5

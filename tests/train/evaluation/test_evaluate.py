@@ -14,12 +14,13 @@ from click.testing import CliRunner
 
 from jina_jax import Embedder
 from train.data.corpus import Description, Package
-from train.evaluate import evaluate, main, untrained
+from train.evaluate import main
 from train.evaluation import report
 from train.evaluation import retrieval as retrieval_module
 from train.evaluation.bm25 import bm25_score
 from train.evaluation.classification import classification_tasks, clustering_tasks
-from train.evaluation.model_scores import BASE, Run, Sides, TextEmbeddings, model_scores, one, planned_runs
+from train.evaluation.evaluate import evaluate, untrained
+from train.evaluation.model_scores import BASE, Run, Sides, TextEmbeddings, both_sides, model_scores, planned_runs
 from train.evaluation.retrieval import ndcg_at_10, retrieval_tasks
 from train.evaluation.scores import Score, write_scores
 from train.evaluation.similarity import similarity_tasks
@@ -278,11 +279,14 @@ def test_a_default_truncation_of_the_model_does_not_hide_dimensions(make_encoder
 def test_adapters_of_a_task():
     task = Clustering([""], [""])
     published = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
-    own = [Run(task, sides, (8, 16)) for sides in (BASE, one("separation"), one("classification"))]
+    own = [Run(task, sides, (8, 16)) for sides in (BASE, both_sides("separation"), both_sides("classification"))]
     assert list(planned_runs(task, published, (8, 16), False)) == own
-    others = [Run(task, one(name), (16,)) for name in ("retrieval.query", "retrieval.passage", "text-matching")]
+    others = [Run(task, both_sides(name), (16,)) for name in ("retrieval.query", "retrieval.passage", "text-matching")]
     assert list(planned_runs(task, published, (8, 16), True)) == own + others
-    assert list(planned_runs(task, ("legal",), (8, 16), False)) == [Run(task, BASE, (8, 16)), Run(task, one("legal"), (16,))]
+    assert list(planned_runs(task, ("legal",), (8, 16), False)) == [
+        Run(task, BASE, (8, 16)),
+        Run(task, both_sides("legal"), (16,)),
+    ]
     assert list(planned_runs(task, (), (8, 16), True)) == [Run(task, BASE, (8, 16))]
 
 

@@ -15,13 +15,15 @@ from jina_jax.checkpoints.native import save_checkpoint
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.model.adapters import base_arrays, extract_adapter, extract_adapters
-from jina_jax.model.encoder import variables
+from jina_jax.model.parameters import variables
 from oracles.checkpoints import write_original, write_xlmr
-from train.config import Dataset, Start
-from train.run.initial_model import fingerprint, parts, starting_model, with_token_frequencies, with_trained
+from train.config import DatasetConfig, InitialModel
+from train.run.identity import fingerprint
+from train.run.initial_model import load_initial_model, with_token_frequencies
 from train.run.loop import train
+from train.step.trainable_split import merge_trained, split_trainable
 
-STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS})
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS})
 TORCH_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 HEAD = {f"mlm_head.{name}" for name in ("dense.kernel", "dense.bias", "norm.scale", "norm.bias", "bias")}
 
@@ -38,8 +40,8 @@ def arrays(encoder) -> dict:
 
 def started(*names: str, **start):
     """The encoder that a run of some stages starts from."""
-    made = START if not start else Start(**start)
-    return starting_model(run_config(*(STAGES[name] for name in names), start=made))[0]
+    made = START if not start else InitialModel(**start)
+    return load_initial_model(run_config(*(STAGES[name] for name in names), start=made))[0]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def published(tmp_path_factory) -> Path:
 
 def test_random_weights_depend_on_the_seed_alone():
     stage = STAGES["pairs"]
-    first, again, other = (starting_model(run_config(stage, seed=seed))[0] for seed in (0, 0, 1))
+    first, again, other = (load_initial_model(run_config(stage, seed=seed))[0] for seed in (0, 0, 1))
     assert_identical(arrays(first), arrays(again))
     assert not jnp.array_equal(first.tokens.table[...], other.tokens.table[...])
     assert first.config == MODEL
@@ -71,7 +73,7 @@ def test_random_weights_depend_on_the_seed_alone():
 def test_texts_longer_than_the_model_can_have_are_refused():
     long = replace(STAGES["pairs"], length=9000, row_length=9000)
     with pytest.raises(ValueError, match="stage pairs: length 9000 is above the model's 8194 tokens"):
-        starting_model(run_config(long))
+        load_initial_model(run_config(long))
 
 
 def test_an_adapter_is_the_same_whichever_others_are_made_beside_it():
@@ -165,7 +167,7 @@ def test_the_published_model_starts_with_all_it_has(published):
 @pytest.mark.parametrize("rank", [None, 6])
 def test_a_new_adapter_on_a_finished_model_leaves_the_rest_as_it_is(published, tmp_path, rank):
     stage = replace(stages(write_datasets(tmp_path), steps=2)["classification"], adapters=("tickets",))
-    start = Start(source=str(published), instructions=(("tickets", "Sort: "),), lora_rank=rank)
+    start = InitialModel(source=str(published), instructions=(("tickets", "Sort: "),), lora_rank=rank)
     train(run_config(stage, start=start), tmp_path / "run", progress=False)
     before, after = Embedder.load(published), Embedder.load(tmp_path / "run" / "model")
     assert after.config.tasks == (*before.config.tasks, "tickets") and after.config.prompt("tickets") == "Sort: "
@@ -187,11 +189,11 @@ def test_a_new_adapter_on_a_finished_model_leaves_the_rest_as_it_is(published, t
 def test_a_model_is_its_parts(published, name):
     encoder = started(name, source=str(published))
     stage = STAGES[name]
-    config, trained, frozen = parts(encoder, stage)
+    config, trained, frozen = split_trainable(encoder, stage)
     assert config.tasks == stage.adapters and not trained.keys() & frozen.keys()
     assert not any(path.startswith("pooler.") for path in trained)
-    assert_identical(arrays(with_trained(encoder, stage, trained)), arrays(encoder))
-    changed = arrays(with_trained(encoder, stage, {path: x + 1 for path, x in trained.items()}))
+    assert_identical(arrays(merge_trained(encoder, stage, trained)), arrays(encoder))
+    changed = arrays(merge_trained(encoder, stage, {path: x + 1 for path, x in trained.items()}))
     moved = {path for path, x in arrays(encoder).items() if not jnp.array_equal(x, changed[path])}
     assert moved == trained.keys()
 

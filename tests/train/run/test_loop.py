@@ -33,13 +33,14 @@ from helpers.training import (
 )
 from jina_jax import Embedder
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
+from jina_jax.errors import RunError
 from jina_jax.model.adapters import base_arrays, extract_adapters
-from jina_jax.model.encoder import abstract_variables
 from jina_jax.model.lora import AdapterParam
+from jina_jax.model.parameters import abstract_variables
 from train.__main__ import main
-from train.config import Dataset, Mesh, Start
+from train.config import DatasetConfig, InitialModel, MeshConfig
 from train.run import loop
-from train.run.loop import ResumeError, next_stage, train
+from train.run.loop import next_stage, train
 from train.run.metrics import TrainingDiverged, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +71,7 @@ def source(make_encoder, tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def together(datasets, source, tmp_path_factory) -> Path:
     made = stages(datasets, steps=4)
-    config = run_config(*(made[name] for name in ADAPTER_STAGES), start=Start(source=str(source)))
+    config = run_config(*(made[name] for name in ADAPTER_STAGES), start=InitialModel(source=str(source)))
     workdir = tmp_path_factory.mktemp("together") / "run"
     assert train(config, workdir, progress=False) == workdir / "model"
     return workdir
@@ -82,7 +83,7 @@ def together(datasets, source, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ADAPTER_STAGES)
 def test_a_stage_beside_others_is_a_stage_by_itself(datasets, source, together, tmp_path, name):
     stage = stages(datasets, steps=4)[name]
-    train(run_config(stage, start=Start(source=str(source))), tmp_path, progress=False)
+    train(run_config(stage, start=InitialModel(source=str(source))), tmp_path, progress=False)
     alone, joint = (load_checkpoint(workdir / "model") for workdir in (tmp_path, together))
     assert_identical(extract_adapters(joint, stage.adapters), extract_adapters(alone, stage.adapters))
 
@@ -95,7 +96,7 @@ def test_stages_come_out_the_same_in_any_order(datasets, source, together, tmp_p
         lambda config, done: rng.choice([i for i, stage in enumerate(config.stages) if done[i] < stage.steps]),
     )
     made = stages(datasets, steps=4)
-    config = run_config(*(made[name] for name in ADAPTER_STAGES), start=Start(source=str(source)))
+    config = run_config(*(made[name] for name in ADAPTER_STAGES), start=InitialModel(source=str(source)))
     train(config, tmp_path, progress=False)
     got, want = (load_checkpoint(workdir / "model") for workdir in (tmp_path, together))
     assert_identical(extract_adapters(got), extract_adapters(want))
@@ -158,11 +159,11 @@ def test_eight_devices_are_one_device(datasets, tmp_path, tmp_path_factory, name
     made = stages(datasets, steps=3, epsilon=1e-2, batch_size=16, chunk_rows=2)
     config = run_config(*(made[name] for name in names), log_every=1)
     runs = Runs(tmp_path_factory.getbasetemp() / "compiled", config, devices=8)
-    assert runs.finish(tmp_path / "one", mesh=Mesh(data=1)) == 0, log_of(tmp_path / "one")
+    assert runs.finish(tmp_path / "one", mesh=MeshConfig(data=1)) == 0, log_of(tmp_path / "one")
     one, want = read_metrics(tmp_path / "one"), saved_arrays(tmp_path / "one")
     for data, fsdp in meshes:
         workdir = tmp_path / f"{data} x {fsdp}"
-        assert runs.finish(workdir, mesh=Mesh(data=data, fsdp=fsdp)) == 0, log_of(workdir)
+        assert runs.finish(workdir, mesh=MeshConfig(data=data, fsdp=fsdp)) == 0, log_of(workdir)
         for key in ("loss", "grad_norm"):
             np.testing.assert_allclose([line[key] for line in read_metrics(workdir)], [line[key] for line in one], rtol=1e-5)
         for name, array in saved_arrays(workdir).items():
@@ -173,17 +174,17 @@ def test_a_directory_takes_one_run_at_a_time(datasets, tmp_path):
     config = run_config(stages(datasets, steps=1)["pairs"])
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ResumeError, match="another process is training in .*; wait for it"):
+        with pytest.raises(RunError, match="another process is training in .*; wait for it"):
             train(config, tmp_path, progress=False)
     assert train(config, tmp_path, progress=False) == tmp_path / "model"
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_an_error(datasets, tmp_path, tmp_path_factory):
-    config = run_config(stages(datasets)["pairs"], mesh=Mesh(data=3))
+    config = run_config(stages(datasets)["pairs"], mesh=MeshConfig(data=3))
     runs = Runs(tmp_path_factory.getbasetemp() / "compiled", config, devices=8)
     assert runs.finish(tmp_path) == 1
     assert "error: stage pairs: batch_size 8 is not divisible by 3 devices" in log_of(tmp_path)
-    assert runs.finish(tmp_path, mesh=Mesh(data=9)) == 1
+    assert runs.finish(tmp_path, mesh=MeshConfig(data=9)) == 1
     assert "mesh 9 x 1 needs 9 devices; there are 8" in log_of(tmp_path)
 
 
@@ -242,13 +243,13 @@ def test_a_rate_far_too_high_is_noticed(datasets, tmp_path):
 def test_a_run_of_another_configuration_is_refused_with_the_differences(datasets, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records("pair")), "utf-8")
-    dataset = Dataset(str(file), "pair")
+    dataset = DatasetConfig(str(file), "pair")
     stage = stages(datasets | {"pair": dataset}, steps=1)["pairs"]
     config = run_config(stage)
     train(config, tmp_path / "run", progress=False)
 
     def refused(**changes) -> str:
-        with pytest.raises(ResumeError, match="another --workdir") as raised:
+        with pytest.raises(RunError, match="another --workdir") as raised:
             train(replace(config, **changes), tmp_path / "run", progress=False)
         return str(raised.value)
 

@@ -11,13 +11,14 @@ from jax.extend.core import jaxprs_in_params
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 from helpers.training import KINDS, WORDS, compiled_once, stages
-from jina_jax.model.encoder import Encoder, from_arrays, variables
-from train.config import Dataset, Stage
-from train.data.collate import Batch, batch_shape, collate, text_encoder
+from jina_jax.model.encoder import Encoder
+from jina_jax.model.parameters import from_arrays, variables
+from train.config import DatasetConfig, Stage
+from train.data.collate import TrainBatch, batch_shape, collate, text_encoder
 from train.data.examples import Example
 from train.step.objectives import objective
 
-STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS}, chunk_rows=None)
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, chunk_rows=None)
 CASES = [
     ("mlm", "text"),
     ("pairs", "pair"),
@@ -71,7 +72,7 @@ class Case:
         self.encode = text_encoder(self.stage, dict(prompts), tokenizer)
         self.texts = self.encode(self.examples)
 
-    def batch(self, stage: Stage) -> Batch:
+    def batch(self, stage: Stage) -> TrainBatch:
         return collate(self.examples, self.encode, batch_shape(len(self.texts.ids), stage), 1, self.config.pad_id)
 
     def value_and_gradients(self, stage: Stage):

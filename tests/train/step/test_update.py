@@ -16,17 +16,17 @@ from transformers import get_linear_schedule_with_warmup
 from helpers.training import KINDS, compiled_once, stages, write_datasets
 from jina_jax import Encoder
 from jina_jax.config import ModelConfig
-from jina_jax.model.encoder import from_parts, variables
-from jina_jax.parallel.mesh import join_rows, make_mesh, place
-from train.config import Dataset, Stage
-from train.data.stream import batches, open_datasets
-from train.run.initial_model import parts
+from jina_jax.model.parameters import from_local_arrays, variables
+from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
+from train.config import DatasetConfig, Stage
+from train.data.stream import batch_stream, open_datasets
 from train.step.flops import peak_flops, training_flops
 from train.step.objectives import objective
 from train.step.optimizer import clipped, learning_rate, optimizer
+from train.step.trainable_split import split_trainable
 from train.step.update import all_finite, initial_state, make_step
 
-STAGES = stages({kind: Dataset("not read", kind) for kind in KINDS}, steps=6, warmup_steps=2, weight_decay=0.3)
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, steps=6, warmup_steps=2, weight_decay=0.3)
 PLAIN = ("bias", "scale")
 
 
@@ -102,7 +102,7 @@ def test_updates_are_those_of_torch():
 def test_decay_shrinks_matrices_and_leaves_biases_and_norms_alone(name, make_encoder):
     stage = STAGES[name]
     tasks = {"tasks": stage.adapters} if stage.adapters else {"mlm_head": True}
-    parameters = parts(make_encoder(**tasks), stage).trained
+    parameters = split_trainable(make_encoder(**tasks), stage).trained
     transform = optimizer(stage)
     still = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = transform.update(still, transform.init(parameters), parameters)
@@ -118,19 +118,19 @@ def test_a_step_is_torchs_update_by_the_gradient_of_the_loss(name, kind, make_en
     # A large epsilon: otherwise a gradient that is nothing but rounding makes a whole step.
     stage = replace(stages(write_datasets(tmp_path), steps=6, warmup_steps=2, weight_decay=0.3)[name], epsilon=1e-3)
     encoder = make_encoder(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, tasks=stage.adapters)
-    config, trained, frozen = parts(encoder, stage)
+    config, trained, frozen = split_trainable(encoder, stage)
     mesh = make_mesh(data=1)
     step = make_step(stage, kind, config, "float32", mesh)
     state, reference = initial_state(stage, trained, mesh), Torch(stage, trained)
-    stream = batches(stage, open_datasets(stage, tmp_path), encoder.config, tokenizer, seed=0)
+    stream = batch_stream(stage, open_datasets(stage, tmp_path), encoder.config, tokenizer, seed=0)
     loss = objective(stage, kind)
     differentiated = jax.jit(
-        jax.value_and_grad(lambda some, batch: loss(from_parts(config, frozen | some, dtype=jnp.float32), batch))
+        jax.value_and_grad(lambda some, batch: loss(from_local_arrays(config, frozen | some, dtype=jnp.float32), batch))
     )
     for number in range(3):
         _, batch = stream[number]
         value, gradients = differentiated({path: jnp.array(x) for path, x in state.parameters.items()}, batch)
-        state, metrics = step(state, place(frozen, mesh), join_rows(batch, mesh))
+        state, metrics = step(state, shard_params(frozen, mesh), from_process_local(batch, mesh))
         norm = reference.step(gradients)
         np.testing.assert_allclose([metrics.loss, metrics.grad_norm], [value, norm], rtol=1e-5)
         reference.assert_has(state.parameters)
@@ -139,7 +139,7 @@ def test_a_step_is_torchs_update_by_the_gradient_of_the_loss(name, kind, make_en
 
 def test_a_pooler_is_not_trained(make_encoder):
     encoder = make_encoder(pooler=True, mlm_head=True)
-    config, trained, frozen = parts(encoder, STAGES["mlm"])
+    config, trained, frozen = split_trainable(encoder, STAGES["mlm"])
     assert config == encoder.config and set(frozen) == {"pooler.kernel", "pooler.bias"}
     assert trained.keys() | frozen.keys() == variables(encoder).keys()
 

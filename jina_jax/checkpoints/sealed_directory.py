@@ -1,0 +1,119 @@
+"""Directories that appear whole or not at all, sealed by a manifest with the SHA-256 of every file."""
+
+import contextlib
+import hashlib
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from ..errors import CheckpointError
+from ..files import dump_json, read_json
+from ..parallel.processes import broadcast_from_main, is_main_process
+from .remote import is_remote, publish
+
+MANIFEST = "manifest.json"
+FORMAT = "jina-jax checkpoint"
+VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_directory(directory: str | Path) -> Iterator[Path]:
+    """A new directory that appears under its name only when everything in it has been written; nothing is left on failure.
+
+    A remote one, which cannot be renamed in one step, is copied with its manifest last. Of several processes the first makes
+    it, and gives it its name when it leaves; they all write into the same one.
+
+    Raises:
+        FileExistsError: `directory` exists and is not empty.
+    """
+    if not is_main_process():
+        yield Path(broadcast_from_main(f"write {directory}", str))
+        return
+    check_free(directory)
+    if is_remote(directory):
+        if jax.process_count() > 1:
+            raise ValueError(f"several processes cannot write {directory} together; give a directory that they share")
+        with tempfile.TemporaryDirectory(prefix="jina-jax-") as scratch:
+            yield Path(scratch)
+            publish(Path(scratch), directory, last=MANIFEST)
+        return
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Random, not the process id: in containers that one repeats, and a killed run leaves its directory behind.
+    partial = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    broadcast_from_main(f"write {directory}", lambda: str(partial.absolute()))
+    try:
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(directory: Path) -> None:
+    """Removes what a failed save has left. Orbax's writers fail one by one, and one of them may make the directory again."""
+    for _ in range(10):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.5)
+        if not directory.exists():
+            return
+
+
+def check_free(directory: str | Path) -> None:
+    """FileExistsError where `directory` exists and is not empty."""
+    place = epath.Path(directory)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; choose another name or remove it")
+
+
+def seal(directory: Path) -> None:
+    """Writes the manifest over the files as they are now: the last step of a save, and the way to accept an edited file."""
+    manifest = {"format": FORMAT, "version": VERSION, "files": _hashes(directory, _files(directory))}
+    partial = directory / f"{MANIFEST}.partial"
+    partial.write_text(dump_json(manifest), "utf-8")
+    partial.replace(directory / MANIFEST)
+
+
+def verify(directory: Path) -> None:
+    """CheckpointError that lists every file which is not as the manifest has it."""
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{directory / MANIFEST} is not a manifest of this library")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{directory} has checkpoint version {manifest.get('version')}; this library reads {VERSION}")
+    files = manifest["files"]
+    missing = sorted(name for name in files if not (directory / name).is_file())
+    hashes = _hashes(directory, sorted(set(files) - set(missing)))
+    changed = sorted(name for name, digest in hashes.items() if digest != files[name])
+    if missing or changed:
+        listed = "; ".join(
+            f"{what}: {names}" for what, names in (("missing", missing), ("damaged or edited", changed)) if names
+        )
+        raise CheckpointError(
+            f"{directory} is not as it was written: {listed}. If you changed it on purpose, accept it with: "
+            f"python -m convert seal {directory}"
+        )
+
+
+def _files(directory: Path) -> list[str]:
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    return sorted(path.relative_to(directory).as_posix() for path in paths)
+
+
+def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,0 +1,42 @@
+"""What all commands of this project share: one-line errors, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+
+MAX_CACHE_BYTES = 10 * 2**30
+
+
+class Command(click.Command):
+    """A command: compiled programs are kept between runs, and an error of the user is one line, without traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        use_compilation_cache()
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+class CommandGroup(Command, click.Group):
+    """Command group with `Command`'s error handling and compilation cache."""
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/jina-jax."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        directory = Path(home).expanduser() / "jina-jax"
+        _remove_half_written(directory)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
+
+
+def _remove_half_written(cache: Path) -> None:
+    """Entries that a killed program left without their time of use: with one of them there, JAX writes no other."""
+    for entry in cache.glob("*-cache"):
+        if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""GELU and LayerNorm."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU in float32. Written with erf: `jax.nn.gelu(approximate=False)` goes through erfc, far slower on TPU."""
+    x = x.astype(jnp.float32)
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
+
+
+class DeferredLayerNorm(NamedTuple):
+    """A LayerNorm that has its statistics and is still to be applied, by whoever reads it.
+
+    Between two layers this saves TPUs a pass over the states: the statistics are sums that the product before accumulates, and
+    the rest is computed as the products behind load their operand. Its reader also has the whole gradient, through the
+    statistics too: so a layer that is computed again for the gradient stops before its last product, of which the reader has
+    the result.
+    """
+
+    x: Float[Array, "*b d"]
+    mean: Float[Array, "*b 1"]
+    factor: Float[Array, "*b 1"]
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"]
+    share: Float[Array, ""]
+    """Of each number in the statistics of its row: 1 / d; 0 where x is taken as it is."""
+
+    @classmethod
+    def of(cls, x: Float[Array, "*b d"]) -> "DeferredLayerNorm":
+        """x as it is."""
+        one, d = jnp.ones((*x.shape[:-1], 1), jnp.float32), x.shape[-1]
+        return cls(x, 0 * one, one, jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32), jnp.zeros((), jnp.float32))
+
+    def value(self) -> Float[Array, "*b d"]:
+        """In float32."""
+        return _normalise(self)
+
+
+@jax.custom_vjp
+def _normalise(normalised: DeferredLayerNorm) -> Array:
+    x, mean, factor, scale, bias, _ = normalised
+    scale, bias = (array.reshape((1,) * (x.ndim - 1) + (-1,)) for array in (scale, bias))
+    return (x.astype(jnp.float32) - mean) * (factor * scale) + bias
+
+
+def _normalise_forward(normalised: DeferredLayerNorm) -> tuple[Array, DeferredLayerNorm]:
+    return _normalise(normalised), normalised
+
+
+def _normalise_backward(normalised: DeferredLayerNorm, d_y: Array) -> tuple[DeferredLayerNorm]:
+    x, mean, factor, scale, bias, share = normalised
+    every_row = tuple(range(x.ndim - 1))
+    unit = (x.astype(jnp.float32) - mean) * factor
+    d_unit = d_y * scale.reshape((1,) * len(every_row) + (-1,))
+    through_statistics = d_unit.sum(-1, keepdims=True) + unit * (d_unit * unit).sum(-1, keepdims=True)
+    d_x = factor * (d_unit - share * through_statistics)
+    nothing = jnp.zeros_like(mean)
+    d_scale, d_bias = (d_y * unit).sum(every_row), d_y.sum(every_row)
+    return (DeferredLayerNorm(d_x.astype(x.dtype), nothing, nothing, d_scale, d_bias, jnp.zeros_like(share)),)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis, with float32 statistics from one pass over x: E[x^2] - E[x]^2, clamped at 0."""
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Result in float32."""
+        return self.deferred(x).value()
+
+    def deferred(self, x: Float[Array, "*b d"]) -> DeferredLayerNorm:
+        y = jax.lax.stop_gradient(x.astype(jnp.float32))  # the statistics' gradient is in that of the value
+        mean = y.mean(-1, keepdims=True)
+        variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return DeferredLayerNorm(x, mean, jax.lax.rsqrt(variance + self.epsilon), scale, bias, jnp.float32(1 / x.shape[-1]))

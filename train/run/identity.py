@@ -1,0 +1,41 @@
+"""What a run is: a checkpoint of another one is refused."""
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from jina_jax.model.encoder import Encoder
+
+from ..config import TrainConfig, to_dict
+from ..data.records import Record
+from ..step.trainable_split import split_trainable
+
+
+def fingerprint(arrays: Mapping[str, Array]) -> str:
+    """SHA-256 over arrays by path."""
+    digest = hashlib.sha256()
+    for path in sorted(arrays):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(arrays[path]).data)
+    return digest.hexdigest()
+
+
+RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
+"""Fields that say how a run is done and not what it is: a resumed run may change them."""
+
+
+def run_identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
+    """What a checkpoint must agree with to be of this run."""
+    fields = {name: value for name, value in to_dict(config).items() if name not in RUNNING}
+    frozen = split_trainable(encoder, config.stages[0]).frozen
+    return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
+
+
+def dataset_fingerprint(source: Sequence[Record]) -> str:
+    """Tells a dataset from another one under the same path: how many records, and a checksum of some of them."""
+    some = [repr(source[i * (len(source) - 1) // 15]) for i in range(16)]
+    return f"{len(source)} records, {zlib.crc32(''.join(some).encode()):08x}"

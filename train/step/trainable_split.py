@@ -1,0 +1,46 @@
+"""Which parameters of a model a stage trains, and which it only uses."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from flax import nnx
+from jax import Array
+
+from jina_jax.config import ModelConfig
+from jina_jax.model.adapters import base_arrays, extract_adapters, replace_adapters
+from jina_jax.model.encoder import Encoder
+from jina_jax.model.lora import AdapterParam
+from jina_jax.model.parameters import Arrays, abstract_variables, from_arrays
+from jina_jax.parallel.fsdp import pad_vocabulary, unpad_vocabulary
+
+from ..config import Stage
+
+
+class TrainableSplit(NamedTuple):
+    """A stage's model, by path: what it trains, and what it only uses."""
+
+    config: ModelConfig
+    trained: Arrays
+    frozen: Arrays
+
+
+def split_trainable(encoder: Encoder, stage: Stage) -> TrainableSplit:
+    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not. The vocabulary is
+    padded, whatever the mesh, so that checkpoints fit every other one."""
+    config = replace(encoder.config, tasks=stage.adapters)
+    arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
+    trained = {}
+    for path, variable in abstract_variables(config).items():
+        unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
+        if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
+            trained[path] = arrays.pop(path)
+    return TrainableSplit(config, pad_vocabulary(trained), pad_vocabulary(arrays))
+
+
+def merge_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
+    """The model after a stage; inverse of `split_trainable`."""
+    if stage.adapters:
+        return replace_adapters(encoder, stage.adapters, trained)
+    arrays = base_arrays(encoder) | unpad_vocabulary(trained, encoder.config)
+    return from_arrays(encoder.config, arrays, dtype=encoder.dtype)
