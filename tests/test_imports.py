@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LIBRARY = (
-    ("errors", "config"),
-    ("files",),
+    ("errors",),
+    ("config", "files"),
     ("model",),
     ("losses", "parallel", "text"),
     ("checkpoints",),
     ("embed",),
     ("bulk",),
-    ("adapters", "__init__", "command"),
+    ("adapters", "command"),
+    ("__init__",),
     ("cli",),
 )
 """The floors of jina_jax, from the ground up: a room imports only from floors below its own, and from itself."""

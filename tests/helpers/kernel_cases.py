@@ -94,7 +94,8 @@ import sys, jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jina_jax.attention import attention, rotary_tables
+from jina_jax.model.attention import attention
+from jina_jax.model.rotary import rotary_tables
 
 mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)[:1], ("data",))
 for dtype, t in (each.split(":") for each in sys.argv[2:]):

@@ -258,14 +258,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jina_jax import Encoder, ModelConfig
 from jina_jax.adapters import fold_adapter, merge_adapter
-from jina_jax.inference import embed_rows
+from jina_jax.embed.forward import text_embeddings
 config = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, tasks=("a", "b"), pooler=True)
 encoder = jax.jit(lambda: Encoder(config, rngs=nnx.Rngs(0)))()
 row = jnp.arange(32, dtype=jnp.int32)[None]
 segments = row // 16 + 1
-print(embed_rows(encoder, row, segments, row % 16, jnp.array([[1, -1]]))[0, :, :4].tolist())
+print(text_embeddings(encoder, row, segments, row % 16, jnp.array([[1, -1]]))[0, :, :4].tolist())
 for model in (fold_adapter(encoder, "a"), merge_adapter(encoder, "a")):
-    print(embed_rows(model, row, segments, row % 16, jnp.int32(0))[0, :, :4].tolist())
+    print(text_embeddings(model, row, segments, row % 16, jnp.int32(0))[0, :, :4].tolist())
 """
 
 

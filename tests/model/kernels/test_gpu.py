@@ -108,7 +108,8 @@ COMPILE = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jina_jax.attention import attention, rotary_tables
+from jina_jax.model.attention import attention
+from jina_jax.model.rotary import rotary_tables
 
 H100 = '''
 gpu_device_info {

@@ -264,7 +264,7 @@ def test_splits_of_the_corpus(small_corpus, tmp_path):
 def test_what_a_killed_run_left_is_prepared_again(tmp_path):
     file = as_file(tmp_path / "r.jsonl", RECORDS["pair"])
     kill = """if True:
-        import os, sys, train.datasets as datasets
+        import os, sys, train.data.tfds_datasets as datasets
         from pathlib import Path
         def killed(*_):
             yield 0, datasets._fields(next(records(sys.argv[1], "pair")))

@@ -275,13 +275,13 @@ def test_tensorflow_and_torch_stay_out(tmp_path):
         import sys
         from pathlib import Path
         from jina_jax import ModelConfig
-        from jina_jax.tokenizer import load_tokenizer
-        from train.config import Dataset, Stage
-        from train.data import batches, open_datasets, reader
-        stage = Stage("s", "pairs", (Dataset("{tmp_path}/r.jsonl", "pair"),), 1, 4, 32, 1e-3)
+        from jina_jax.text.tokenizer import load_tokenizer
+        from train.config import DatasetConfig, Stage
+        from train.data.stream import batch_stream, open_datasets, prefetch
+        stage = Stage("s", "pairs", (DatasetConfig("{tmp_path}/r.jsonl", "pair"),), 1, 4, 32, 1e-3)
         config, sources = ModelConfig(vocab_size=16000), open_datasets(stage, Path("{tmp_path}"))
         tokenizer = load_tokenizer(Path("data/tokenizer"), config)
-        next(reader(batches(stage, sources, config, tokenizer, seed=0), 2))
+        next(prefetch(batch_stream(stage, sources, config, tokenizer, seed=0), 2))
         print(sorted({{"tensorflow", "torch"}} & set(sys.modules)))
     """
     write_records(tmp_path / "r.jsonl", iter(PAIRS))
