@@ -1,5 +1,6 @@
 """Command line: `jina-jax embed`."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -21,6 +22,7 @@ from .command import CommandGroup
 from .embed.embedder import Embedder
 from .embed.quantize import EMBEDDING_PRECISIONS
 from .files import atomic_write
+from .text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
 PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
@@ -50,7 +52,8 @@ def main() -> None:
 def embed(files: Sequence[str], model: str, output: str, num_processes: int, process_id: int | None, **options: Any) -> None:
     """Embed the lines of one file (UTF-8, one text each), or of standard input with -.
 
-    With --output DIR/ embed the rows of many files (.txt, .jsonl, both also as .gz or .xz, and .parquet) as Parquet shards.
+    With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz, and
+    .parquet) as Parquet shards.
     Started again, after whatever end, it goes on. Several processes, each with its own --process-id, share the shards.
     """
     if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
@@ -121,14 +124,8 @@ def _embed_files(
 
 
 def _lines(file: Path) -> list[str]:
-    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason})") from error
-    lines = lines[:-1] if lines[-1] == "" else lines
-    return [line.removesuffix("\r") for line in lines]
+    with contextlib.nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as lines:
+        return [without_line_end(line) for _, line in decoded_lines(lines, file)]
 
 
 def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None:

@@ -147,7 +147,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; a whole number passes for a float, a truth value for no number."""
+    """Whether a value is of a field's type; an integer passes for a float, a truth value for no number."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return value in arguments

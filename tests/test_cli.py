@@ -104,7 +104,7 @@ def test_windows_line_endings_are_not_part_of_the_text(model, tmp_path):
 def test_text_that_is_not_utf8_is_named_by_line(model, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"fine\nfine\n\xe9t\xe9\n")
     result = embed(tmp_path / "latin.txt", "--model", model, "--output", tmp_path / "out.npy")
-    assert result.exit_code == 1 and "latin.txt, line 3: not UTF-8" in result.output
+    assert result.exit_code == 1 and "latin.txt:3: not UTF-8" in result.output
     assert not (tmp_path / "out.npy").exists()
 
 

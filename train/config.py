@@ -42,7 +42,8 @@ class DatasetConfig:
     """Records of one kind. A batch comes from one dataset."""
 
     path: str
-    """A TFDS directory (`python -m train.prepare`), or a .jsonl, .jsonl.xz or .parquet file."""
+    """A TFDS directory (`python -m train.prepare`), or a file of records: .jsonl, .csv, .tsv, .parquet
+    or .txt, also as .gz or .xz."""
     kind: RecordKind
     split: str = "train"
     weight: AboveZero = 1.0
@@ -195,7 +196,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             none is text.
 
     Raises:
-        TrainConfigError: unknown field, wrong type or contradiction; the message names the field.
+        ConfigError: unknown field, wrong type or contradiction; the message names the field.
         FileNotFoundError: no such file.
     """
     name, _, function = str(file).partition(":")
@@ -215,7 +216,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(fields: Any) -> TrainConfig:
-    """Inverse of `to_dict`; TrainConfigError that names every wrong field."""
+    """Inverse of `to_dict`; ConfigError that names every wrong field."""
     try:
         return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))  # strict, and JSON has no tuples
     except ValidationError as error:

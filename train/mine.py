@@ -41,7 +41,7 @@ def main(
     seed: int,
     **numbers: Any,
 ) -> None:
-    """Write the pairs of PAIRS (.jsonl, .jsonl.xz or .parquet) as triplets with hard negatives.
+    """Write the pairs of PAIRS (.jsonl, .csv, .tsv or .parquet; also .gz, .xz) as triplets with hard negatives.
 
     Candidates are the positives of all pairs. Never a negative of an anchor: its own positives, an equal text, and texts of its
     group.

@@ -3,21 +3,19 @@
 Every step leaves its result in the working directory and is skipped where that is there, so an interrupted quickstart goes on.
 """
 
-import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from configs import quickstart as presets
 from jina_jax import Embedder
 from jina_jax.command import Command
 
-from .config import TrainConfig, from_dict, to_dict
+from .config import TrainConfig, load_config
 from .data.corpus import BUNDLED, read_corpus
 from .data.tfds_datasets import CORPUS_RECORDS, prepare_corpus
 from .evaluation.evaluate import evaluate, untrained
@@ -25,6 +23,8 @@ from .evaluation.scores import Score
 from .evaluation.stage_summary import write_summary
 from .run.loop import train
 from .run.metrics import FILE
+
+PRESETS = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 HOME = "runs/quickstart"
 """The working directory that the presets name."""
@@ -46,9 +46,9 @@ def main(workdir: Path, corpus: Path) -> None:
     for name in CORPUS_RECORDS:
         _say(f"Data: the corpus as {name}")
         prepare_corpus(name, workdir / "datasets", corpus)
-    _train("Masked words", presets.mlm, workdir / "mlm", workdir)
-    _train("Pairs", presets.pairs, workdir / "pairs", workdir)
-    _train("Adapters", presets.adapters, workdir / "adapters", workdir)
+    _train("Masked words", "mlm", workdir / "mlm", workdir)
+    _train("Pairs", "pairs", workdir / "pairs", workdir)
+    _train("Adapters", "adapters", workdir / "adapters", workdir)
     if not (workdir / "model").exists():
         shutil.copytree(workdir / "adapters" / "model", workdir / "model.partial", dirs_exist_ok=True)
         (workdir / "model.partial").rename(workdir / "model")
@@ -57,18 +57,25 @@ def main(workdir: Path, corpus: Path) -> None:
     click.echo(f"\nmodel: {workdir / 'model'}\nreport: {workdir / 'report.md'}")
 
 
-def _train(title: str, preset: Callable[[], TrainConfig], directory: Path, workdir: Path) -> None:
+def _train(title: str, preset: str, directory: Path, workdir: Path) -> None:
     if (directory / "model").exists():
         return
     _say(title)
-    model = train(_moved(preset(), workdir), directory, progress=True)
+    config = load_config(f"{PRESETS}:{preset}")
+    config = load_config(f"{PRESETS}:{preset}", list(_moved_paths(config, workdir)))
+    model = train(config, directory, progress=True)
     if model is None:
         sys.exit("stopped; start it again to go on")
 
 
-def _moved(config: TrainConfig, workdir: Path) -> TrainConfig:
-    """The preset for another working directory than the one it names."""
-    return from_dict(json.loads(json.dumps(to_dict(config)).replace(f'"{HOME}/', f'"{workdir}/')))
+def _moved_paths(config: TrainConfig, workdir: Path) -> Iterator[str]:
+    """Yields overrides, as of `--set`, that put `workdir` in the place of the directory that a preset names."""
+    paths = {"start.source": config.start.source}
+    for i, stage in enumerate(config.stages):
+        paths |= {f"stages.{i}.datasets.{j}.path": dataset.path for j, dataset in enumerate(stage.datasets)}
+    for field, path in paths.items():
+        if path and path.startswith(f"{HOME}/"):
+            yield f"{field}={str(workdir / path.removeprefix(f'{HOME}/'))!r}"
 
 
 def _evaluate(workdir: Path, corpus: Path) -> None:

@@ -66,7 +66,7 @@ def write_shard(output: Path, shard: Shard, of: Any, batches: Iterable[tuple[Seq
         batches: ids and embeddings [rows, dim] of its rows.
 
     Raises:
-        RowError: there are fewer rows than the shard has.
+        DataError: there are fewer rows than the shard has.
     """
     import pyarrow as pa
 

@@ -27,7 +27,7 @@ from ..embed.quantize import EmbeddingPrecision
 from ..errors import DataError, RunError
 from ..files import json_diff, read_json, read_json_or_empty, sha256, write_json
 from ..parallel.mesh import make_mesh
-from ..text.readers import TextRecord, check_file, parquet, read_rows
+from ..text.readers import TextRecord, check_file, parquet, read_texts
 from .parquet_shards import (
     RUN,
     Shard,
@@ -55,7 +55,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_mo
 
 @dataclasses.dataclass(frozen=True)
 class BulkOptions:
-    """What the embeddings depend on beside model and input; as in `Embedder.encode` and `text_files.read_rows`."""
+    """What the embeddings depend on beside model and input; as in `Embedder.encode` and `readers.read_texts`."""
 
     task: str | None = None
     dim: int | None = None
@@ -125,7 +125,7 @@ def embed_files(
     Args:
         embedder: on this process's own devices.
         fingerprint: of its model.
-        files: as `text_files.read_rows` takes them.
+        files: as `readers.read_texts` takes them.
         output: a directory that all processes share, new or of this very run.
         options: the same in all processes.
         process: number of this one, from 0.
@@ -133,7 +133,7 @@ def embed_files(
         progress: show a bar.
 
     Raises:
-        OutputError: `output` holds another run.
+        RunError: `output` holds another run.
         ValueError, OSError: an argument, an input or the disk. What is finished stays, and a later call goes on from there.
     """
     check_arguments(files, options, process, processes)
@@ -213,7 +213,7 @@ def _scan_input(file: str, record: Path, options: BulkOptions) -> dict[str, Any]
     if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
         return known
     digest, rows, types = sha256(Path(file)), 0, set()
-    for row in read_rows(file, options.field, options.id_field):
+    for row in read_texts(file, options.field, options.id_field):
         rows += 1
         types.add("string" if isinstance(row.id, str) else "int64")
     known = now | {"rows": rows, "sha256": digest, "id_types": sorted(types)}
@@ -224,7 +224,7 @@ def _scan_input(file: str, record: Path, options: BulkOptions) -> dict[str, Any]
 def _id_type(inputs: list[dict[str, Any]]) -> str:
     first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
     if len(first) > 1:
-        raise DataError(f"ids are strings ({first['string']}) and whole numbers ({first['int64']}); they must be of one type")
+        raise DataError(f"ids are strings ({first['string']}) and integers ({first['int64']}); they must be of one type")
     return next(iter(first), "string")
 
 
@@ -240,7 +240,7 @@ def _identity(embedder: Embedder, fingerprint: str, options: BulkOptions, inputs
 
 
 def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
-    """Marks the output as this run's. OutputError where it is another's."""
+    """Marks the output as this run's. RunError where it is another's."""
     file = output / RUN / "run.json"
     if not file.exists():
         write_json(file, identity)
@@ -258,7 +258,7 @@ def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: BulkOption
         end = base + known["rows"]
         ranges = [(max(s.first, base) - base, min(s.end, end) - base) for s in shards if s.first < end and s.end > base]
         if ranges:
-            yield from read_rows(known["file"], options.field, options.id_field, ranges)
+            yield from read_texts(known["file"], options.field, options.id_field, ranges)
         base = end
 
 

@@ -156,7 +156,7 @@ class Embedder:
         if output_value == "token_embeddings" and precision != "float32":
             raise ValueError("token_embeddings come in float32 only")
         if not is_int(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, and a whole number, not {batch_size!r}")
+            raise ValueError(f"batch_size must be at least 1, and an integer, not {batch_size!r}")
         texts, tasks = with_prompts(texts, task, prompt, prompt_name, self.config)
         limit, cut = resolve_max_length(max_length, self.max_length), []
 

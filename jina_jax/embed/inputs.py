@@ -48,7 +48,7 @@ def resolve_truncate_dim(truncate_dim: int | None, config: ModelConfig) -> int:
     if dims and dim not in dims:
         raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
     if not is_int(dim) or not 1 <= dim <= d:
-        raise ValueError(f"truncate_dim must be a whole number in 1..{d}, not {dim!r}")
+        raise ValueError(f"truncate_dim must be an integer in 1..{d}, not {dim!r}")
     return int(dim)
 
 
@@ -57,7 +57,7 @@ def resolve_max_length(max_length: int | None, most: int) -> int:
     if max_length is None:
         return most
     if not is_int(max_length) or not 2 <= max_length <= most:
-        raise ValueError(f"max_length must be a whole number in 2..{most}, not {max_length!r}")
+        raise ValueError(f"max_length must be an integer in 2..{most}, not {max_length!r}")
     return int(max_length)
 
 

@@ -59,7 +59,7 @@ def _initialize(**arguments: Any) -> None:
 def _int_env(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a whole number, not {text!r}")
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be an integer, not {text!r}")
     return int(text)
 
 

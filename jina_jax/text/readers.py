@@ -1,18 +1,24 @@
-"""Rows of text, JSON-lines and Parquet files, read as a stream: no more than a batch of them is in memory."""
+"""Records of files as a stream: text, JSON lines, CSV, TSV and Parquet. No more than a batch of them is in memory.
 
+A record is named by its place, FILE:NUMBER: the line it begins on, or its row in Parquet, counted from 1.
+"""
+
+import csv
 import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
+from .unicode import lone_surrogate
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
-KINDS = (".txt", ".jsonl", ".parquet")
+FORMATS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+KNOWN = ".txt, .jsonl, .csv and .tsv, also as .gz or .xz, and .parquet"
 
 PARQUET_BATCH = 1024
 """Rows of a Parquet file decoded at once."""
@@ -20,54 +26,103 @@ PARQUET_BATCH = 1024
 PARQUET_BUFFER = 2**20
 """Bytes of a column read ahead. Without it a row group, which may be a whole file, is read at once."""
 
-EVERYTHING = ((0, None),)
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field. Python's own limit, 131,072, is below long texts."""
+
+Ranges = Sequence[tuple[int, int | None]]
+"""Ascending (first, end) of records, counted from 0; an end of None is that of the file."""
+
+EVERYTHING: Ranges = ((0, None),)
+
+
+class Record(NamedTuple):
+    """The fields of one record, and where it is: FILE:NUMBER."""
+
+    place: str
+    fields: dict[str, Any]
 
 
 class TextRecord(NamedTuple):
-    """A text and what it is called: the value of a field, else FILE:NUMBER, counted from 1."""
+    """A text and its id: the value of a field, else FILE:NUMBER."""
 
     id: str | int
     text: str
 
 
 def check_file(file: str, id_field: str | None) -> None:
-    """FileNotFoundError or ValueError where `file` is not one of `read_rows`."""
+    """Raises FileNotFoundError or ValueError where `file` is not one that `read_texts` reads."""
     if "://" in file:
         raise ValueError(f"{file} is remote; mount it or copy it first")
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    if _kind(file) == ".txt" and id_field is not None:
+    if file_format(file) == ".txt" and id_field is not None:
         raise ValueError(f"{file} is plain text, which has no field {id_field!r}")
 
 
-def read_rows(
-    file: str, field: str, id_field: str | None = None, ranges: Sequence[tuple[int, int | None]] = EVERYTHING
+def file_format(file: str | Path) -> str:
+    """One of FORMATS, by the name's end; ValueError for another."""
+    path = Path(file)
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if suffix not in FORMATS or (suffix == ".parquet" and path.suffix in COMPRESSED):
+        raise ValueError(f"{file} is of no known type; valid are {KNOWN}")
+    return suffix
+
+
+def read_texts(
+    file: str | Path, field: str = "text", id_field: str | None = None, ranges: Ranges = EVERYTHING
 ) -> Iterator[TextRecord]:
-    """Rows of a file, in its order.
+    """Yields a text and an id of each record, in the order of the file.
 
     Args:
-        file: .txt, a text a line; .jsonl, an object a line; both also as .gz or .xz; or .parquet.
-        field: of an object, or column, that has the text; one inside another as outer.inner.
-        id_field: the one that has the name, a string or a whole number of 64 bits; None = FILE:NUMBER.
-        ranges: ascending (first, end) of the rows to read, counted from 0; what is between them is passed over quickly.
+        file: of one of FORMATS; a line of a .txt is a text.
+        field: the field or column with the text; one inside another as outer.inner.
+        id_field: the one with the id, a string or an integer of 64 bits; None = FILE:NUMBER.
+        ranges: the records to read; what is between them is skipped quickly.
 
     Raises:
-        RowError: a row is malformed, or the file is damaged.
+        DataError: a record is malformed, or the file is damaged.
     """
-    kind = _kind(file)
-    if kind == ".txt":
-        for number, line in _lines(file, ranges):
-            place = f"{file}:{number}"
-            yield TextRecord(place, _decoded(line, place).removesuffix("\n").removesuffix("\r"))
-        return
-    rows = _parquet_rows(file, field, id_field, ranges) if kind == ".parquet" else _json_rows(file, ranges)
-    for number, fields in rows:
-        place = f"{file}:{number}"
+    if file_format(file) == ".txt":
+        field = "text"
+    columns = list(dict.fromkeys([field] if id_field is None else [field, id_field]))
+    for place, fields in read_records(file, columns=columns, ranges=ranges):
         yield TextRecord(place if id_field is None else _id(fields, id_field, place), _text(fields, field, place))
 
 
+def read_records(file: str | Path, *, columns: Sequence[str] | None = None, ranges: Ranges = EVERYTHING) -> Iterator[Record]:
+    """Yields the records of a file, in its order. A line of a .txt is the field `text`; fields of CSV and TSV are strings.
+
+    Args:
+        file: of one of FORMATS.
+        columns: those of a Parquet file to read, nested ones as outer.inner; None = all. Other formats yield every field.
+        ranges: the records to read.
+
+    Raises:
+        DataError: a record is malformed, or the file is damaged.
+    """
+    match file_format(file):
+        case ".txt":
+            return _text_records(file, ranges)
+        case ".jsonl":
+            return _json_records(file, ranges)
+        case ".parquet":
+            return _parquet_records(file, columns, ranges)
+        case suffix:
+            return _csv_records(file, "\t" if suffix == ".tsv" else ",", ranges)
+
+
+def decoded_lines(lines: Iterable[bytes], file: str | Path, first: int = 1) -> Iterator[tuple[str, str]]:
+    """Yields (FILE:NUMBER, line) of UTF-8 lines, without a byte order mark; `first` is the number of the first one."""
+    for number, line in enumerate(lines, first):
+        place = f"{file}:{number}"
+        try:
+            yield place, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
+
+
 def parquet() -> Any:
-    """pyarrow's module for Parquet, which an extra brings."""
+    """Imports pyarrow's module for Parquet, which an extra brings."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -75,53 +130,62 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
-def _kind(file: str) -> str:
-    path = Path(file)
-    kind = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    if kind not in KINDS or (kind == ".parquet" and path.suffix in COMPRESSED):
-        raise ValueError(f"{file} is of no known type; valid are .txt and .jsonl, also as .gz or .xz, and .parquet")
-    return kind
+# ---- one function for each format
 
 
-def _lines(file: str, ranges: Sequence[tuple[int, int | None]]) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the ranges."""
-    opened = COMPRESSED.get(Path(file).suffix, open)
-    try:
-        with opened(file, "rb") as lines:
-            at = 0
-            for first, end in ranges:
-                for _ in islice(lines, first - at):
-                    pass
-                yield from enumerate(islice(lines, None if end is None else end - first), first + 1)
-                at = end or 0
-    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+def _text_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
+    for place, line in _lines(file, ranges):
+        yield Record(place, {"text": without_line_end(line)})
 
 
-def _json_rows(file: str, ranges: Sequence[tuple[int, int | None]]) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(file, ranges):
-        place = f"{file}:{number}"
-        text = _decoded(line, place)
+def _json_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
+    for place, line in _lines(file, ranges):
         try:
-            fields = json.loads(text)
+            fields = json.loads(line)
         except (ValueError, RecursionError) as error:  # also numbers of too many digits
             raise DataError(f"{place}: not JSON: {error}") from error
         if not isinstance(fields, dict):
-            raise DataError(f"{place}: a row is a JSON object, not {type(fields).__name__}")
-        yield number, fields
+            raise DataError(f"{place}: a record is a JSON object, not {type(fields).__name__}")
+        yield Record(place, fields)
 
 
-def _parquet_rows(
-    file: str, field: str, id_field: str | None, ranges: Sequence[tuple[int, int | None]]
-) -> Iterator[tuple[int, Any]]:
+def _csv_records(file: str | Path, delimiter: str, ranges: Ranges) -> Iterator[Record]:
+    """A record may go over several lines, so those before a range are parsed as well."""
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.reader((line for _, line in _lines(file, EVERYTHING)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    wanted, index = list(ranges), 0
+    while wanted:
+        begins = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{file}:{begins}: not CSV: {error}") from error
+        if header is None:
+            header = row
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{file} has columns of the same name: {twice}")
+            continue
+        if len(row) != len(header):
+            raise DataError(f"{file}:{begins}: {len(row)} fields; the header has {len(header)}: {header}")
+        first, end = wanted[0]
+        if first <= index:
+            yield Record(f"{file}:{begins}", dict(zip(header, row, strict=True)))
+        index += 1
+        if end is not None and index >= end:
+            wanted.pop(0)
+
+
+def _parquet_records(file: str | Path, columns: Sequence[str] | None, ranges: Ranges) -> Iterator[Record]:
     """Row groups without a row of the ranges are not read."""
     pq = parquet()
     import pyarrow
 
-    columns = list(dict.fromkeys([field] if id_field is None else [field, id_field]))
     try:
         with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as source:
-            for name in columns:
+            for name in columns or ():
                 if not {name, name.partition(".")[0]} & set(source.schema_arrow.names):
                     raise DataError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")
             at = 0
@@ -130,15 +194,42 @@ def _parquet_rows(
                 if own := _overlap(ranges, at, end):
                     for batch in source.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
                         for first, stop in _overlap(own, at, at + len(batch)):
-                            yield from enumerate(batch.slice(first - at, stop - first).to_pylist(), first + 1)
+                            for number, fields in enumerate(batch.slice(first - at, stop - first).to_pylist(), first + 1):
+                                yield Record(f"{file}:{number}", fields)
                         at += len(batch)
                 at = end
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
-def _overlap(ranges: Sequence[tuple[int, int | None]], first: int, end: int) -> list[tuple[int, int]]:
-    """What of the ranges lies in first..end."""
+# ---- lines and fields
+
+
+def without_line_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _lines(file: str | Path, ranges: Ranges) -> Iterator[tuple[str, str]]:
+    opened = COMPRESSED.get(Path(file).suffix, open)
+    try:
+        with opened(file, "rb") as lines:
+            for first, some in _line_ranges(lines, ranges):
+                yield from decoded_lines(some, file, first + 1)
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _line_ranges(lines: Iterable[bytes], ranges: Ranges) -> Iterator[tuple[int, Iterator[bytes]]]:
+    rest, at = iter(lines), 0
+    for first, end in ranges:
+        for _ in islice(rest, first - at):
+            pass
+        yield first, islice(rest, None if end is None else end - first)
+        at = end or 0
+
+
+def _overlap(ranges: Ranges, first: int, end: int) -> list[tuple[int, int]]:
+    """The part of the ranges that lies in first..end."""
     cut = [(max(low, first), end if high is None else min(high, end)) for low, high in ranges]
     return [(low, high) for low, high in cut if low < high]
 
@@ -147,20 +238,20 @@ def _text(fields: dict[str, Any], field: str, place: str) -> str:
     text = _value(fields, field, place)
     if not isinstance(text, str):
         raise DataError(f"{place}: {field} is no string but {type(text).__name__}")
-    return _unicode(text, field, place)
+    return _checked_unicode(text, field, place)
 
 
 def _id(fields: dict[str, Any], id_field: str, place: str) -> str | int:
     value = _value(fields, id_field, place)
     if isinstance(value, str):
-        return _unicode(value, id_field, place)
+        return _checked_unicode(value, id_field, place)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise DataError(f"{place}: {id_field} is {value!r}, neither a string nor a whole number of 64 bits")
+        raise DataError(f"{place}: {id_field} is {value!r}, neither a string nor an integer of 64 bits")
     return value
 
 
 def _value(fields: dict[str, Any], field: str, place: str) -> Any:
-    """Of a field by its name, or by its path."""
+    """Value of `field`, which may be a dotted path."""
     if field in fields:
         return fields[field]
     value: Any = fields
@@ -171,16 +262,7 @@ def _value(fields: dict[str, Any], field: str, place: str) -> Any:
     return value
 
 
-def _unicode(text: str, field: str, place: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {field} is not valid Unicode: a lone surrogate at position {error.start}") from error
+def _checked_unicode(text: str, field: str, place: str) -> str:
+    if (position := lone_surrogate(text)) is not None:
+        raise DataError(f"{place}: {field} is not valid Unicode: a lone surrogate at position {position}")
     return text
-
-
-def _decoded(line: bytes, place: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error

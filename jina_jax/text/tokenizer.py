@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import ModelConfig
 from ..errors import CheckpointError
 from ..files import read_json
+from .unicode import lone_surrogate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -79,12 +80,10 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[li
 def check_unicode(texts: Sequence[str]) -> None:
     """ValueError with the index of a text that holds lone surrogates, which are no Unicode text."""
     for index, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
+        if (position := lone_surrogate(text)) is not None:
             raise ValueError(
-                f"text {index} is not valid Unicode: a lone surrogate at position {error.start}; replace or remove it"
-            ) from error
+                f"text {index} is not valid Unicode: a lone surrogate at position {position}; replace or remove it"
+            )
 
 
 def _content(token: Any) -> str | None:

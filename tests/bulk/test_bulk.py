@@ -31,7 +31,7 @@ from jina_jax.bulk import run as bulk
 from jina_jax.bulk.run import BulkOptions, embed_files, load_on_this_host, model_fingerprint
 from jina_jax.cli import main
 from jina_jax.errors import DataError, RunError
-from jina_jax.text.readers import read_rows
+from jina_jax.text.readers import read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "an image editor for paint sound and games 画像 エディタ très élégant".split()
@@ -161,16 +161,16 @@ def test_rows_of_other_processes_are_not_decoded(tmp_path):
     lines = [json.dumps({"text": str(i)}) if i % 10 < 5 else "not JSON" for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     ranges = [(0, 5), (10, 12), (22, 25)]
-    rows = list(read_rows(str(tmp_path / "a.jsonl"), "text", None, ranges))
+    rows = list(read_texts(str(tmp_path / "a.jsonl"), "text", None, ranges))
     assert [row.text for row in rows] == "0 1 2 3 4 10 11 22 23 24".split()
     assert rows[-1].id == f"{tmp_path / 'a.jsonl'}:25"
     pq.write_table(pa.table({"text": [str(i) for i in range(30)]}), tmp_path / "b.parquet", row_group_size=7)
-    assert [row.text for row in read_rows(str(tmp_path / "b.parquet"), "text", None, ranges)] == [row.text for row in rows]
+    assert [row.text for row in read_texts(str(tmp_path / "b.parquet"), "text", None, ranges)] == [row.text for row in rows]
 
 
 def test_rows_are_read_as_a_stream(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nnot JSON\n')
-    rows = read_rows(str(tmp_path / "a.jsonl"), "text")
+    rows = read_texts(str(tmp_path / "a.jsonl"), "text")
     assert [row.text for row in itertools.islice(rows, 2)] == ["one", "two"]
     with pytest.raises(DataError, match="a.jsonl:3: not JSON"):
         next(rows)
@@ -184,12 +184,12 @@ def test_no_file_is_held_in_memory(tmp_path):
     del texts
     assert (tmp_path / "a.txt").stat().st_size > 30e6 and pq.read_metadata(tmp_path / "b.parquet").num_row_groups == 1
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(str(tmp_path / "a.txt"), "text")) == 40_000
+    assert sum(1 for _ in read_texts(str(tmp_path / "a.txt"), "text")) == 40_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6
     before = pa.total_allocated_bytes()
-    assert max(pa.total_allocated_bytes() - before for _ in read_rows(str(tmp_path / "b.parquet"), "text")) < 5e6
+    assert max(pa.total_allocated_bytes() - before for _ in read_texts(str(tmp_path / "b.parquet"), "text")) < 5e6
 
 
 def test_an_error_on_the_way_leaves_whole_shards_and_nothing_else(embedder, files, tmp_path, monkeypatch):
@@ -283,7 +283,7 @@ def test_another_run_in_the_same_directory_is_refused_with_the_differences(embed
 
 def test_inputs_are_counted_once(embedder, files, tmp_path, monkeypatch):
     embed_files(embedder, "model", files, tmp_path / "out", OPTIONS)
-    monkeypatch.setattr(bulk, "read_rows", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(bulk, "read_texts", lambda *_: pytest.fail("read again"))
     assert embed_files(embedder, "model", files, tmp_path / "out", OPTIONS).complete
 
 
@@ -312,7 +312,7 @@ def test_fingerprint(model, tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
-        ("a.jsonl", b'["text"]\n', "a.jsonl:1: a row is a JSON object, not list"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: a record is a JSON object, not list"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a.jsonl:2: no field 'text'; there are \['body'\]"),
         ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: text is no string but NoneType"),
         ("a.jsonl", b'{"text": {"en": "x"}}\n', "a.jsonl:1: text is no string but dict"),
@@ -323,7 +323,7 @@ def test_fingerprint(model, tmp_path):
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read"),
         ("a.txt.gz", gzip.compress(b"text\n" * 99, mtime=0)[:-12], "a.txt.gz cannot be read"),
         ("a.parquet", b"no Parquet", "a.parquet cannot be read"),
-        ("a.csv", b"text\n", "a.csv is of no known type; valid are .txt"),
+        ("a.json", b"text\n", "a.json is of no known type; valid are .txt"),
         ("a.parquet.gz", b"", "a.parquet.gz is of no known type"),
     ],
     ids=lambda value: str(value)[:40],
@@ -343,9 +343,9 @@ def test_a_bad_input_is_named_before_anything_is_embedded(embedder, tmp_path, na
         ({"text": [1]}, None, "a.parquet:1: text is no string but int"),
         ({"text": ["x", None]}, None, "a.parquet:2: text is no string but NoneType"),
         ({"text": ["x"]}, "id", "a.parquet has no column 'id'"),
-        ({"text": ["x"], "id": [1.5]}, "id", "a.parquet:1: id is 1.5, neither a string nor a whole number"),
+        ({"text": ["x"], "id": [1.5]}, "id", "a.parquet:1: id is 1.5, neither a string nor an integer"),
         ({"text": ["x"], "id": pa.array([2**63], pa.uint64())}, "id", "a.parquet:1: id is 9223372036854775808, neither"),
-        ({"text": ["x"], "id": ["one"]}, "id", r"ids are strings \(.*a.parquet\) and whole numbers \(.*b.jsonl\)"),
+        ({"text": ["x"], "id": ["one"]}, "id", r"ids are strings \(.*a.parquet\) and integers \(.*b.jsonl\)"),
     ],
 )
 def test_bad_columns(embedder, tmp_path, columns, id_field, message):
@@ -398,7 +398,7 @@ def test_a_directory_of_something_else_is_left_alone(embedder, files, tmp_path):
 def test_an_input_that_has_become_shorter_since_it_was_counted(embedder, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text\n" * 15)
     counted = bulk._scan_inputs
-    monkeypatch.setattr(bulk, "_surveyed", lambda *a: (counted(*a), (tmp_path / "a.txt").write_text("text\n" * 12))[0])
+    monkeypatch.setattr(bulk, "_scan_inputs", lambda *a: (counted(*a), (tmp_path / "a.txt").write_text("text\n" * 12))[0])
     with pytest.raises(DataError, match="become shorter: there are 2 of the 5 rows of part-00001"):
         embed_files(embedder, "model", [str(tmp_path / "a.txt")], tmp_path / "out", OPTIONS)
     assert sorted(contents(tmp_path / "out")) == ["part-00000.parquet"]

@@ -214,7 +214,7 @@ def test_sequences_other_than_lists(embedder, unchecked):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 2.5}, "batch_size must be at least 1"),
         ({"batch_size": "8"}, "batch_size must be at least 1"),
-        ({"max_length": 9000}, r"max_length must be a whole number in 2..8194"),
+        ({"max_length": 9000}, r"max_length must be an integer in 2..8194"),
         ({"max_length": 1}, r"2..8194"),
         ({"device": "cuda"}, "JAX_PLATFORMS"),
         ({"convert_to_tensor": True}, "torch.from_numpy"),

@@ -118,8 +118,8 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        ({}, "JAX_NUM_PROCESSES must be a whole number, not ''"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be a whole number, not 'one'"),
+        ({}, "JAX_NUM_PROCESSES must be an integer, not ''"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be an integer, not 'one'"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID must be in 0..1, not 2"),
     ],
 )

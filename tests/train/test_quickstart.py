@@ -2,15 +2,12 @@
 
 import json
 import lzma
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from configs import quickstart as presets
 from jina_jax import Embedder
 from train import quickstart
 from train.data.corpus import BUNDLED, SPLITS
@@ -30,20 +27,40 @@ def small_corpus(tmp_path_factory) -> Path:
     return file
 
 
+TWO_STEPS = """
+from dataclasses import replace
+from configs import quickstart as presets
+
+MODEL = replace(presets.MODEL, hidden_size=32, num_layers=1, mlp_size=64, num_heads=2, matryoshka_dims=(8, 32))
+
+
+def shrunk(config):
+    stages = tuple(
+        replace(stage, steps=2, warmup_steps=1, batch_size=4, dims=(8, 32) if stage.dims else (), dim_weights=(), row_shapes=1)
+        for stage in config.stages
+    )
+    start = replace(config.start, model=MODEL) if config.start.model else config.start
+    return replace(config, start=start, stages=stages)
+
+
+def mlm():
+    return shrunk(presets.mlm())
+
+
+def pairs():
+    return shrunk(presets.pairs())
+
+
+def adapters():
+    return shrunk(presets.adapters())
+"""
+
+
 @pytest.fixture
-def two_steps(monkeypatch):
+def two_steps(monkeypatch, tmp_path):
     """The presets with two steps of four records, and a model of one layer."""
-    model = replace(presets.MODEL, hidden_size=32, num_layers=1, mlp_size=64, num_heads=2, matryoshka_dims=(8, 32))
-    for name in ("mlm", "pairs", "adapters"):
-        config = getattr(presets, name)()
-        stages = tuple(
-            replace(
-                stage, steps=2, warmup_steps=1, batch_size=4, dims=(8, 32) if stage.dims else (), dim_weights=(), row_shapes=1
-            )
-            for stage in config.stages
-        )
-        start = replace(config.start, model=model) if config.start.model else config.start
-        monkeypatch.setattr(presets, name, partial(replace, config, start=start, stages=stages))
+    (tmp_path / "two_steps.py").write_text(TWO_STEPS)
+    monkeypatch.setattr(quickstart, "PRESETS", tmp_path / "two_steps.py")
 
 
 def test_the_quickstart_leaves_a_model_and_a_report_and_goes_on_where_it_was(tmp_path, small_corpus, two_steps):

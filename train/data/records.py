@@ -1,11 +1,10 @@
-"""The five kinds of training records, and their reading from JSON lines and Parquet.
+"""The five kinds of training records, and their reading from files.
 
 The fields have sentence-transformers' names. Every kind may also have `language`, which batches of one language go by, and
 `group`: records of equal group are never negatives of one another.
 """
 
 import json
-import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jina_jax.errors import DataError
+from jina_jax.text import readers
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -76,17 +76,17 @@ def kind_named(name: str) -> type[Record]:
 
 
 def read_records(file: str | Path, kind: str) -> Iterator[Record]:
-    """Records of a .jsonl, .jsonl.xz or .parquet file, one by one.
+    """Yields the records of a file in any format of `jina_jax.text.readers`, one by one.
 
     Raises:
-        RecordError: a line that is not JSON, lacks a field or has one of another type; the message names file and line.
+        DataError: a record lacks a field or has one of another type; the message names file and line.
         ValueError: unknown kind or file type.
         FileNotFoundError: no such file.
     """
-    file, record = Path(file), kind_named(kind)
-    if not file.is_file():
+    record = kind_named(kind)
+    if not Path(file).is_file():
         raise FileNotFoundError(f"no such file: {file}")
-    for place, fields in _rows(file):
+    for place, fields in readers.read_records(file):
         yield _checked(record, kind, fields, place)
 
 
@@ -100,46 +100,7 @@ def write_records(file: str | Path, records: Iterator[Record]) -> int:
     return count
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    match file.suffixes[-2:]:
-        case [*_, ".parquet"]:
-            yield from _parquet_rows(file)
-        case [*_, ".jsonl"] | [".jsonl", ".xz"] | [_, ".jsonl", ".xz"]:
-            yield from _json_rows(file)
-        case _:
-            raise ValueError(f"{file} is of no known type; valid are .jsonl, .jsonl.xz and .parquet")
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    opened = lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
-    with opened as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield f"{file}:{number}", json.loads(line)
-                except (ValueError, RecursionError) as error:  # also numbers of too many digits
-                    raise DataError(f"{file}:{number}: not JSON: {error}") from error
-        except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for fields in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", fields
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _checked(record: type[Record], kind: str, fields: Any, place: str) -> Record:
-    if not isinstance(fields, dict):
-        raise DataError(f"{place}: a record is an object, not {type(fields).__name__}")
+def _checked(record: type[Record], kind: str, fields: dict[str, Any], place: str) -> Record:
     present = {name: value for name, value in fields.items() if value is not None}
     try:
         return record.model_validate(present)

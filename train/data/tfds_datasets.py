@@ -159,8 +159,8 @@ def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *,
         The dataset's own directory, what `open_dataset` takes.
 
     Raises:
-        RecordError: a malformed record, with file and line; there is no dataset then.
-        DatasetError: a split without records.
+        DataError: a malformed record, with file and line; there is no dataset then.
+        DataError: a split without records.
     """
     kind_named(kind)
     if drop_overlapping and not issubclass(KINDS[kind], Pair):
@@ -222,7 +222,7 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
 
     Raises:
         FileNotFoundError: no such directory.
-        DatasetError: not a dataset, of another kind, without this split or records, or truncated.
+        DataError: not a dataset, of another kind, without this split or records, or truncated.
     """
     path = Path(path)
     if not path.is_dir():

@@ -71,7 +71,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         The directory of the finished model; None where SIGTERM stopped the run after a save.
 
     Raises:
-        ResumeError: `workdir` holds another run, and the message lists the differences; or another process is at work in it.
+        RunError: `workdir` holds another run, and the message lists the differences; or another process is at work in it.
         TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
         ValueError, OSError: the configuration, the data or the disk.
     """

@@ -131,7 +131,7 @@ def test_labelled_texts_are_texts_and_triplets_are_pairs(tmp_path):
         ("pair", "", "r.jsonl:2: not JSON: "),
         ("pair", "1" * 5000, "r.jsonl:2: not JSON: "),
         ("pair", "[" * 100_000, "r.jsonl:2: not JSON: "),
-        ("pair", '["a", "b"]', "r.jsonl:2: a record is an object, not list"),
+        ("pair", '["a", "b"]', "r.jsonl:2: a record is a JSON object, not list"),
         ("pair", '{"anchor": "a\\ud800", "positive": "b"}', "r.jsonl:2: not a pair record (anchor: "),
         ("pair", '{"anchor": "a", "positive": "b", "language": 1}', "r.jsonl:2: not a pair record (language: "),
         ("triplet", '{"anchor": "a", "positive": "b", "negatives": []}', "r.jsonl:2: not a triplet record (negatives: "),
@@ -158,9 +158,12 @@ def test_a_malformed_line_is_named_and_nothing_is_prepared(kind, line, message, 
 @pytest.mark.parametrize(
     ("name", "data", "error", "message"),
     [
-        ("r.csv", b"a,b\n", ValueError, r"r\.csv is of no known type; valid are \.jsonl, \.jsonl\.xz and \.parquet"),
+        ("r.json", b"{}\n", ValueError, r"r\.json is of no known type; valid are \.txt, \.jsonl, \.csv and \.tsv, also as"),
+        ("r.csv", b"a,b\n1\n", DataError, r"r\.csv:2: 1 fields; the header has 2"),
+        ("r.csv", b"a,a\n1,2\n", DataError, r"r\.csv has columns of the same name: \['a'\]"),
+        ("r.tsv", b'text\n"open\n', DataError, r"r\.tsv:2: not CSV: unexpected end of data"),
         ("r.xz", b"", ValueError, "no known type"),
-        ("r.jsonl", b'{"text": "\xff"}\n', DataError, r"r\.jsonl cannot be read: .*utf-8"),
+        ("r.jsonl", b'{"text": "\xff"}\n', DataError, r"r\.jsonl:1: not UTF-8 text"),
         ("r.jsonl.xz", b"not xz", DataError, r"r\.jsonl\.xz cannot be read"),
         ("r.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 10**4)[:-9], DataError, r"r\.jsonl\.xz cannot be read"),
         ("r.parquet", b"PAR1 not parquet", DataError, r"r\.parquet cannot be read"),
@@ -175,7 +178,7 @@ def test_files_that_cannot_be_read_are_named(name, data, error, message, tmp_pat
 def test_a_row_of_parquet_is_named(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "r.parquet")
-    with pytest.raises(DataError, match=r"r\.parquet: row 2: not a text record \(text: Field required\)"):
+    with pytest.raises(DataError, match=r"r\.parquet:2: not a text record \(text: Field required\)"):
         list(read_records(tmp_path / "r.parquet", "text"))
 
 

@@ -1,0 +1,10 @@
+"""Strings that are no Unicode text."""
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Position of the first lone surrogate, which no encoding can write; None where there is none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
