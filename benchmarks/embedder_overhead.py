@@ -28,7 +28,7 @@ from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.embed.forward import text_embeddings
 from jina_jax.text.packing import max_texts
 from jina_jax.text.tokenizer import load_tokenizer, tokenize
-from train.aot.chips import parse_topology
+from train.aot.topology import parse_topology
 from train.data.corpus import BUNDLED, read_corpus
 
 from .cpu_inference import corpus_sample

@@ -11,6 +11,7 @@ from jina_jax.checkpoints.sources import checkpoint_format, find_model
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.embed.embedder import Embedder
 from jina_jax.embed.forward import token_states
+from jina_jax.embed.similarity import normalize
 from jina_jax.model.encoder import Encoder, pool, token_adapter_ids
 from jina_jax.model.layers import DeferredLayerNorm
 from jina_jax.text import packing
@@ -65,7 +66,9 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
     tasks = None if task is None else np.full((len(token_ids), 1), encoder.config.task_index(task), np.int32)
     layers = [_difference(got[real], want[real]) for got, want in _layer_outputs(encoder, rows, tasks, expected)]
     states = token_states(encoder, rows.tokens, rows.segments, rows.positions, tasks)
-    got, want = (_unit(np.asarray(pool(jnp.asarray(s), jnp.asarray(rows.segments), 1))[:, 0]) for s in (states, expected[-1]))
+    got, want = (
+        normalize(np.asarray(pool(jnp.asarray(s), jnp.asarray(rows.segments), 1))[:, 0]) for s in (states, expected[-1])
+    )
     return {
         "task": task,
         "layer": max(layers),
@@ -95,7 +98,3 @@ def _one_text_a_row(token_ids: list[list[int]], pad_id: int) -> packing.PackedBa
 
 def _difference(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / max(1.0, np.abs(want).max()))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

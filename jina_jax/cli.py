@@ -16,12 +16,13 @@ except ImportError:
 import numpy as np
 
 from .bulk import run as bulk
+from .bulk.parquet_shards import embedding_column
 from .checkpoints.remote import is_remote
 from .checkpoints.sources import find_model
 from .command import CommandGroup
 from .embed.embedder import Embedder
 from .embed.quantize import EMBEDDING_PRECISIONS
-from .files import atomic_write
+from .files import atomic_write, check_output_file
 from .text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
@@ -73,10 +74,8 @@ def _embed_lines(
     suffix = Path(output).suffix
     if output != "-" and suffix not in (".npy", ".parquet"):
         raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
-    if output != "-" and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {Path(output).parent}")
-    if output != "-" and Path(output).is_dir():
-        raise IsADirectoryError(f"{output} is a directory")
+    if output != "-":
+        check_output_file(Path(output))
     texts = _lines(file)
     embedder = Embedder.load(model)
     embeddings = embedder.encode(
@@ -132,8 +131,7 @@ def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-    pq.write_table(pa.table({"text": texts, "embedding": vectors}), path)
+    pq.write_table(pa.table({"text": texts, "embedding": embedding_column(embeddings)}), path)
 
 
 if __name__ == "__main__":

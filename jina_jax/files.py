@@ -23,6 +23,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_output_file(path: Path) -> None:
+    """Raises, before long work begins, where no file can be written at `path`.
+
+    Raises:
+        FileNotFoundError: its directory does not exist.
+        IsADirectoryError: it is a directory itself.
+    """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory")
+
+
 def dump_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from jina_jax.command import Command
-from jina_jax.files import dump_json
+from jina_jax.files import check_output_file, write_json
 
 from .aot.compiler import load_topology
 from .aot.estimate import compile_config, report, to_json
@@ -28,15 +28,14 @@ def main(config: Path, topology: str, overrides: tuple[str, ...], inference: boo
     loaded = load_config(config, overrides)
     directory = Path(str(config).partition(":")[0]).parent
     for path in filter(None, (out, hlo)):
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no directory {path.parent}")
+        check_output_file(path)
     slice_ = load_topology(topology)
     done = []
     for compiled in compile_config(loaded, directory, slice_, inference=inference, hlo=hlo):
         click.echo(report(compiled) if compiled.measurement else f"{compiled.name} does not fit: {compiled.failure}")
         done.append(compiled)
     if out:
-        out.write_text(dump_json({"programs": [to_json(compiled) for compiled in done]}), "utf-8")
+        write_json(out, {"programs": [to_json(compiled) for compiled in done]})
     if not all(compiled.measurement for compiled in done):
         raise SystemExit(1)
 

@@ -7,7 +7,7 @@ import click
 
 from jina_jax import Embedder
 from jina_jax.command import Command
-from jina_jax.files import atomic_write
+from jina_jax.files import atomic_write, check_output_file
 
 from .data.hard_negatives import MiningConfig, Scorer, bm25_scores, embedding_scores, mine
 from .data.records import Pair, read_records, write_records
@@ -67,10 +67,7 @@ def main(
 def _check_output(out: Path) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a directory")
+    check_output_file(out)
 
 
 def _model_scores(model: str, query_task: str | None, document_task: str | None) -> Scorer:

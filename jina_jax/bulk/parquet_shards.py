@@ -47,7 +47,14 @@ def shards_of(rows: int, shard_rows: int) -> list[Shard]:
     return [Shard(i, first, min(first + shard_rows, rows)) for i, first in enumerate(range(0, rows, shard_rows))]
 
 
-def schema(ids: str, embeddings: np.ndarray) -> Any:
+def embedding_column(embeddings: np.ndarray) -> Any:
+    """Arrow's array of vectors: embeddings [rows, dim] as lists of fixed size."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+
+
+def shard_schema(ids: str, embeddings: np.ndarray) -> Any:
     """Arrow's schema of a shard: ids of the type named, and vectors like those of `embeddings`."""
     parquet()
     import pyarrow as pa
@@ -56,13 +63,13 @@ def schema(ids: str, embeddings: np.ndarray) -> Any:
     return pa.schema([("id", ids), ("embedding", vector)])
 
 
-def write_shard(output: Path, shard: Shard, of: Any, batches: Iterable[tuple[Sequence[str | int], np.ndarray]]) -> None:
+def write_shard(output: Path, shard: Shard, schema: Any, batches: Iterable[tuple[Sequence[str | int], np.ndarray]]) -> None:
     """Writes a shard and then its record, each whole or not at all.
 
     Args:
         output: the run's directory.
         shard: which.
-        of: its `schema`.
+        schema: from `shard_schema`.
         batches: ids and embeddings [rows, dim] of its rows.
 
     Raises:
@@ -72,10 +79,10 @@ def write_shard(output: Path, shard: Shard, of: Any, batches: Iterable[tuple[Seq
 
     rows = 0
     with atomic_write(shard.file(output)) as target:
-        with parquet().ParquetWriter(target, of, use_dictionary=False) as writer:
+        with parquet().ParquetWriter(target, schema, use_dictionary=False) as writer:
             for ids, embeddings in batches:
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-                writer.write_table(pa.table([pa.array(ids, of.field("id").type), vectors], schema=of))
+                columns = [pa.array(ids, schema.field("id").type), embedding_column(embeddings)]
+                writer.write_table(pa.table(columns, schema=schema))
                 rows += len(ids)
         if rows != shard.rows:
             raise DataError(f"an input has become shorter: there are {rows} of the {shard.rows} rows of {shard.name}")

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..checkpoints.sources import MODEL_FILES
 from ..embed.embedder import Embedder
+from ..embed.progress import progress_bar
 from ..embed.quantize import EmbeddingPrecision
 from ..errors import DataError, RunError
 from ..files import json_diff, read_json, read_json_or_empty, sha256, write_json
@@ -35,7 +37,7 @@ from .parquet_shards import (
     record_if_there,
     remove_unfinished,
     rows_done,
-    schema,
+    shard_schema,
     shards_of,
     write_shard,
 )
@@ -49,8 +51,6 @@ MANIFEST = "_manifest.json"
 SHARD_ROWS = 32_768
 CALL_ROWS = 4096
 """Rows of a shard embedded in one call. It bounds memory, and is large enough to fill packed rows well."""
-
-MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def embed_files(
     no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
     _open_output(output)
     inputs = _scan_inputs(files, output, options, process, processes, progress)
-    of = schema(_id_type(inputs), no_embeddings)
+    schema = shard_schema(_id_type(inputs), no_embeddings)
     identity = _identity(embedder, fingerprint, options, inputs)
     _check_same_run(output, identity)
 
@@ -152,13 +152,13 @@ def embed_files(
     if todo:
         (output / MANIFEST).unlink(missing_ok=True)
     rows = _rows(inputs, todo, options)
-    with _progress_bar("Embedding", total, "text", progress) as bar:
+    with progress_bar(total, "Embedding", "text", show=progress) as bar:
         bar.update(rows_done(output, shards))
         for shard in todo:
             began = time.perf_counter()
             # The first shard goes call by call: it compiles, and folds the adapter. Then one call is tokenised during another.
             batches = _embedded(embedder, islice(rows, shard.rows), options, bar, calls=1 if shard is todo[0] else 2)
-            write_shard(output, shard, of, batches)
+            write_shard(output, shard, schema, batches)
             bar.n = rows_done(output, shards)  # those of other processes, too
             bar.refresh()
             speed = shard.rows / (time.perf_counter() - began)
@@ -198,7 +198,7 @@ def _scan_inputs(
     """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
     found: dict[int, dict[str, Any]] = {}
     begin = len(files) * process // processes
-    with _progress_bar("Reading", len(files), "file", progress) as bar:
+    with progress_bar(len(files), "Reading", "file", show=progress) as bar:
         for i in (*range(begin, len(files)), *range(begin)):
             found[i] = _scan_input(files[i], output / RUN / f"input-{i:05d}.json", options)
             bar.update()
@@ -302,9 +302,3 @@ def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool
     listed = [{"file": shard.file(output).name} | record for shard, record in zip(shards, records, strict=True)]
     write_json(output / MANIFEST, identity | {"rows": sum(shard.rows for shard in shards), "shards": listed})
     return True
-
-
-def _progress_bar(name: str, total: int, unit: str, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=name, unit=unit, disable=not show)

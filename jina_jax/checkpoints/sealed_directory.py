@@ -1,7 +1,6 @@
 """Directories that appear whole or not at all, sealed by a manifest with the SHA-256 of every file."""
 
 import contextlib
-import hashlib
 import secrets
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ import jax
 from etils import epath
 
 from ..errors import CheckpointError
-from ..files import dump_json, read_json
+from ..files import read_json, sha256, write_json
 from ..parallel.processes import broadcast_from_main, is_main_process
 from .remote import is_remote, publish
 
@@ -79,9 +78,7 @@ def check_free(directory: str | Path) -> None:
 def seal(directory: Path) -> None:
     """Writes the manifest over the files as they are now: the last step of a save, and the way to accept an edited file."""
     manifest = {"format": FORMAT, "version": VERSION, "files": _hashes(directory, _files(directory))}
-    partial = directory / f"{MANIFEST}.partial"
-    partial.write_text(dump_json(manifest), "utf-8")
-    partial.replace(directory / MANIFEST)
+    write_json(directory / MANIFEST, manifest)
 
 
 def verify(directory: Path) -> None:
@@ -106,14 +103,10 @@ def verify(directory: Path) -> None:
 
 
 def _files(directory: Path) -> list[str]:
-    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith((MANIFEST, f".{MANIFEST}")))
     return sorted(path.relative_to(directory).as_posix() for path in paths)
 
 
 def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
-    def digest(name: str) -> str:
-        with (directory / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        return dict(zip(names, pool.map(lambda name: sha256(directory / name), names), strict=True))

@@ -11,7 +11,9 @@ from .remote import fetch, is_remote
 from .tensor_files import INDEX_SUFFIX, PICKLES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors", "arrays/*"]
+
+MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
+"""Patterns of the files that a model is read from, but for the arrays of a native checkpoint."""
 
 
 def find_model(source: str | Path, revision: str | None = None) -> Path:
@@ -37,7 +39,7 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*MODEL_FILES, "arrays/*"]))
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise FileNotFoundError(f"{text} is no directory here, and not to be had from the hub: {error}") from error
 

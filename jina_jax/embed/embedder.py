@@ -26,7 +26,9 @@ from ..text.batching import packed_batches
 from ..text.tokenizer import Tokenizer, max_tokens, tokenize
 from .forward import text_embeddings, token_states
 from .inputs import as_texts, check_one_of, is_int, resolve_max_length, resolve_truncate_dim, with_prompts
+from .progress import progress_bar
 from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision, quantize
+from .similarity import cosine_similarity, normalize
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,8 @@ class Embedder:
         compute = text_embeddings if output_value == "sentence_embedding" else token_states
         results = _one_ahead(self._computed(compute, texts, tasks, token_ids, batch_size))
         collect = _sentence_embeddings if output_value == "sentence_embedding" else _token_states
-        with _progress_bar(len(texts), show_progress_bar) as progress:
+        show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
+        with progress_bar(len(texts), "Embedding", "text", show=show) as progress:
             collected = collect(results, len(texts), self.config.hidden_size, progress)
         if sum(cut):
             warnings.warn(f"{sum(cut)} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
@@ -177,7 +180,7 @@ class Embedder:
 
         embeddings = np.asarray(collected)[:, :dim]
         if normalize_embeddings:
-            embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+            embeddings = normalize(embeddings)
         embeddings = quantize(embeddings, precision)
         if isinstance(sentences, str):
             return embeddings[0]
@@ -187,7 +190,7 @@ class Embedder:
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
     ) -> Float[np.ndarray, "n m"]:
         """Cosine similarities between every row of one and every row of the other; a vector counts as one row."""
-        return _unit(embeddings1) @ _unit(embeddings2).T
+        return cosine_similarity(embeddings1, embeddings2)
 
     def _retrieval_options(self, task: str, prompt_names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
         if "task" in options or task in self.config.tasks:
@@ -280,16 +283,3 @@ def _token_states(
             out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
         progress.update(int((rows.texts >= 0).sum()))
     return out
-
-
-def _unit(embeddings: Any) -> np.ndarray:
-    rows = np.atleast_2d(np.asarray(embeddings, np.float32))
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-
-
-def _progress_bar(total: int, show: bool | None) -> Any:
-    from tqdm.auto import tqdm
-
-    if show is None:
-        show = logger.isEnabledFor(logging.INFO)
-    return tqdm(total=total, unit="text", desc="Embedding", disable=not show)

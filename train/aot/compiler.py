@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from .chips import GIB, Topology, parse_topology, send_rate
+from ..step.chips import GIB
 from .hlo_cost import Collective, cost
 from .kernel_schedules import DUMP_FLAGS, cycles_of, kernel_cycles
+from .topology import Topology, parse_topology, send_rate
 
 INSTALL = "pip install 'jina-jax[train,tpu]'"
 
@@ -150,7 +151,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
         devices=topology.devices,
         memory=_memory(compiled.memory_analysis()),
         hbm=topology.chip.hbm,
-        peak=topology.chip.peak,
+        peak=topology.peak,
         cycles=cycles,
         kernels=kernels,
         collectives=found.collectives,

@@ -14,11 +14,11 @@ from jina_jax.parallel.mesh import check_divides, make_mesh
 
 from ..config import MeshConfig, Stage, TrainConfig
 from ..data.examples import texts_per_example
+from ..step.chips import GIB
 from ..step.flops import training_flops
 from ..step.trainable_split import TrainableSplit
 from ..step.update import make_step
 from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arguments
-from .chips import GIB
 from .compiler import DoesNotFit, Measurement, Slice, measure
 
 INFERENCE_ROWS = 16

@@ -62,6 +62,12 @@ def _package(fields: dict[str, Any], place: str) -> Package:
         raise DataError(f"{place}: not a package: {error!r}; see data/README.md for the fields") from error
 
 
+def tag_overlap(first: Package, second: Package) -> float:
+    """Jaccard overlap of the tags of two packages, at least one of which has some."""
+    return len(set(first.tags) & set(second.tags)) / len(set(first.tags) | set(second.tags))
+
+
 def title_and_body(package: Package, language: str = "en") -> str:
+    """Returns the text of a package in one language: its title, and its body behind a line break."""
     title, body = package.text[language]
     return f"{title}\n{body}"

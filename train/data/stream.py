@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from jina_jax.config import ModelConfig
+from jina_jax.files import sha256
 from jina_jax.parallel.processes import main_process_first
 from jina_jax.text.tokenizer import Tokenizer
 
@@ -142,9 +143,7 @@ def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"there is no dataset {path}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{digest}"
+    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{sha256(path)[:16]}"
     ready = directory / RecordFiles.name / str(RecordFiles.VERSION)
     if ready.is_dir():
         return ready

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from jina_jax.errors import DataError
 
-from .corpus import BUNDLED, SPLITS, Package, read_corpus, title_and_body
+from .corpus import BUNDLED, SPLITS, Package, read_corpus, tag_overlap, title_and_body
 from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
 from .word_overlap import overlaps
 
@@ -117,11 +117,11 @@ def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[
             languages = sorted(package.text.keys() & other.text.keys())
             if other.source == package.source or not languages:
                 continue
-            language, tags, others = rng.choice(languages), set(package.tags), set(other.tags)
+            language = rng.choice(languages)
             yield ScoredPair(
                 sentence1=title_and_body(package, language),
                 sentence2=title_and_body(other, language),
-                score=len(tags & others) / len(tags | others),
+                score=tag_overlap(package, other),
                 language=language,
             )
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from jina_jax import Embedder, ModelConfig
+from jina_jax.embed.similarity import normalize
 
 from .scores import Score, System
 from .tasks import EvalTask
@@ -121,8 +122,7 @@ class TextEmbeddings:
     def of(self, texts: Sequence[str], adapter: str | None, dim: int) -> Float[np.ndarray, "n dim"]:
         """The leading dimensions, normalised: what `Embedder.encode` gives with `truncate_dim`."""
         rows = [self._rows[adapter][text] for text in texts]
-        kept = self._arrays[adapter][rows, :dim]
-        return kept / np.maximum(np.linalg.norm(kept, axis=-1, keepdims=True), 1e-12)
+        return normalize(self._arrays[adapter][rows, :dim])
 
 
 def _blocks(

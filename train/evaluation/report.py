@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jina_jax.files import atomic_write
+from jina_jax.files import atomic_write, check_output_file
 
 from .model_scores import BASE, OWN_ADAPTERS
 from .scores import Score, System, write_scores
@@ -77,11 +77,8 @@ def check_writable(output: Path) -> None:
     """Before long work: can `write` write there?"""
     if output.suffix != ".json":
         raise ValueError(f"the file of scores must end in .json, not {output.name!r}")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {output.parent}")
     for file in (output, output.with_suffix(".md"), output.with_suffix(".png")):
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a directory")
+        check_output_file(file)
     with tempfile.TemporaryFile(dir=output.absolute().parent):
         pass  # an OSError where nothing can be written
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from ..data.corpus import SEED, Package, title_and_body
+from ..data.corpus import SEED, Package, tag_overlap, title_and_body
 
 PAIRS = {"en": 2000, "en-other": 1000}
 """Pairs of each subset: English with English, and English with another language."""
@@ -52,7 +52,7 @@ def similarity_tasks(english: Sequence[Package]) -> Iterator[Similarity]:
         partners = tagged if subset == "en" else [package for package in tagged if len(package.text) > 1]
         pairs = _random_pairs(tagged, partners, count // 2, rng)
         pairs |= _related_pairs(tagged, partners, count // 2, rng)
-        overlaps = np.array([_overlap(first, second) for first, second in pairs.values()])
+        overlaps = np.array([tag_overlap(first, second) for first, second in pairs.values()])
         if len(pairs) >= MIN_PAIRS and np.ptp(overlaps) > 0:
             left = [title_and_body(first) for first, _ in pairs.values()]
             languages = [_language(second, subset, rng) for _, second in pairs.values()]
@@ -105,7 +105,3 @@ def _any(items: Sequence, rng: np.random.Generator):
 
 def _language(package: Package, subset: str, rng: np.random.Generator) -> str:
     return "en" if subset == "en" else str(rng.choice(sorted(set(package.text) - {"en"})))
-
-
-def _overlap(first: Package, second: Package) -> float:
-    return len(set(first.tags) & set(second.tags)) / len(set(first.tags) | set(second.tags))

@@ -33,7 +33,8 @@ from jina_jax.parallel.processes import barrier, is_main_process, main_process_f
 
 from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
-from ..step.flops import peak_flops, training_flops
+from ..step.chips import peak_flops
+from ..step.flops import training_flops
 from ..step.trainable_split import merge_trained, split_trainable
 from ..step.update import State, Step, abstract_state, all_finite, initial_state, make_step
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jina_jax.files import atomic_write
 from jina_jax.parallel.processes import is_main_process
 
 from ..config import Stage
@@ -92,9 +93,8 @@ class MetricsWriter:
             return
         self._path = workdir / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        partial.replace(self._path)
+        with atomic_write(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:

@@ -20,7 +20,8 @@ from jina_jax.model.parameters import from_local_arrays, variables
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
 from train.config import DatasetConfig, Stage
 from train.data.stream import batch_stream, open_datasets
-from train.step.flops import peak_flops, training_flops
+from train.step.chips import peak_flops
+from train.step.flops import training_flops
 from train.step.objectives import objective
 from train.step.optimizer import clipped, learning_rate, optimizer
 from train.step.trainable_split import split_trainable

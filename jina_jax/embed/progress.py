@@ -1,0 +1,10 @@
+"""Progress bars."""
+
+from typing import Any
+
+
+def progress_bar(total: int, description: str, unit: str, *, show: bool) -> Any:
+    """Returns a bar of tqdm that fits a terminal or a notebook."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, disable=not show)

@@ -1,0 +1,22 @@
+"""Cosine similarity of embeddings on the host."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+SMALLEST_NORM = 1e-12
+"""Vectors of a smaller norm are divided by this: a zero vector stays zero."""
+
+
+def normalize(embeddings: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+    """Divides each embedding by its norm."""
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), SMALLEST_NORM)
+
+
+def cosine_similarity(
+    embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
+) -> Float[np.ndarray, "n m"]:
+    """Returns the cosine of every row of one with every row of the other; a vector counts as one row."""
+    first, second = (normalize(np.atleast_2d(np.asarray(x, np.float32))) for x in (embeddings1, embeddings2))
+    return first @ second.T
