@@ -201,7 +201,7 @@ def _sizes(small: bool) -> ModelConfig:
 def _stage(small: bool) -> Stage:
     stage = pairs_short.get_config().stages[0]
     batch = {"batch_size": 4, "steps": 2 * EVERY} if small else {"batch_size": 128, "steps": 5 * EVERY}
-    return replace(stage, **batch, warmup_steps=0, chunk_rows=None, loss_chunk=batch["batch_size"], remat="none")
+    return replace(stage, **batch, warmup_steps=0, encode_chunk_rows=None, logit_chunk=batch["batch_size"], remat="none")
 
 
 def _texts(tokenizer: Any, small: bool) -> dict[str, list[str]]:

@@ -123,12 +123,12 @@ def _write_peer(directory: Path, model: ModelConfig, stage: Stage) -> Path:
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         intermediate_size=model.mlp_size,
-        max_position_embeddings=stage.length + 2,
+        max_position_embeddings=stage.max_length + 2,
         hidden_dropout_prob=0.0,  # as ours
         attention_probs_dropout_prob=0.0,
     )
     XLMRobertaModel(sizes).save_pretrained(directory)
     load_tokenizer(Path(TOKENIZER), model).save_pretrained(directory)
-    transformer = Transformer(str(directory), max_seq_length=stage.length)
+    transformer = Transformer(str(directory), max_seq_length=stage.max_length)
     SentenceTransformer(modules=[transformer, Pooling(model.hidden_size)], device="cpu").save(str(directory))
     return directory

@@ -55,7 +55,7 @@ class Row(NamedTuple):
         return topology.replace("16x16", SMALLER.get(self.config, "16x16"))
 
 
-AT_ONCE = "stages.0.chunk_rows=None"
+AT_ONCE = "stages.0.encode_chunk_rows=None"
 """No gradient caching, where so many chips share the batch that each has memory for its rows."""
 
 FEW = Row("pairs_short", "v5e-16")
@@ -121,7 +121,7 @@ def _compiled(row: Row) -> dict[str, Any]:
 def _line(row: Row, program: dict[str, Any]) -> str:
     stage = load_config(ROOT / "configs" / f"{row.config}.py", row.settings).stages[0]
     name = program["name"] if not row.settings else f"{program['name']}, {', '.join(row.settings)}"
-    cells = [name, row.topology, str(stage.chunk_rows or "all")]
+    cells = [name, row.topology, str(stage.encode_chunk_rows or "all")]
     if not program["fits"]:
         return f"| {' | '.join(cells)} | does not fit: {program['reason']} | | | | |"
     cells += [
@@ -129,7 +129,7 @@ def _line(row: Row, program: dict[str, Any]) -> str:
         f"{program['seconds']:.3f}",
         f"{program['communication_seconds']:.3f}",
         f"{program['tokens_per_second']:,.0f}",
-        f"{program['share_of_peak']:.1%}",
+        f"{program['mfu']:.1%}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -9,7 +9,7 @@ Data: pairs of many sources, one source and one language to a batch; the paper d
 From the paper: the loss in both directions, temperature, batch, length, steps and rate; Matryoshka dimensions.
 Chosen here: Matryoshka terms weigh the same, warm-up of 1 % of the steps, AdamW with decay 0.01 and betas (0.9, 0.98),
 clipping at 1. Gradient caching in chunks of 32 rows of 384 tokens, two texts of full length to a row; 256 chips have 64 rows
-each and need none: `--set stages.0.chunk_rows=None` is a sixth faster there.
+each and need none: `--set stages.0.encode_chunk_rows=None` is a sixth faster there.
 """
 
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
@@ -26,13 +26,13 @@ def get_config() -> TrainConfig:
                 steps=60_000,
                 warmup_steps=600,
                 batch_size=8 * 2048,
-                length=192,
+                max_length=192,
                 row_length=384,
                 learning_rate=3e-5,
                 temperature=0.05,
                 dims=(32, 64, 128, 256, 512, 768, 1024),
-                chunk_rows=32,
-                loss_chunk=1024,
+                encode_chunk_rows=32,
+                logit_chunk=1024,
                 remat="except_attention",
             ),
         ),

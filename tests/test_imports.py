@@ -25,7 +25,8 @@ LIBRARY = (
 """The floors of jina_jax, from the ground up: a room imports only from floors below its own, and from itself."""
 
 PROGRAMS = (
-    ("config", "__init__"),
+    ("renamed", "__init__"),
+    ("config",),
     ("data",),
     ("step",),
     ("run",),

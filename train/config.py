@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,8 @@ from pydantic.dataclasses import dataclass
 from jina_jax.config import ModelConfig, Remat
 from jina_jax.errors import ConfigError
 from jina_jax.text.packing import TOKENS_PER_TEXT
+
+from .renamed import hint
 
 Objective = Literal["mlm", "pairs", "retrieval", "text_matching", "classification", "separation"]
 
@@ -64,7 +67,7 @@ class Stage:
     steps: Positive
     batch_size: Positive
     """Records of a step, over all devices: texts, pairs, tuples."""
-    length: Annotated[int, Field(ge=8)]
+    max_length: Annotated[int, Field(ge=8)]
     """Most tokens of a text, special tokens included; a longer one is cut."""
     learning_rate: AboveZero
     """The highest, reached after `warmup_steps` and falling linearly to zero at the last step."""
@@ -76,9 +79,9 @@ class Stage:
     """Matryoshka dimensions of the loss; () = the full one alone."""
     dim_weights: tuple[AboveZero, ...] = ()
     """How much the loss at each of `dims` counts; () = 1 each."""
-    negatives: Annotated[int, Field(ge=0)] = 0
+    num_negatives: Annotated[int, Field(ge=0)] = 0
     """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
-    same_class: Literal["numbered", "masked"] = "numbered"
+    same_class: Literal["suffix", "excluded"] = "suffix"
     """What keeps tuples of one class from being negatives of one another (classification): a number that ends all texts of a
     tuple, which the model learns to read, as in the paper; or the loss, which leaves them out."""
     mask_rate: Share = 0.3
@@ -88,12 +91,12 @@ class Stage:
     clip_norm: AboveZero = 1.0
     row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
-    row_shapes: Positive = 1
+    num_row_counts: Positive = 1
     """How many row counts a batch may have, evenly spaced up to the most it can need. Each is compiled once: more of them
     waste less on padding."""
-    chunk_rows: Positive | None = None
+    encode_chunk_rows: Positive | None = None
     """Rows of each device encoded at once (gradient caching, for which masked words have no need); None = all."""
-    loss_chunk: Positive | None = None
+    logit_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
     remat: Remat = "none"
     """What of each layer the backward pass computes again, in place of keeping it: nothing; all except attention's result; or
@@ -106,8 +109,8 @@ class Stage:
                     f"stage {self.name}: {self.objective} does not learn from {dataset.kind} records ({dataset.path}); "
                     f"it takes {list(ACCEPTED[self.objective])}"
                 )
-        if self.length > self.row_length:
-            raise ValueError(f"stage {self.name}: length {self.length} is above row_length {self.row_length}")
+        if self.max_length > self.row_length:
+            raise ValueError(f"stage {self.name}: max_length {self.max_length} is above row_length {self.row_length}")
         if self.dim_weights and len(self.dim_weights) != len(self.dims):
             raise ValueError(f"stage {self.name}: dim_weights has {len(self.dim_weights)} numbers for {len(self.dims)} dims")
         if self.warmup_steps > self.steps:
@@ -115,8 +118,8 @@ class Stage:
         wanted = {"mlm": (0,), "pairs": (0,), "retrieval": (1, 2)}.get(self.objective, (1,))
         if len(self.adapters) not in wanted:
             raise ValueError(f"stage {self.name}: {self.objective} trains {wanted} adapters, not {list(self.adapters)}")
-        if self.objective == "classification" and not self.negatives:
-            raise ValueError(f"stage {self.name}: classification needs negatives of at least 1")
+        if self.objective == "classification" and not self.num_negatives:
+            raise ValueError(f"stage {self.name}: classification needs num_negatives of at least 1")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -166,7 +169,7 @@ class TrainConfig:
     """Of the computation; master weights and optimizer are float32."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint_every: Positive = 1000
-    keep: Positive = 2
+    keep_checkpoints: Positive = 2
     """Checkpoints kept."""
     log_every: Positive = 10
     read_threads: Annotated[int, Field(ge=0)] = 4
@@ -220,8 +223,7 @@ def from_dict(fields: Any) -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))  # strict, and JSON has no tuples
     except ValidationError as error:
-        listed = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"the configuration is not valid: {listed}") from error
+        raise ConfigError(f"the configuration is not valid: {_listed(error)}") from error
 
 
 def _call_config(file: Path, function: str) -> TrainConfig:
@@ -234,11 +236,25 @@ def _call_config(file: Path, function: str) -> TrainConfig:
         if not callable(make := getattr(module, function, None)):
             raise ConfigError(f"{file} has no function {function}")
         made = make()
-    except (ValidationError, TypeError, SyntaxError, ImportError) as error:
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_listed(error)}") from error
+    except ImportError as error:
+        imported = re.search(r"cannot import name '(\w+)'", str(error))
+        raise ConfigError(f"{file}: {error}{hint(imported[1]) if imported else ''}") from error
+    except (TypeError, SyntaxError) as error:
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(made, TrainConfig):
         raise ConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
     return made
+
+
+def _listed(error: ValidationError) -> str:
+    """Every wrong field with what is wrong about it, and its present name where it has an old one."""
+    lines = []
+    for wrong in error.errors():
+        place = ".".join(map(str, wrong["loc"])) or "config"
+        lines.append(f"{place}: {wrong['msg']}{hint(place.rpartition('.')[2], wrong.get('input'))}")
+    return "; ".join(lines)
 
 
 def _literal(value: str) -> Any:
@@ -259,4 +275,4 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
         i = int(key)
         return (*node[:i], _replaced(node[i], rest, value, path), *node[i + 1 :])
     valid = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, tuple) else "none"
-    raise ConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}")
+    raise ConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}{hint(key)}")

@@ -35,7 +35,7 @@ START = InitialModel(model=MODEL, tokenizer=TOKENIZER)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
 KINDS = ("text", "pair", "triplet", "scored_pair", "labelled_text")
 RECORDS = 40
-BATCH = {"batch_size": 8, "length": 24, "row_length": 48}
+BATCH = {"batch_size": 8, "max_length": 24, "row_length": 48}
 
 
 def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -75,9 +75,9 @@ def stages(datasets: dict[str, DatasetConfig], steps: int = 4, **fields: Any) ->
     of_objective: dict[str, dict[str, Any]] = {
         "mlm": {"datasets": ("text",)},
         "pairs": {"datasets": ("pair",), "dims": (8, 32)},
-        "retrieval": {"datasets": ("triplet",), "adapters": ("retrieval.query", "retrieval.passage"), "negatives": 2},
-        "text_matching": {"datasets": ("scored_pair", "triplet"), "adapters": ("text-matching",), "negatives": 1},
-        "classification": {"datasets": ("labelled_text",), "adapters": ("classification",), "negatives": 2},
+        "retrieval": {"datasets": ("triplet",), "adapters": ("retrieval.query", "retrieval.passage"), "num_negatives": 2},
+        "text_matching": {"datasets": ("scored_pair", "triplet"), "adapters": ("text-matching",), "num_negatives": 1},
+        "classification": {"datasets": ("labelled_text",), "adapters": ("classification",), "num_negatives": 2},
         "separation": {"datasets": ("labelled_text", "pair"), "adapters": ("separation",)},
     }
     common = {"steps": steps, "warmup_steps": 1, "learning_rate": 1e-2} | BATCH | fields

@@ -28,7 +28,7 @@ def datasets(tmp_path_factory):
 def runs_of(datasets, tmp_path_factory):
     def make(*names: str, devices: int, steps: int = 4, pause: float = 0.0, **fields) -> Runs:
         # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
-        made = stages(datasets, steps=steps, epsilon=1e-2, batch_size=16, chunk_rows=2, row_shapes=3)
+        made = stages(datasets, steps=steps, epsilon=1e-2, batch_size=16, encode_chunk_rows=2, num_row_counts=3)
         config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=1, **fields)
         return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, pause, devices)
 
@@ -52,7 +52,7 @@ def test_several_processes_are_one(runs_of, tmp_path, names, counts, fsdp):
         workdir = tmp_path / str(count)
         job = runs_of(*names, devices=DEVICES // count, mesh=MeshConfig(fsdp=fsdp)).start_job(workdir, count)
         assert exit_codes(job) == [0] * count, log_of(workdir)
-        for key in ("loss", "grad_norm", "padding"):
+        for key in ("loss", "grad_norm", "padding_fraction"):
             np.testing.assert_allclose([x[key] for x in read_metrics(workdir)], [x[key] for x in lines], rtol=1e-5)
         for name, array in saved_arrays(workdir).items():
             np.testing.assert_allclose(array, want[name], atol=1e-5, err_msg=name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from jina_jax import ModelConfig
 from jina_jax.errors import ConfigError
 from train.config import ACCEPTED, DatasetConfig, InitialModel, Stage, TrainConfig, from_dict, load_config, to_dict
 from train.data.records import KINDS
+from train.renamed import FIELDS, with_new_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -42,7 +44,7 @@ def wrong(*overrides: str, name: str = "retrieval") -> str:
 def test_numbers_of_the_paper(name):
     (stage,) = load(name).stages
     steps, batch, length, rate, temperature = PAPER[name]
-    assert (stage.steps, stage.batch_size, stage.length, stage.learning_rate) == (steps, batch, length, rate)
+    assert (stage.steps, stage.batch_size, stage.max_length, stage.learning_rate) == (steps, batch, length, rate)
     if temperature is None:
         assert stage.objective == "mlm" and all(dataset.by_language for dataset in stage.datasets)
     else:
@@ -87,7 +89,7 @@ def test_overrides():
         "stages.0.datasets.1.weight=2.5",
         "stages.0.betas.1=0.99",
         "stages.0.dims=(8, 16)",
-        "stages.0.chunk_rows=None",
+        "stages.0.encode_chunk_rows=None",
         "stages.0.remat=full",
         "start.source=a=b",
         "mesh.data=4",
@@ -101,7 +103,7 @@ def test_overrides():
         warmup_steps=0,
         betas=(0.9, 0.99),
         dims=(8, 16),
-        chunk_rows=None,
+        encode_chunk_rows=None,
         remat="full",
         datasets=(first, second, third),
     )
@@ -111,8 +113,8 @@ def test_overrides():
 
 
 def test_overrides_are_checked_together():
-    wrong("stages.0.length=4096")
-    assert load("retrieval", "stages.0.length=4096", "stages.0.row_length=4096").stages[0].length == 4096
+    wrong("stages.0.max_length=4096")
+    assert load("retrieval", "stages.0.max_length=4096", "stages.0.row_length=4096").stages[0].max_length == 4096
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_overrides_are_checked_together():
         ("stages.0.datasets.0.kind=pears", "stages.0.datasets.0.kind: Input should be 'text', 'pair'"),
         ("stages.0.datasets.0.kind=labelled_text", "retrieval does not learn from labelled_text records (datasets/msmarco/"),
         ("stages.0.datasets.0.weight=0", "stages.0.datasets.0.weight: "),
-        ("stages.0.length=600", "stage retrieval: length 600 is above row_length 512"),
+        ("stages.0.max_length=600", "stage retrieval: max_length 600 is above row_length 512"),
         ("stages.0.row_length=8", "stages.0.row_length: Input should be greater than or equal to 16"),
         ("stages.0.dim_weights=(1.0, 2.0)", "stage retrieval: dim_weights has 2 numbers for 7 dims"),
         ("stages.0.dim_weights=(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)", "stages.0.dim_weights.3: Input should be greater than 0"),
@@ -163,13 +165,17 @@ def test_wrong_overrides_name_the_field(override, message):
 
 
 def test_every_wrong_field_is_listed():
-    assert all(name in wrong("stages.0.steps=0", "stages.0.length=1", "seed=x") for name in ("steps", "length", "seed"))
+    assert all(name in wrong("stages.0.steps=0", "stages.0.max_length=1", "seed=x") for name in ("steps", "max_length", "seed"))
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("classification", ["stages.0.negatives=0"], "stage classification: classification needs negatives of at least 1"),
+        (
+            "classification",
+            ["stages.0.num_negatives=0"],
+            "stage classification: classification needs num_negatives of at least 1",
+        ),
         ("mlm_short", ["stages.0.adapters=('a',)"], "stage mlm_short: mlm trains (0,) adapters, not ['a']"),
         ("mlm_short", ["stages.0.datasets.0.kind=pair"], "mlm does not learn from pair records"),
         ("separation", ["stages.0.datasets.0.kind=triplet"], "it takes ['labelled_text', 'scored_pair', 'pair']"),
@@ -183,7 +189,7 @@ def test_contradictions_are_named(name, overrides, message):
 
 def stage(name: str, **fields) -> Stage:
     return Stage(
-        **({"name": name, "objective": "pairs", "steps": 1, "batch_size": 1, "length": 8, "learning_rate": 1.0} | fields)
+        **({"name": name, "objective": "pairs", "steps": 1, "batch_size": 1, "max_length": 8, "learning_rate": 1.0} | fields)
     )
 
 
@@ -224,3 +230,57 @@ def test_missing_files_and_functions_are_named(tmp_path):
         load_config(tmp_path / "none.py")
     with pytest.raises(ConfigError, match=r"quickstart\.py has no function pears"):
         load_config(f"{CONFIGS}/quickstart.py:pears")
+
+
+# ---- names of before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.length=100", "there is no field 'length'; .*; length is now called max_length"),
+        ("stages.0.negatives=1", "negatives is now called num_negatives"),
+        ("stages.0.row_shapes=1", "row_shapes is now called num_row_counts"),
+        ("stages.0.chunk_rows=1", "chunk_rows is now called encode_chunk_rows"),
+        ("stages.0.loss_chunk=1", "loss_chunk is now called logit_chunk"),
+        ("keep=1", "keep is now called keep_checkpoints"),
+        ("stages.0.same_class=masked", "same_class: Input should be 'suffix' or 'excluded'; 'masked' is now called 'excluded'"),
+        ("stages.0.same_class=numbered", "'numbered' is now called 'suffix'"),
+    ],
+)
+def test_an_override_with_an_old_name_is_told_the_new_one(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load("retrieval", override)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_length=", "length="),
+        ("encode_chunk_rows=", "chunk_rows="),
+        ("num_negatives=", "negatives="),
+        ("import DatasetConfig, InitialModel,", "import Dataset, InitialModel,"),
+        ("import DatasetConfig, InitialModel,", "import DatasetConfig, Start,"),
+    ],
+)
+def test_a_configuration_with_an_old_name_is_told_the_new_one(old, new, tmp_path):
+    text = (ROOT / "configs" / "retrieval.py").read_text()
+    assert old in text
+    (tmp_path / "mine.py").write_text(text.replace(old, new))
+    wanted = [
+        (before, after)
+        for before, after in zip(re.findall(r"\w+", new), re.findall(r"\w+", old), strict=True)
+        if before != after
+    ]
+    with pytest.raises(ConfigError, match=f"mine.py: .*; {wanted[0][0]} is now called {wanted[0][1]}"):
+        load_config(tmp_path / "mine.py")
+
+
+def test_the_configuration_of_a_saved_run_is_read_with_the_present_names():
+    present = to_dict(load("classification"))
+    stage = dict(present["stages"][0])
+    old = {before: stage.pop(after) for before, after in FIELDS.items() if after in stage} | {"same_class": "numbered"}
+    saved = json.loads(json.dumps(present | {"stages": [stage | old], "keep": present["keep_checkpoints"]}))
+    del saved["keep_checkpoints"]
+    assert from_dict(with_new_names(saved)) == load("classification")
+    assert with_new_names(json.loads(json.dumps(present))) == json.loads(json.dumps(present))

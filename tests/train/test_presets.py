@@ -60,11 +60,11 @@ def shrunk(config: TrainConfig, sources: dict[str, str], datasets: dict) -> Trai
             steps=2,
             warmup_steps=1,
             batch_size=8,
-            length=24,
-            row_length=24 * (stage.row_length // stage.length),
+            max_length=24,
+            row_length=24 * (stage.row_length // stage.max_length),
             dims=tuple(dim for dim in stage.dims if dim <= HIDDEN),
-            chunk_rows=stage.chunk_rows and min(stage.chunk_rows, 2),
-            loss_chunk=stage.loss_chunk and 4,
+            encode_chunk_rows=stage.encode_chunk_rows and min(stage.encode_chunk_rows, 2),
+            logit_chunk=stage.logit_chunk and 4,
         )
 
     assert config.start.source is not None

@@ -22,7 +22,7 @@ from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arg
 from .compiler import DoesNotFit, Measurement, Slice, measure
 
 INFERENCE_ROWS = 16
-"""Rows of each device in the embedder's program, where the stage has no `chunk_rows`."""
+"""Rows of each device in the embedder's program, where the stage has no `encode_chunk_rows`."""
 
 
 class Compiled(NamedTuple):
@@ -67,7 +67,7 @@ def compile_config(
     ]
     for stage, kind, model, arguments in programs:
         name = stage.name if len({dataset.kind for dataset in stage.datasets}) == 1 else f"{stage.name}, {kind}"
-        tokens = stage.batch_size * texts_per_example(stage, kind) * stage.length
+        tokens = stage.batch_size * texts_per_example(stage, kind) * stage.max_length
         step = make_step(stage, kind, model.config, config.dtype, mesh)
         file = hlo and (hlo if len(programs) == 1 else hlo.with_stem(f"{hlo.stem}-{stage.name}-{kind}"))
         done = Compiled(name, tokens, training_flops(model.config, stage) * tokens, None)
@@ -147,8 +147,8 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
         "compute_seconds": cost.compute_seconds,
         "communication_seconds": cost.communication_seconds,
         "tokens_per_second": compiled.tokens / cost.seconds,
-        "share_of_peak": share,
-        "share_of_peak_without_communication": alone,
+        "mfu": share,
+        "mfu_without_communication": alone,
         "compile_seconds": cost.compile_seconds,
     }
 
@@ -163,30 +163,30 @@ def _compiled_inference(
         for path, x in (model.trained | model.frozen).items()
     }
     encoder = from_local_arrays(config, arrays, dtype=jnp.bfloat16)
-    rows = stage.chunk_rows or INFERENCE_ROWS
+    rows = stage.encode_chunk_rows or INFERENCE_ROWS
     per_token = int32_struct(mesh, rows * mesh.size, stage.row_length)
     tasks = int32_struct(mesh) if stage.adapters else None
     tokens = rows * mesh.size * stage.row_length
-    flops = training_flops(config, replace(stage, objective="pairs", adapters=(), length=stage.length)) / 3 * tokens
+    flops = training_flops(config, replace(stage, objective="pairs", adapters=(), max_length=stage.max_length)) / 3 * tokens
     done = Compiled(f"embedding in rows of {stage.row_length}, {rows} on each device", tokens, flops, None)
     arguments = encoder, per_token, per_token, per_token, tasks
     try:
         return done._replace(measurement=measure(text_embeddings, arguments, slice_.topology, hlo, mesh=mesh))
     except DoesNotFit as error:
-        return done._replace(failure=f"{error}; fewer stages.0.chunk_rows than {rows} would need less")
+        return done._replace(failure=f"{error}; fewer stages.0.encode_chunk_rows than {rows} would need less")
 
 
 def _suggest_fix(stage: Stage, mesh: MeshConfig, devices: int) -> str:
     """What to change in a configuration that does not fit."""
     found = []
-    if stage.chunk_rows is None:
-        found.append("stages.N.chunk_rows (rows at once; now all)")
-    elif stage.chunk_rows > 1:
-        found.append(f"fewer stages.N.chunk_rows (now {stage.chunk_rows})")
+    if stage.encode_chunk_rows is None:
+        found.append("stages.N.encode_chunk_rows (rows at once; now all)")
+    elif stage.encode_chunk_rows > 1:
+        found.append(f"fewer stages.N.encode_chunk_rows (now {stage.encode_chunk_rows})")
     if stage.remat != "full" and (stage.remat != "none" or mesh.fsdp == 1):
         found.append("stages.N.remat=full")
-    if stage.loss_chunk is None:
-        found.append("stages.N.loss_chunk=1024")
+    if stage.logit_chunk is None:
+        found.append("stages.N.logit_chunk=1024")
     wider = [n for n in (2, 4, 8, 16) if devices % n == 0 and n > mesh.fsdp]
     if wider:
         found.append(f"mesh.fsdp={wider[-1]}")

@@ -66,9 +66,9 @@ def batch_shape(texts: int, stage: Stage) -> BatchShape:
     The largest row count holds them even if all are of full length: packed rows, the last excepted, are so full that no text
     fits in any more, and so hold row_length // length texts at least.
     """
-    per_row = min(stage.row_length // stage.length, packing.max_texts(stage.row_length))
-    most, chunk = -(-texts // per_row), stage.chunk_rows or 1
-    counts = {-(-most * (i + 1) // stage.row_shapes) for i in range(stage.row_shapes)}
+    per_row = min(stage.row_length // stage.max_length, packing.max_texts(stage.row_length))
+    most, chunk = -(-texts // per_row), stage.encode_chunk_rows or 1
+    counts = {-(-most * (i + 1) // stage.num_row_counts) for i in range(stage.num_row_counts)}
     if most > chunk:
         counts = {-(-count // chunk) * chunk for count in counts}
     return BatchShape(stage.row_length, tuple(sorted(counts)))
@@ -93,7 +93,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
             mask_id=tokenizer.mask_token_id,  # type: ignore[arg-type]
             special_ids=tuple(tokenizer.all_special_ids),
         )
-        return lambda examples: _masked_texts(examples, backend, stage.length, mask)
+        return lambda examples: _masked_texts(examples, backend, stage.max_length, mask)
     # The anchor is of the first adapter, what it is compared with of the last: of the same one, save in retrieval.
     instructions = [prompts.get(task, "") for task in stage.adapters] or [""]
     last = max(len(stage.adapters) - 1, -1) if stage.adapters else -1
@@ -104,9 +104,9 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
         texts, suffixes, tasks = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
-            if (taken := instructed + len(suffix)) >= stage.length:
+            if (taken := instructed + len(suffix)) >= stage.max_length:
                 raise ValueError(
-                    f"stage {stage.name}: length {stage.length} leaves no room for text; "
+                    f"stage {stage.name}: max_length {stage.max_length} leaves no room for text; "
                     f"special tokens, instruction and suffix are {taken} tokens"
                 )
             for number, text in enumerate(example.texts):
@@ -114,7 +114,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
                 suffixes.append(suffix)
                 tasks.append(first if number == 0 else last)
         encodings = backend.encode_batch_fast(texts)
-        ids = [_cut(encoding.ids, suffix, stage.length) for encoding, suffix in zip(encodings, suffixes, strict=True)]
+        ids = [_cut(encoding.ids, suffix, stage.max_length) for encoding, suffix in zip(encodings, suffixes, strict=True)]
         return TokenizedTexts(ids, None, tasks)
 
     return encode

@@ -45,15 +45,15 @@ def to_example(stage: Stage, kind: str, source: Sequence[Record]) -> ToExample:
         case "pair":
             return _pair_example
         case "triplet":
-            return lambda record, rng: _triplet_example(record, rng, stage.negatives)
+            return lambda record, rng: _triplet_example(record, rng, stage.num_negatives)
         case "scored_pair":
             return _scored_example
         case "labelled_text" if stage.objective == "classification":
             classes, told_apart = (
                 Classes(source),
-                {"numbered": _class_id_suffix, "masked": _exclude_same_class}[stage.same_class],
+                {"suffix": _class_id_suffix, "excluded": _exclude_same_class}[stage.same_class],
             )
-            return lambda record, rng: told_apart(_class_example(record, rng, classes, stage.negatives), record, rng)
+            return lambda record, rng: told_apart(_class_example(record, rng, classes, stage.num_negatives), record, rng)
         case "labelled_text":
             classes = Classes(source)
             return lambda record, rng: _class_example(record, rng, classes, 1)
@@ -66,9 +66,9 @@ def texts_per_example(stage: Stage, kind: str) -> int:
         case "text":
             return 1
         case "triplet":
-            return 2 + stage.negatives
+            return 2 + stage.num_negatives
         case "labelled_text":
-            return 2 + (stage.negatives if stage.objective == "classification" else 1)
+            return 2 + (stage.num_negatives if stage.objective == "classification" else 1)
     return 2
 
 

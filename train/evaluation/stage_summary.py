@@ -10,7 +10,7 @@ from . import report
 from .model_scores import OWN_ADAPTERS
 from .scores import Score
 
-STAGES = ("BM25", "untrained", "masked words", "pairs", "adapters")
+STAGES = ("BM25", "untrained", "MLM", "pairs", "adapters")
 EVAL_TASKS = {
     ("retrieval", "en"): "title -> body, English, nDCG@10",
     ("retrieval", "de-en"): "German title -> English body, nDCG@10",
@@ -36,7 +36,7 @@ def write_summary(
     contents = {
         "records": records["test"],
         "validation": records["validation"],
-        "masked_words": [score._asdict() for score in pretrained],
+        "mlm": [score._asdict() for score in pretrained],
     }
     with atomic_write(directory / "metrics.json") as target:
         target.write_text(json.dumps(contents, indent=1) + "\n", "utf-8")

@@ -24,7 +24,7 @@ def fingerprint(arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-RUNNING = ("mesh", "checkpoint_every", "keep", "log_every", "read_threads")
+RUNNING = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "read_threads")
 """Fields that say how a run is done and not what it is: a resumed run may change them."""
 
 

@@ -56,9 +56,9 @@ def prepare_for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
     key = jax.random.key(config.seed)
     encoder = _with_overrides(encoder, config.start)
     for stage in config.stages:
-        if stage.length > encoder.config.max_tokens:
+        if stage.max_length > encoder.config.max_tokens:
             most = encoder.config.max_tokens
-            raise ValueError(f"stage {stage.name}: length {stage.length} is above the model's {most} tokens")
+            raise ValueError(f"stage {stage.name}: max_length {stage.max_length} is above the model's {most} tokens")
     if config.stages[0].adapters:
         return _with_new_adapters(encoder, config, key)
     encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base

@@ -33,6 +33,7 @@ from jina_jax.parallel.processes import barrier, is_main_process, main_process_f
 
 from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
+from ..renamed import with_new_names
 from ..step.chips import peak_flops
 from ..step.flops import training_flops
 from ..step.trainable_split import merge_trained, split_trainable
@@ -136,7 +137,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
 
     # ---- loop
-    saver = Saver(workdir / "checkpoints", config.keep)
+    saver = Saver(workdir / "checkpoints", config.keep_checkpoints)
     writer = MetricsWriter(workdir, sum(done))
     peak = peak_flops(jax.devices()[0], mesh.size)
     unread: list[StepRecord] = []
@@ -215,9 +216,10 @@ def _resumed(
     checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[StageRun], mesh: Mesh
 ) -> tuple[list[State], list[int]]:
     saved = {name: checkpoint.run.get(name) for name in identity}
+    saved["config"] = with_new_names(saved["config"])
     if changed := json_diff(saved, identity):
         raise RunError(
-            f"{checkpoint.directory.parents[2]} holds another run; it differs in: {'; '.join(changed)}. "
+            f"{checkpoint.directory.parents[1]} holds another run; it differs in: {'; '.join(changed)}. "
             "Give the same configuration, or another --workdir"
         )
     for track, position in zip(tracks, checkpoint.run["data"], strict=True):

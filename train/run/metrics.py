@@ -14,6 +14,7 @@ from jina_jax.files import atomic_write
 from jina_jax.parallel.processes import is_main_process
 
 from ..config import Stage
+from ..renamed import METRICS
 from ..step.optimizer import learning_rate
 from ..step.update import Metrics
 
@@ -66,11 +67,11 @@ def summarise(steps: Sequence[StepRecord], seconds: float, peak: float | None) -
     speed = {
         "steps_per_second": len(steps) / seconds,
         "tokens_per_second": tokens / seconds,
-        "padding": 1 - tokens / sum(step.slots for step in steps),
+        "padding_fraction": 1 - tokens / sum(step.slots for step in steps),
     }
     if peak is not None:
         flops = sum(int(step.metrics.tokens) * step.flops_per_token for step in steps)
-        speed["peak_share"] = flops / seconds / peak
+        speed["mfu"] = flops / seconds / peak
     for stage in dict.fromkeys(step.stage for step in steps):
         own = [step for step in steps if step.stage is stage]
         numbers = {
@@ -114,4 +115,5 @@ def read_metrics(workdir: Path) -> list[dict]:
     """The lines of a run's metrics; a last line that was cut off is left out."""
     path = workdir / FILE
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    read = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{METRICS.get(name, name): value for name, value in line.items()} for line in read]

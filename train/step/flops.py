@@ -12,7 +12,7 @@ def training_flops(config: ModelConfig, stage: Stage) -> float:
     are trained; attention costs 4 d operations per token and key.
     """
     d = config.hidden_size
-    layer = 2 * (4 * d * d + 2 * d * config.mlp_size) + 4 * d * stage.length
+    layer = 2 * (4 * d * d + 2 * d * config.mlp_size) + 4 * d * stage.max_length
     forward = config.num_layers * layer
     if stage.objective == "mlm":
         forward += stage.mask_rate * 2 * d * (config.vocab_size + d)

@@ -56,7 +56,7 @@ def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: S
         dims=stage.dims or None,
         weights=stage.dim_weights or None,
         group=jnp.asarray(batch.groups),
-        chunk=stage.loss_chunk,
+        chunk=stage.logit_chunk,
         axis_name=axis_name,
     )
 
@@ -98,7 +98,7 @@ def mlm_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy of the masked tokens, rows in chunks."""
     assert encoder.mlm_head is not None
-    rows = stage.chunk_rows or batch.tokens.shape[0]
+    rows = stage.encode_chunk_rows or batch.tokens.shape[0]
     # Each text rounds its share up, and a row of t slots has t / 16 texts at most.
     most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.tasks.shape[1])
     total = (jnp.asarray(batch.labels) >= 0).sum()
@@ -109,10 +109,10 @@ def mlm_loss(
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
         table, of_table = gradient_sums.whole(encoder.tokens.table[...], sums.table)
-        loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.loss_chunk, total=total)
+        loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.logit_chunk, total=total)
         return loss, sums._replace(table=of_table)
 
-    return accumulate_loss(share, encoder, batch, stage.chunk_rows)
+    return accumulate_loss(share, encoder, batch, stage.encode_chunk_rows)
 
 
 def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage: Stage) -> Float[Array, "n s d"]:
@@ -123,7 +123,7 @@ def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage:
         x, sums = states(encoder, sums, chunk)
         return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
 
-    pooled_rows = encode_cached(pooled, encoder, batch, stage.chunk_rows)
+    pooled_rows = encode_cached(pooled, encoder, batch, stage.encode_chunk_rows)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
 
 

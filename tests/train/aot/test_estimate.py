@@ -151,7 +151,7 @@ def test_shares_and_rates_are_of_the_whole_step():
     flops = 16 * CHIPS["v5e"].peak  # a second of all devices at their peak
     done = Compiled("pairs", 1000, flops, measurement())
     fields = to_json(done)
-    assert fields["share_of_peak"] == pytest.approx(0.4) and fields["share_of_peak_without_communication"] == pytest.approx(0.5)
+    assert fields["mfu"] == pytest.approx(0.4) and fields["mfu_without_communication"] == pytest.approx(0.5)
     assert fields["tokens_per_second"] == pytest.approx(400) and json.dumps(fields)
     text = report(done)
     for part in (
@@ -186,10 +186,10 @@ def test_what_does_not_fit_is_told_with_what_would_help(monkeypatch):
     monkeypatch.setattr(program, "measure", fails)
     monkeypatch.setattr(program, "over_devices", lambda *_: make_mesh(devices=jax.devices()[:1]))
     config = replace(load_config(CONFIGS / "pairs_short.py"), start=run_config(STAGES["pairs"]).start)
-    config = replace(config, stages=(replace(config.stages[0], loss_chunk=None, batch_size=64),))
+    config = replace(config, stages=(replace(config.stages[0], logit_chunk=None, batch_size=64),))
     (done,) = compile_config(config, CONFIGS, a_slice())
     assert done.measurement is None and "needs 20.00 GiB" in done.failure and "15.75 GiB" in done.failure
-    assert "chunk_rows (now 32)" in done.failure and "loss_chunk" in done.failure and "\n" not in done.failure
+    assert "encode_chunk_rows (now 32)" in done.failure and "logit_chunk" in done.failure and "\n" not in done.failure
     assert to_json(done)["fits"] is False
 
 
@@ -225,7 +225,7 @@ def compiled(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProce
         "from train.config import *\nfrom jina_jax.config import ModelConfig\n"
         "def get_config():\n"
         f"    return TrainConfig(start=Start(model={MODEL!r}, tokenizer='data/tokenizer'), stages=(Stage(name='tiny', "
-        "objective='pairs', datasets=(Dataset('x', 'pair'),), steps=1, batch_size=64, length=64, row_length=128, "
+        "objective='pairs', datasets=(Dataset('x', 'pair'),), steps=1, batch_size=64, max_length=64, row_length=128, "
         "learning_rate=1e-3),))\n"
     )
     command = [sys.executable, "-m", "train.compile", str(config), "--json", str(tmp_path / "out.json"), *arguments]
@@ -239,7 +239,7 @@ def compiled(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProce
 def test_a_small_model_is_compiled_for_four_chips(arguments, tmp_path):
     done, found = compiled(tmp_path, "--topology", "v5e:2x2", "--hlo", str(tmp_path / "out.hlo"), *arguments)
     assert done.returncode == 0, done.stderr
-    assert found["fits"] and found["devices"] == 4 and 0 < found["share_of_peak"] < 1
+    assert found["fits"] and found["devices"] == 4 and 0 < found["mfu"] < 1
     assert 0 < found["memory_bytes"]["peak"] < found["memory_bytes"]["usable"]
     assert "ENTRY" in (tmp_path / "out.hlo").read_text()
 

@@ -24,8 +24,8 @@ def stage(objective: str = "pairs", **fields) -> Stage:
     defaults = {
         "adapters": adapters.get(objective, () if objective in ("mlm", "pairs") else (objective,)),
         "datasets": (DatasetConfig("d", KINDS.get(objective, "pair")),),
-        "negatives": 2 if objective in ("classification", "retrieval") else 0,
-        "length": 24,
+        "num_negatives": 2 if objective in ("classification", "retrieval") else 0,
+        "max_length": 24,
         "row_length": 64,
     }
     defaults |= {"name": "s", "objective": objective, "steps": 10, "batch_size": 8, "learning_rate": 1e-3}
@@ -50,10 +50,10 @@ sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 
 
 
 @given(st.data(), sizes, st.sampled_from([(24, 64), (16, 16), (31, 64), (64, 64), (33, 64), (9, 100)]), st.integers(1, 4))
-def test_every_text_is_where_places_says(data, sizes, lengths, row_shapes):
+def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts):
     per_device, devices, texts = sizes
     length, row_length = lengths
-    plan = stage(length=length, row_length=row_length, row_shapes=row_shapes)
+    plan = stage(max_length=length, row_length=row_length, num_row_counts=num_row_counts)
     count = per_device * devices
     drawn = data.draw(st.lists(st.integers(1, length), min_size=count * texts, max_size=count * texts))
     names = [f"{100 + i},{n}" for i, n in enumerate(drawn)]
@@ -93,21 +93,21 @@ def test_every_text_is_where_places_says(data, sizes, lengths, row_shapes):
     st.integers(1, 5),
     st.sampled_from([None, 1, 4, 7]),
 )
-def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, row_shapes, chunk):
+def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, num_row_counts, chunk):
     length = min(length, row_length)
-    plan = stage(length=length, row_length=row_length, row_shapes=row_shapes, chunk_rows=chunk)
+    plan = stage(max_length=length, row_length=row_length, num_row_counts=num_row_counts, encode_chunk_rows=chunk)
     counts = batch_shape(texts, plan).row_counts
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     least = data.draw(st.integers(1, length))
     for lengths in ([length] * texts, rng.integers(least, length + 1, size=texts), rng.choice([1, length], size=texts)):
         assert len(best_fit_decreasing(list(map(int, lengths)), row_length, max_texts(row_length))) <= counts[-1]
-    assert list(counts) == sorted(set(counts)) and 1 <= len(counts) <= row_shapes
+    assert list(counts) == sorted(set(counts)) and 1 <= len(counts) <= num_row_counts
     assert chunk is None or all(count <= chunk or count % chunk == 0 for count in counts)
 
 
 @pytest.mark.parametrize("objective", ["pairs", "retrieval", "text_matching", "classification"])
 def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, corpus):
-    plan = stage(objective, length=48)
+    plan = stage(objective, max_length=48)
     prompts = PUBLISHED_INSTRUCTIONS | {"text-matching": "Compare: "}
     suffix = " 012345678" if objective == "classification" else ""
     examples = [Example(tuple(corpus[i : i + 3]), suffix=suffix) for i in range(0, 300, 3)]
@@ -121,11 +121,11 @@ def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, cor
         anchor = number % 3 == 0
         text = examples[number // 3].texts[number % 3]
         whole = tokenizer(prefixes[0 if anchor else -1] + text)["input_ids"]
-        assert len(ids) == min(len(whole) + len(tail), plan.length)
+        assert len(ids) == min(len(whole) + len(tail), plan.max_length)
         kept = len(ids) - len(tail) - 1
         assert ids.tolist() == [*whole[:kept], *tail, tokenizer.eos_token_id]
         assert texts.tasks[number] == (-1 if not plan.adapters else 0 if anchor else len(plan.adapters) - 1)
-        cut += len(whole) + len(tail) > plan.length
+        cut += len(whole) + len(tail) > plan.max_length
     assert 50 < cut < 250
 
 
@@ -142,16 +142,18 @@ def test_the_tokenizer_itself_is_left_alone(tokenizer):
 def test_a_length_without_room_for_text_is_refused(tokenizer):
     instructed = len(tokenizer(PUBLISHED_INSTRUCTIONS["retrieval.query"])["input_ids"])
     example = Example(("a", "b", "c"))
-    with pytest.raises(ValueError, match=f"stage s: length {instructed} leaves no room for text; .* are {instructed} tokens"):
-        text_encoder(stage("retrieval", length=instructed), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
-    text_encoder(stage("retrieval", length=instructed + 1), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
+    with pytest.raises(
+        ValueError, match=f"stage s: max_length {instructed} leaves no room for text; .* are {instructed} tokens"
+    ):
+        text_encoder(stage("retrieval", max_length=instructed), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
+    text_encoder(stage("retrieval", max_length=instructed + 1), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
     with pytest.raises(ValueError, match="leaves no room for text"):
-        text_encoder(stage("classification", length=8), {}, tokenizer)([example._replace(suffix=" 123456789")])
+        text_encoder(stage("classification", max_length=8), {}, tokenizer)([example._replace(suffix=" 123456789")])
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 400))
 def test_masks_are_of_a_window_of_the_text(tokenizer, corpus, seed, number):
-    plan = stage("mlm", length=32)
+    plan = stage("mlm", max_length=32)
     texts = text_encoder(plan, {}, tokenizer)([Example((corpus[number],), seed=seed)])
     (ids,), (labels,), whole = texts.ids, texts.labels, tokenizer(corpus[number])["input_ids"]
     original = np.where(labels >= 0, labels, ids).tolist()
@@ -167,7 +169,7 @@ def test_windows_are_anywhere_and_masks_of_whole_words(tokenizer, corpus):
     text = max(corpus, key=len)
     whole = tokenizer(text)["input_ids"]
     examples = [Example((text,), seed=seed) for seed in range(300)]
-    texts = text_encoder(stage("mlm", length=len(whole) - 3, row_length=512), {}, tokenizer)(examples)
+    texts = text_encoder(stage("mlm", max_length=len(whole) - 3, row_length=512), {}, tokenizer)(examples)
     originals = [np.where(labels >= 0, labels, ids) for ids, labels in zip(texts.ids, texts.labels, strict=True)]
     firsts = Counter(tuple(original[1:5].tolist()) for original in originals)
     assert set(firsts) == {tuple(whole[start : start + 4]) for start in range(1, 5)} and min(firsts.values()) > 40
@@ -202,7 +204,7 @@ LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) fo
 
 @given(st.integers(0, 99), st.sampled_from(LABELLED), st.integers(1, 7))
 def test_class_tuples(seed, record, negatives):
-    make = to_example(stage("classification", negatives=negatives), "labelled_text", LABELLED)
+    make = to_example(stage("classification", num_negatives=negatives), "labelled_text", LABELLED)
     example = make(record, np.random.default_rng(seed))
     anchor, positive, *others = example.texts
     labels = {each.text: each.label for each in LABELLED}
@@ -211,11 +213,11 @@ def test_class_tuples(seed, record, negatives):
     assert len(others) == negatives and all(labels[other] != record.label for other in others)
     assert example.suffix[0] == " " and example.suffix[1:].isdecimal() and len(example.suffix) == 10
     assert example.suffix != make(record, np.random.default_rng(seed + 1)).suffix
-    assert len(example.texts) == texts_per_example(stage("classification", negatives=negatives), "labelled_text")
+    assert len(example.texts) == texts_per_example(stage("classification", num_negatives=negatives), "labelled_text")
 
 
 def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
-    plan = stage("classification", same_class="masked")
+    plan = stage("classification", same_class="excluded")
     make = to_example(plan, "labelled_text", LABELLED)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
     assert not any(example.suffix for example in examples)
@@ -226,7 +228,7 @@ def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
 
 
 def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
-    plan = stage("classification", length=24)
+    plan = stage("classification", max_length=24)
     make = to_example(plan, "labelled_text", LABELLED)
     long = [record.model_copy(update={"text": record.text + " word" * 50}) for record in LABELLED]
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(long[:16])]
@@ -258,7 +260,7 @@ def test_classes_are_drawn_evenly_over_their_records():
 @given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 9))
 def test_triplets_draw_their_negatives(seed, held, wanted):
     record = Triplet(anchor="a", positive="p", negatives=tuple(f"n{i}" for i in range(held)), group="g")
-    plan = stage("retrieval", negatives=wanted)
+    plan = stage("retrieval", num_negatives=wanted)
     example = to_example(plan, "triplet", [record])(record, np.random.default_rng(seed))
     negatives = Counter(example.texts[2:])
     assert example.texts[:2] == ("a", "p") and example.group == "g" and negatives.total() == wanted
@@ -268,7 +270,7 @@ def test_triplets_draw_their_negatives(seed, held, wanted):
 
 def test_all_negatives_of_a_triplet_have_their_turn():
     record = Triplet(anchor="a", positive="p", negatives=tuple("uvwxyz"))
-    make, rng = to_example(stage("retrieval", negatives=2), "triplet", [record]), np.random.default_rng(0)
+    make, rng = to_example(stage("retrieval", num_negatives=2), "triplet", [record]), np.random.default_rng(0)
     counts = Counter(text for _ in range(600) for text in make(record, rng).texts[2:])
     assert set(counts) == set("uvwxyz") and min(counts.values()) > 150
 

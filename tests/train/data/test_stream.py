@@ -29,7 +29,7 @@ PAIRS = [pair(number) for number in range(50)]
 
 
 def stage(*datasets: DatasetConfig, **fields) -> Stage:
-    defaults = {"name": "s", "objective": "pairs", "steps": 10, "batch_size": 8, "length": 32, "learning_rate": 1e-3}
+    defaults = {"name": "s", "objective": "pairs", "steps": 10, "batch_size": 8, "max_length": 32, "learning_rate": 1e-3}
     return Stage(datasets=datasets or (DatasetConfig("d", "pair"),), **(defaults | {"row_length": 64} | fields))
 
 
@@ -65,8 +65,8 @@ def same(a, b) -> bool:
     return a[0] == b[0] and all(np.array_equal(x, y) for x, y in zip(a[1], b[1], strict=True))
 
 
-MLM = {"objective": "mlm", "length": 16}
-CLASSES = {"objective": "classification", "adapters": ("classification",), "negatives": 2}
+MLM = {"objective": "mlm", "max_length": 16}
+CLASSES = {"objective": "classification", "adapters": ("classification",), "num_negatives": 2}
 LABELLED = [LabelledText(text=f"text {i}", label="abc"[i % 3], language=LANGUAGES[i % 2]) for i in range(40)]
 LONG = [PlainText(text=" ".join(f"word{i} {j}" for j in range(30))) for i in range(20)]
 KINDS = {
@@ -136,7 +136,7 @@ def test_all_processes_have_as_many_rows(stream):
         asked.append((name, number, rows))
         return 5
 
-    plan = stage(row_shapes=8)
+    plan = stage(num_row_counts=8)
     alone, together = stream(plan), stream(plan, agreed=agreed)
     shapes = [len(together[number][1].tokens) for number in range(3)]
     assert all(rows >= 5 for rows in shapes) and shapes != [len(alone[number][1].tokens) for number in range(3)]

@@ -71,8 +71,8 @@ def test_random_weights_depend_on_the_seed_alone():
 
 
 def test_texts_longer_than_the_model_can_have_are_refused():
-    long = replace(STAGES["pairs"], length=9000, row_length=9000)
-    with pytest.raises(ValueError, match="stage pairs: length 9000 is above the model's 8194 tokens"):
+    long = replace(STAGES["pairs"], max_length=9000, row_length=9000)
+    with pytest.raises(ValueError, match="stage pairs: max_length 9000 is above the model's 8194 tokens"):
         load_initial_model(run_config(long))
 
 

@@ -156,7 +156,7 @@ MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 )
 def test_eight_devices_are_one_device(datasets, tmp_path, tmp_path_factory, names, meshes):
     # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
-    made = stages(datasets, steps=3, epsilon=1e-2, batch_size=16, chunk_rows=2)
+    made = stages(datasets, steps=3, epsilon=1e-2, batch_size=16, encode_chunk_rows=2)
     config = run_config(*(made[name] for name in names), log_every=1)
     runs = Runs(tmp_path_factory.getbasetemp() / "compiled", config, devices=8)
     assert runs.finish(tmp_path / "one", mesh=MeshConfig(data=1)) == 0, log_of(tmp_path / "one")

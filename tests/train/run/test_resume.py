@@ -191,7 +191,7 @@ def test_a_finished_model_whose_checkpoints_are_gone_is_not_written_over(runs, u
 
 
 def test_a_run_may_be_gone_on_with_in_another_manner(runs, undisturbed, interrupted):
-    assert runs.finish(interrupted, log_every=1, keep=5, checkpoint_every=5, read_threads=0) == 0
+    assert runs.finish(interrupted, log_every=1, keep_checkpoints=5, checkpoint_every=5, read_threads=0) == 0
     assert_identical(model_arrays(interrupted), model_arrays(undisturbed))
     assert steps_saved(interrupted) == [EVERY, 2 * EVERY, 10, 15, STEPS]
     steps = [line["step"] for line in read_metrics(interrupted)]

@@ -18,7 +18,7 @@ from train.data.collate import TrainBatch, batch_shape, collate, text_encoder
 from train.data.examples import Example
 from train.step.objectives import objective
 
-STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, chunk_rows=None)
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, encode_chunk_rows=None)
 CASES = [
     ("mlm", "text"),
     ("pairs", "pair"),
@@ -153,7 +153,7 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
     uncached = case.value_and_gradients(case.stage)
     assert_same(uncached, case.plain())
     chunk = 5 if name == "mlm" else 2
-    cached = replace(case.stage, chunk_rows=1 if name == "mlm" else 2, loss_chunk=chunk, remat="full")
+    cached = replace(case.stage, encode_chunk_rows=1 if name == "mlm" else 2, logit_chunk=chunk, remat="full")
     assert case.batch(cached).tokens.shape[0] > 2 or name == "mlm"
     assert_same(case.value_and_gradients(cached), uncached)
 
@@ -161,11 +161,11 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
 @pytest.mark.parametrize(
     "fields",
     [
-        {"chunk_rows": 1},
-        {"loss_chunk": 3},
+        {"encode_chunk_rows": 1},
+        {"logit_chunk": 3},
         {"remat": "full"},
         {"remat": "except_attention"},
-        {"chunk_rows": 3, "remat": "except_attention"},
+        {"encode_chunk_rows": 3, "remat": "except_attention"},
     ],
 )
 def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder, tokenizer):
@@ -173,10 +173,10 @@ def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder
     assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))
 
 
-def test_masked_words_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
+def test_mlm_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
     case = Case("mlm", "text", make_encoder, tokenizer)
-    chunked = replace(case.stage, chunk_rows=1, row_length=24)
-    whole, batch = replace(chunked, chunk_rows=None), case.batch(chunked)
+    chunked = replace(case.stage, encode_chunk_rows=1, row_length=24)
+    whole, batch = replace(chunked, encode_chunk_rows=None), case.batch(chunked)
     rows = batch.tokens.shape[0]
     assert rows >= 3 and (batch.labels >= 0).any(1).sum() >= 2
 

@@ -153,16 +153,16 @@ def test_what_is_not_finite_is_noticed():
 
 def test_the_operations_counted_are_those_of_the_program():
     config = ModelConfig(vocab_size=50, hidden_size=256, num_layers=1, num_heads=4, mlp_size=1024)
-    stage = replace(STAGES["pairs"], length=128, row_length=128)
+    stage = replace(STAGES["pairs"], max_length=128, row_length=128)
     encoder = Encoder(config, rngs=nnx.Rngs(0))
     rows = jnp.ones((2, 128), jnp.int32)
     program = jax.jit(lambda encoder, rows: encoder(rows, rows, rows)).lower(encoder, rows)
     forward = program.cost_analysis()["flops"] / rows.size
     assert training_flops(config, stage) == pytest.approx(3 * forward, rel=0.05)
-    assert training_flops(config, replace(STAGES["separation"], length=128, row_length=128)) == pytest.approx(
+    assert training_flops(config, replace(STAGES["separation"], max_length=128, row_length=128)) == pytest.approx(
         2 * forward, rel=0.05
     )
-    masked = training_flops(config, replace(STAGES["mlm"], length=128, row_length=128)) - training_flops(config, stage)
+    masked = training_flops(config, replace(STAGES["mlm"], max_length=128, row_length=128)) - training_flops(config, stage)
     assert masked == pytest.approx(3 * 0.3 * 2 * 256 * (50 + 256))
 
 
