@@ -95,7 +95,7 @@ def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> t
         free_at = max(free_at, time.perf_counter()) + per_slot * ids.size
         return Pending(free_at, vectors((ids.shape[0], max_texts(ids.shape[1]), WIDE.hidden_size)))
 
-    with patch("jina_jax.embed.embedder.embed_rows", compute):
+    with patch("jina_jax.embed.embedder.text_embeddings", compute):
         seconds = statistics.median(_seconds(lambda: embedder.encode(texts)) for _ in range(runs))
     return seconds, slots // runs
 

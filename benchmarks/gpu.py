@@ -146,14 +146,16 @@ def attention(small: bool) -> None:
         rng = np.random.default_rng(0)
         qkv = jnp.asarray(rng.standard_normal((3, b, t, model.hidden_size)), jnp.bfloat16)
         cuts = rng.random((b, t)) < 1 / 150  # texts of 150 tokens in the mean
-        segments = jnp.asarray(1 + cuts.cumsum(1) if t < 8192 else np.ones((b, t)), jnp.int32)
+        segment_ids = jnp.asarray(1 + cuts.cumsum(1) if t < 8192 else np.ones((b, t)), jnp.int32)
         tables = rotary_tables(jnp.broadcast_to(jnp.arange(t), (b, t)), model.head_dim, model.rope_theta)
         for name, form in forms.items():
             if name == "XLA, whole rows" and t >= 8192:
                 continue  # 8 GB of scores for each row, and the same again for its gradient
 
-            def weighted(qkv: Any, form: Callable[..., Any] = form, segments: Any = segments, tables: Any = tables) -> Any:
-                return form(qkv, segments, tables, num_heads=model.num_heads).astype(jnp.float32).sum()
+            def weighted(
+                qkv: Any, form: Callable[..., Any] = form, segment_ids: Any = segment_ids, tables: Any = tables
+            ) -> Any:
+                return form(qkv, segment_ids, tables, num_heads=model.num_heads).astype(jnp.float32).sum()
 
             found[f"{name}, {rows}"] = {"seconds": _seconds(jax.jit(jax.grad(weighted)), qkv)}
     _print(found)

@@ -144,9 +144,9 @@ def attention_gradient(t: int) -> Program:
     ids = jax.ShapeDtypeStruct((KERNEL_ROWS, t), jnp.int32)
     d_out = jax.ShapeDtypeStruct(shape.shape[1:], jnp.bfloat16)
 
-    def gradient(qkv: Array, segments: Array, positions: Array, d_out: Array) -> Array:
+    def gradient(qkv: Array, segment_ids: Array, positions: Array, d_out: Array) -> Array:
         tables = rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_theta)
-        return jax.vjp(lambda qkv: attention(qkv, segments, tables, num_heads=CONFIG.num_heads), qkv)[1](d_out)[0]
+        return jax.vjp(lambda qkv: attention(qkv, segment_ids, tables, num_heads=CONFIG.num_heads), qkv)[1](d_out)[0]
 
     return gradient, (shape, ids, ids, d_out)
 
@@ -163,14 +163,14 @@ def naive_forward(b: int, t: int) -> Program:
     }
     ids = jax.ShapeDtypeStruct((b, t), jnp.int32)
 
-    def run(layers: dict[str, Array], x: Array, segments: Array, positions: Array) -> Array:
+    def run(layers: dict[str, Array], x: Array, segment_ids: Array, positions: Array) -> Array:
         tables = rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_theta)
-        return jax.lax.scan(lambda x, layer: (_naive_layer(layer, x, segments, tables), None), x, layers)[0]
+        return jax.lax.scan(lambda x, layer: (_naive_layer(layer, x, segment_ids, tables), None), x, layers)[0]
 
     return run, (layers, jax.ShapeDtypeStruct((b, t, d), jnp.float32), ids, ids)
 
 
-def _naive_layer(layer: dict[str, Array], x: Array, segments: Array, tables: RotaryTables) -> Array:
+def _naive_layer(layer: dict[str, Array], x: Array, segment_ids: Array, tables: RotaryTables) -> Array:
     def dense(name: str, x: Array) -> Array:
         product = jnp.matmul(x.astype(jnp.bfloat16), layer[name], preferred_element_type=jnp.float32)
         return product + layer[f"{name}_bias"].astype(jnp.float32)
@@ -183,7 +183,7 @@ def _naive_layer(layer: dict[str, Array], x: Array, segments: Array, tables: Rot
     q, k, v = (dense(name, x).astype(jnp.bfloat16).reshape(heads) for name in "qkv")
     q, k = _naive_rotation(q, tables), _naive_rotation(k, tables)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * CONFIG.head_dim**-0.5
-    scores = jnp.where(segments[:, None, :, None] == segments[:, None, None, :], scores, -1e30)
+    scores = jnp.where(segment_ids[:, None, :, None] == segment_ids[:, None, None, :], scores, -1e30)
     weights = jax.nn.softmax(scores, -1).astype(jnp.bfloat16)
     attended = jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(x.shape)
     x = norm(1, x + dense("out", attended))

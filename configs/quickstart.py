@@ -131,12 +131,12 @@ def adapters() -> TrainConfig:
     )
 
 
-def _sizes(steps: int, batch_size: int, length: int) -> dict:
+def _sizes(steps: int, batch_size: int, max_length: int) -> dict:
     return {
         "steps": steps,
         "warmup_steps": steps // 10,
         "batch_size": batch_size,
-        "max_length": length,
+        "max_length": max_length,
         "row_length": 192,
         "num_row_counts": 6,
         "learning_rate": 4e-3,

@@ -58,16 +58,16 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
     import torch
 
     rows = _one_text_a_row(token_ids, encoder.config.pad_id)
-    real = rows.segments > 0
+    real = rows.segment_ids > 0
     expected = [
         states.numpy()
         for states in reference.hidden_states(torch.from_numpy(rows.tokens).long(), torch.from_numpy(real).long(), task)
     ]
     tasks = None if task is None else np.full((len(token_ids), 1), encoder.config.task_index(task), np.int32)
     layers = [_difference(got[real], want[real]) for got, want in _layer_outputs(encoder, rows, tasks, expected)]
-    states = token_states(encoder, rows.tokens, rows.segments, rows.positions, tasks)
+    states = token_states(encoder, rows.tokens, rows.segment_ids, rows.positions, tasks)
     got, want = (
-        normalize(np.asarray(pool(jnp.asarray(s), jnp.asarray(rows.segments), 1))[:, 0]) for s in (states, expected[-1])
+        normalize(np.asarray(pool(jnp.asarray(s), jnp.asarray(rows.segment_ids), 1))[:, 0]) for s in (states, expected[-1])
     )
     return {
         "task": task,
@@ -80,11 +80,11 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
 
 def _layer_outputs(encoder: Encoder, rows: packing.PackedBatch, tasks: np.ndarray | None, expected: list[np.ndarray]):
     """(ours, the reference's) output of the embedding and of each layer, each given the reference's input."""
-    task = None if tasks is None else token_adapter_ids(jnp.asarray(tasks), jnp.asarray(rows.segments))
+    task = None if tasks is None else token_adapter_ids(jnp.asarray(tasks), jnp.asarray(rows.segment_ids))
     tables = encoder.rotary_tables(jnp.asarray(rows.positions))
     tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)
     yield np.asarray(encoder.embed(encoder.tokens.rows(tokens), tokens, positions, task)), expected[0]
-    run = jax.jit(lambda layer, x: layer(DeferredLayerNorm.of(x), jnp.asarray(rows.segments), tables, task).value())
+    run = jax.jit(lambda layer, x: layer(DeferredLayerNorm.identity(x), jnp.asarray(rows.segment_ids), tables, task).value())
     for index, (given, wanted) in enumerate(zip(expected[:-1], expected[1:], strict=True)):
         layer = jax.tree.map(lambda array, index=index: array[index], encoder.layers)
         yield np.asarray(run(layer, jnp.asarray(given))), wanted

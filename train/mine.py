@@ -46,7 +46,7 @@ def main(
     Candidates are the positives of all pairs. Never a negative of an anchor: its own positives, an equal text, and texts of its
     group.
     """
-    selection = MiningConfig(**numbers)
+    config = MiningConfig(**numbers)
     _check_output(out)
     if bm25 == (model is not None):
         raise ValueError("search with either --bm25 or --model")
@@ -56,9 +56,9 @@ def main(
     if not read:
         raise ValueError(f"{pairs} has no pairs")
     scorer = bm25_scores if model is None else _model_scores(model, query_task, document_task)
-    triplets = mine(read, scorer, selection, same_language=same_language, seed=seed)
+    triplets = mine(read, scorer, config, same_language=same_language, seed=seed)
     if not triplets:
-        raise ValueError(f"no anchor of {pairs} has {selection.num_negatives} negatives; widen the ranks, scores or margins")
+        raise ValueError(f"no anchor of {pairs} has {config.num_negatives} negatives; widen the ranks, scores or margins")
     with atomic_write(out) as target:
         write_records(target, iter(triplets))
     click.echo(f"{out}: {len(triplets)} of {len(read)} pairs; the others are repeated or have too few negatives", err=True)

@@ -112,16 +112,16 @@ def matched_tensors(
 
 def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.ndarray]:
     """Scales of an adapter for every adapted module of the encoder, by path: [l, c] for q, k, v, [l] in a layer, else []."""
-    layers, parts = config.num_layers, 3 if config.separate_qkv_adapters else 1
+    layers, down_projections = config.num_layers, 3 if config.separate_qkv_adapters else 1
     scales: dict[str, np.ndarray] = {}
     for name, entry in torch_names.peft_adapter_mappings(config, 0, _name_scheme(config)).items():
         if not entry.path.endswith(".a"):
             continue
         path = entry.path.removesuffix(".a")
-        shape = () if not path.startswith("layers.") else (layers, parts) if path == "layers.qkv" else (layers,)
+        shape = () if not path.startswith("layers.") else (layers, down_projections) if path == "layers.qkv" else (layers,)
         array = scales.setdefault(path, np.zeros(shape, np.float32))
-        layer, part = entry.index[:1], entry.index[2:3]  # qkv: (layer, every, part, task)
-        place = () if not shape else layer + part if path == "layers.qkv" else layer
+        layer, qkv_index = entry.index[:1], entry.index[2:3]  # qkv: (layer, every, part, task)
+        place = () if not shape else layer + qkv_index if path == "layers.qkv" else layer
         array[place] = adapter.scale(name.rpartition(".lora_")[0])
     return scales
 
@@ -129,10 +129,10 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
 def share_down_projections(adapters: list[PeftAdapter], config: ModelConfig) -> bool:
     """Whether q, k and v have the same down-projection and scale in every layer of every adapter, as the original has."""
     pattern = torch_names.LAYER_PREFIXES[_name_scheme(config)]
-    parts = [getattr(module, _name_scheme(config)) for module in torch_names.LAYER_MODULES if module.kind == "part"]
+    down_projections = [getattr(module, _name_scheme(config)) for module in torch_names.LAYER_MODULES if module.kind == "qkv"]
     for adapter in adapters:
         for layer in range(config.num_layers):
-            modules = [pattern.format(l=layer) + part for part in parts]
+            modules = [pattern.format(l=layer) + qkv_index for qkv_index in down_projections]
             downs = [adapter.tensors.get(f"{module}.lora_A.weight") for module in modules]
             if not any(downs):
                 continue
@@ -186,7 +186,7 @@ def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default
 
 
 def _name_scheme(config: ModelConfig) -> NameScheme:
-    return "xlmr" if config.position_type == "absolute" else "split"
+    return "bert" if config.position_type == "absolute" else "split"
 
 
 def _rank_axis(name: str) -> int:

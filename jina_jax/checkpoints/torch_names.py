@@ -2,7 +2,7 @@
 
 Three pieces make it up, and everything else is derived from them:
 
-  * MODULES and LAYER_MODULES: which module of a checkpoint is which module of the encoder, in each spelling;
+  * MODULES and LAYER_MODULES: which module of a checkpoint is which module of the encoder, in each scheme of names;
   * TENSORS: the tensors of a module of each kind, and how their axes change;
   * STACKED_ADAPTERS and PEFT_ADAPTERS: the same for adapters, stacked over tasks (the original) or a folder a task (PEFT).
 
@@ -17,23 +17,23 @@ import numpy as np
 
 from ..config import ModelConfig
 
-NameScheme = Literal["fused", "split", "xlmr"]
+NameScheme = Literal["fused", "split", "bert"]
 """fused: files of jina-embeddings-v3, the original's and transformers'. split: the names transformers gives the modules of
-jina-embeddings-v3 in memory, which some files and all PEFT adapters use. xlmr: XLM-RoBERTa and multilingual-E5."""
+jina-embeddings-v3 in memory, which some files and all PEFT adapters use. bert: XLM-RoBERTa and multilingual-E5."""
 
-Kind = Literal["dense", "fused", "part", "embedding", "norm", "bias"]
-"""fused: q, k and v in one matrix. part: one of q, k, v, a third of the fused array here."""
+Kind = Literal["dense", "fused", "qkv", "embedding", "norm", "bias"]
+"""fused: q, k and v in one matrix. qkv: one of q, k, v, a third of the fused array here."""
 
 
 class Module(NamedTuple):
-    """A module of the encoder and its name in each spelling, "" where a layout has none."""
+    """A module of the encoder and its name in each scheme, "" where a layout has none."""
 
     path: str
     kind: Kind
     fused: str
     split: str
-    xlmr: str
-    part: int = 0
+    bert: str
+    qkv_index: int = 0
     adapted: bool = True
 
 
@@ -56,15 +56,15 @@ MODULES = (
 LAYER_PREFIXES: dict[NameScheme, str] = {
     "fused": "encoder.layers.{l}.",
     "split": "layers.{l}.",
-    "xlmr": "encoder.layer.{l}.",
+    "bert": "encoder.layer.{l}.",
 }
 
 LAYER_MODULES = (
-    #      path                     kind      fused             split                       xlmr
+    #      path                     kind      fused             split                       bert
     Module("layers.qkv",            "fused",  "mixer.Wqkv",     "",                         ""),
-    Module("layers.qkv",            "part",   "",               "self_attn.q_proj",         "attention.self.query", 0),
-    Module("layers.qkv",            "part",   "",               "self_attn.k_proj",         "attention.self.key",   1),
-    Module("layers.qkv",            "part",   "",               "self_attn.v_proj",         "attention.self.value", 2),
+    Module("layers.qkv",            "qkv",   "",               "self_attn.q_proj",         "attention.self.query", 0),
+    Module("layers.qkv",            "qkv",   "",               "self_attn.k_proj",         "attention.self.key",   1),
+    Module("layers.qkv",            "qkv",   "",               "self_attn.v_proj",         "attention.self.value", 2),
     Module("layers.out",            "dense",  "mixer.out_proj", "self_attn.o_proj",         "attention.output.dense"),
     Module("layers.attention_norm", "norm",   "norm1",          "post_attention_layernorm", "attention.output.LayerNorm"),
     Module("layers.up",             "dense",  "mlp.fc1",        "mlp.fc1",                  "intermediate.dense"),
@@ -108,10 +108,10 @@ FUSED_UP = Transform(  # [k, 3 o, r] <-> [k, r, 3, o]
     lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]),
 )
 
-# kind -> (tensor, array, transform). A part fills its third of the array: `_qkv_place`.
+# kind -> (tensor, array, transform). One of q, k, v fills its third of the array: `_qkv_place`.
 TENSORS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
     "dense": (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY)),
-    "part": (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY)),
+    "qkv": (("weight", "kernel", TRANSPOSE), ("bias", "bias", IDENTITY)),
     "fused": (("weight", "kernel", FUSED_KERNEL), ("bias", "bias", FUSED_BIAS)),
     "embedding": (("weight", "table", IDENTITY),),
     "norm": (("weight", "scale", IDENTITY), ("bias", "bias", IDENTITY)),
@@ -126,7 +126,7 @@ STACKED_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
 }
 PEFT_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
     "dense": (("lora_A.weight", "a", TRANSPOSE), ("lora_B.weight", "b", TRANSPOSE)),
-    "part": (("lora_A.weight", "a", TRANSPOSE), ("lora_B.weight", "b", TRANSPOSE)),
+    "qkv": (("lora_A.weight", "a", TRANSPOSE), ("lora_B.weight", "b", TRANSPOSE)),
     "embedding": (("lora_embedding_A", "a", TRANSPOSE), ("lora_embedding_B", "b", TRANSPOSE)),
 }
 
@@ -155,17 +155,17 @@ class TensorMapping(NamedTuple):
         return np.ascontiguousarray(self.transform.to_torch(array[self.index]))
 
 
-def base_mappings(config: ModelConfig, spelling: NameScheme, *, parametrized: bool = False) -> dict[str, TensorMapping]:
+def base_mappings(config: ModelConfig, scheme: NameScheme, *, parametrized: bool = False) -> dict[str, TensorMapping]:
     """Every tensor of the base model, by its name without a `roberta.` prefix.
 
     `parametrized`: adapted weights are called `parametrizations.weight.original`, as in the original with adapters.
     """
     entries = {}
-    for module, name, layer in _modules(config, spelling):
+    for module, name, layer in _modules(config, scheme):
         for tensor, leaf, transform in TENSORS[module.kind]:
             if parametrized and tensor == "weight" and module.adapted and module.kind in STACKED_ADAPTERS:
                 tensor = "parametrizations.weight.original"
-            index = layer + (_qkv_place(leaf, module.part) if module.kind == "part" else ())
+            index = layer + (_qkv_place(leaf, module.qkv_index) if module.kind == "qkv" else ())
             entries[f"{name}.{tensor}"] = TensorMapping(f"{module.path}.{leaf}", index, transform)
     return entries
 
@@ -183,17 +183,17 @@ def stacked_adapter_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
     return entries
 
 
-def peft_adapter_mappings(config: ModelConfig, task: int, spelling: NameScheme) -> dict[str, TensorMapping]:
+def peft_adapter_mappings(config: ModelConfig, task: int, scheme: NameScheme) -> dict[str, TensorMapping]:
     """Tensors of one task's PEFT adapter, by their names without the `base_model.model.` prefix."""
     entries = {}
-    for module, name, layer in _modules(config, spelling):
+    for module, name, layer in _modules(config, scheme):
         if not module.adapted:
             continue
         for tensor, leaf, transform in PEFT_ADAPTERS.get(module.kind, ()):
             if leaf == "b":
-                index = (task, EVERY, module.part) if module.kind == "part" else (task,)
-            elif module.kind == "part":
-                index = (EVERY, module.part if config.separate_qkv_adapters else 0, task)
+                index = (task, EVERY, module.qkv_index) if module.kind == "qkv" else (task,)
+            elif module.kind == "qkv":
+                index = (EVERY, module.qkv_index if config.separate_qkv_adapters else 0, task)
             else:
                 index = (EVERY, task)
             entries[f"{name}.{tensor}"] = TensorMapping(f"{module.path}.{leaf}", layer + index, transform)
@@ -201,12 +201,12 @@ def peft_adapter_mappings(config: ModelConfig, task: int, spelling: NameScheme) 
 
 
 def standard_module_name(name: str) -> str:
-    """A module's name in the split (or XLM-R) spelling, from any mixture of spellings, as published adapters have it.
+    """A module's name in the split (or bert) scheme, from any mixture of schemes, as published adapters have it.
 
     `encoder.layers.3.mixer.out_proj` -> `layers.3.self_attn.o_proj`. Names that are not of a layer are returned as they are.
     """
-    for spelling in ("fused", "split"):
-        prefix, _, suffix = LAYER_PREFIXES[spelling].partition("{l}")
+    for scheme in ("fused", "split"):
+        prefix, _, suffix = LAYER_PREFIXES[scheme].partition("{l}")
         layer, dot, rest = name.removeprefix(prefix).partition(suffix)
         if name.startswith(prefix) and layer.isdecimal() and dot:
             names = {module.fused: module.split for module in LAYER_MODULES if module.fused and module.split}
@@ -218,18 +218,18 @@ def standard_module_name(name: str) -> str:
     return name
 
 
-def _modules(config: ModelConfig, spelling: NameScheme) -> Iterator[tuple[Module, str, Index]]:
-    """(module, its name, index of its layer) of every module that this configuration and spelling have."""
+def _modules(config: ModelConfig, scheme: NameScheme) -> Iterator[tuple[Module, str, Index]]:
+    """(module, its name, index of its layer) of every module that this configuration and scheme have."""
     present = {"positions": config.position_type == "absolute", "pooler": config.pooler, "mlm_head": config.mlm_head}
     for module in MODULES:
-        if (name := getattr(module, spelling)) and present.get(module.path.split(".")[0], True):
+        if (name := getattr(module, scheme)) and present.get(module.path.split(".")[0], True):
             yield module, name, ()
     for layer in range(config.num_layers):
         for module in LAYER_MODULES:
-            if name := getattr(module, spelling):
-                yield module, LAYER_PREFIXES[spelling].format(l=layer) + name, (layer,)
+            if name := getattr(module, scheme):
+                yield module, LAYER_PREFIXES[scheme].format(l=layer) + name, (layer,)
 
 
-def _qkv_place(leaf: str, part: int) -> Index:
+def _qkv_place(leaf: str, qkv_index: int) -> Index:
     """Place of q, k or v in kernel [i, 3, o] and bias [3, o]."""
-    return (EVERY, part) if leaf == "kernel" else (part,)
+    return (EVERY, qkv_index) if leaf == "kernel" else (qkv_index,)

@@ -65,9 +65,9 @@ def read_torch_checkpoint(
     """
     hf = read_json(directory / "config.json")
     tensors = _without_prefix(open_tensors(directory, allow_pickle=allow_pickle), directory)
-    spelling = recognise_name_scheme(tensors, directory)
+    scheme = recognise_name_scheme(tensors, directory)
     stacked = any(name.endswith(_STACKED) for name in tensors)
-    config = _checked_config(from_hf(hf), hf, tensors, spelling, stacked)
+    config = _checked_config(from_hf(hf), hf, tensors, scheme, stacked)
     config = replace(
         config,
         pooler=any(name.startswith("pooler.dense.") for name in tensors),
@@ -85,7 +85,7 @@ def read_torch_checkpoint(
         config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
     config = _with_prompts(config, directory)
 
-    table = torch_names.base_mappings(config, spelling, parametrized=stacked)
+    table = torch_names.base_mappings(config, scheme, parametrized=stacked)
     if stacked:
         table |= torch_names.stacked_adapter_mappings(config)
     return _fill(config, _match(table, tensors, config, directory), adapters, dtype, param_dtype)
@@ -93,12 +93,12 @@ def read_torch_checkpoint(
 
 def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
     """Which layout the tensor names (without `roberta.`) are written in."""
-    marks: dict[str, NameScheme] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "xlmr"}
+    marks: dict[str, NameScheme] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "bert"}
     names = list(names)
-    found: set[NameScheme] = {spelling for mark, spelling in marks.items() for name in names if mark in name}
+    found: set[NameScheme] = {scheme for mark, scheme in marks.items() for name in names if mark in name}
     if len(found) == 1:
-        (spelling,) = found
-        return spelling
+        (scheme,) = found
+        return scheme
     if found:
         raise CheckpointError(f"{directory} is ambiguous: its tensor names mix the layouts {sorted(found)}")
     raise CheckpointError(
@@ -117,11 +117,11 @@ def _without_prefix(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[
 
 
 def _checked_config(
-    config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], spelling: NameScheme, stacked: bool
+    config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], scheme: NameScheme, stacked: bool
 ) -> ModelConfig:
     """The configuration with what only the tensors know; ConfigError names every field that contradicts them."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    found = _sizes(shapes, spelling, stacked)
+    found = _sizes(shapes, scheme, stacked)
     position_type = "absolute" if "embeddings.position_embeddings.weight" in tensors else "rope"
     said = {
         "vocab_size": config.vocab_size,
@@ -144,10 +144,10 @@ def _checked_config(
     return replace(config, lora_rank=found["lora_rank"]) if stacked else replace(config, tasks=())
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], spelling: NameScheme, stacked: bool) -> dict[str, int]:
+def _sizes(shapes: Mapping[str, tuple[int, ...]], scheme: NameScheme, stacked: bool) -> dict[str, int]:
     """Sizes that the tensors themselves state, by their name in `config.json`. A missing tensor states nothing."""
-    prefix, _, suffix = torch_names.LAYER_PREFIXES[spelling].partition("{l}")
-    up = {"fused": "mlp.fc1", "split": "mlp.fc1", "xlmr": "intermediate.dense"}[spelling]
+    prefix, _, suffix = torch_names.LAYER_PREFIXES[scheme].partition("{l}")
+    up = {"fused": "mlp.fc1", "split": "mlp.fc1", "bert": "intermediate.dense"}[scheme]
     weight = "parametrizations.weight.original" if stacked else "weight"
     layers = {name.removeprefix(prefix).split(suffix)[0] for name in shapes if name.startswith(prefix) and suffix in name}
     sizes = {"num_hidden_layers": 1 + max((int(layer) for layer in layers if layer.isdecimal()), default=0)}

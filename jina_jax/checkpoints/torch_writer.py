@@ -161,8 +161,8 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: Tokenizer, dt
     config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
     if len({adapter_folder(task) for task in config.tasks}) < len(config.tasks):
         raise ValueError(f"two of the tasks {list(config.tasks)} would share a folder: only letters and digits tell them apart")
-    spelling = "fused" if config.position_type == "rope" else "xlmr"
-    tensors = _tensors(torch_names.base_mappings(config, spelling), arrays)
+    scheme = "fused" if config.position_type == "rope" else "bert"
+    tensors = _tensors(torch_names.base_mappings(config, scheme), arrays)
     _write(
         target,
         _prefixed(tensors) if config.mlm_head else tensors,
@@ -173,7 +173,7 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: Tokenizer, dt
         adapter, scale = with_one_scale(_on_host(extract_adapter(encoder, task), dtype))
         folder = target / adapter_folder(task)
         folder.mkdir()
-        table = torch_names.peft_adapter_mappings(config, 0, "split" if spelling == "fused" else "xlmr")
+        table = torch_names.peft_adapter_mappings(config, 0, "split" if scheme == "fused" else "bert")
         save_file(
             {f"base_model.model.{name}": entry.extract(adapter[entry.path]) for name, entry in table.items()},
             folder / "adapter_model.safetensors",

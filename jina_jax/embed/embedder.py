@@ -45,7 +45,7 @@ class Embedder:
     """A model and its tokenizer.
 
     Attributes:
-        config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
+        config: the model's configuration; its `adapter_ids` and `prompts` are what `encode` takes.
         mesh: devices that share the work; None = one.
         max_length: most tokens of a text, special tokens included.
     """
@@ -159,7 +159,7 @@ class Embedder:
             raise ValueError("token_embeddings come in float32 only")
         if not is_int(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, and an integer, not {batch_size!r}")
-        texts, tasks = with_prompts(texts, task, prompt, prompt_name, self.config)
+        texts, adapter_ids = with_prompts(texts, task, prompt, prompt_name, self.config)
         limit, cut = resolve_max_length(max_length, self.max_length), []
 
         def token_ids(some: Sequence[str]) -> list[list[int]]:
@@ -168,7 +168,7 @@ class Embedder:
             return ids
 
         compute = text_embeddings if output_value == "sentence_embedding" else token_states
-        results = _one_ahead(self._computed(compute, texts, tasks, token_ids, batch_size))
+        results = _one_ahead(self._computed(compute, texts, adapter_ids, token_ids, batch_size))
         collect = _sentence_embeddings if output_value == "sentence_embedding" else _token_states
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with progress_bar(len(texts), "Embedding", "text", show=show) as progress:
@@ -205,37 +205,37 @@ class Embedder:
         self,
         compute: Callable[..., Array],
         texts: list[str],
-        tasks: np.ndarray,
+        adapter_ids: np.ndarray,
         token_ids: Callable[[Sequence[str]], list[list[int]]],
         batch_size: int,
     ) -> Iterator[tuple[packing.PackedBatch, Array]]:
         """Every batch with its result, which may still be under way. Its rows have the texts' indices in the call."""
         budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
-        for encoder, members, mixed in self._groups(texts, tasks):
+        for encoder, members, mixed in self._groups(texts, adapter_ids):
             for rows in packed_batches([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
                 own = np.where(rows.texts < 0, -1, members[rows.texts])
                 if mixed:
-                    of_rows = np.where(own < 0, -1, tasks[own])
+                    of_rows = np.where(own < 0, -1, adapter_ids[own])
                 else:
                     of_rows = None if encoder is self._base else np.int32(0)
-                arrays = rows.tokens, rows.segments, rows.positions, of_rows
+                arrays = rows.tokens, rows.segment_ids, rows.positions, of_rows
                 if self.mesh is not None:
                     arrays = shard_batch(arrays, self.mesh)
                 yield rows._replace(texts=own), compute(encoder, *arrays, mesh=self.mesh)
 
-    def _groups(self, texts: list[str], tasks: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
+    def _groups(self, texts: list[str], adapter_ids: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
-        names = np.unique(tasks).tolist()
+        names = np.unique(adapter_ids).tolist()
         mixed = []
         for index in names:
-            members = np.flatnonzero(tasks == index)
+            members = np.flatnonzero(adapter_ids == index)
             if len(names) > 1 and sum(len(texts[i]) for i in members) < WORTH_FOLDING:
                 mixed.append(members)
             else:
                 yield self._encoder_of(index), members, False
         if mixed:
             members = np.sort(np.concatenate(mixed))
-            base_alone = (tasks[members] < 0).all()
+            base_alone = (adapter_ids[members] < 0).all()
             yield self._base, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:
@@ -278,8 +278,8 @@ def _token_states(
 ) -> list[Float[np.ndarray, "t d"]]:
     out = [np.zeros((0, hidden_size), np.float32)] * texts
     for rows, states in results:
-        for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
-            own = rows.segments[row] == slot + 1
-            out[rows.texts[row, slot]] = np.asarray(states[row], np.float32)[own]
+        for row, index_in_row in zip(*np.nonzero(rows.texts >= 0), strict=True):
+            own = rows.segment_ids[row] == index_in_row + 1
+            out[rows.texts[row, index_in_row]] = np.asarray(states[row], np.float32)[own]
         progress.update(int((rows.texts >= 0).sum()))
     return out

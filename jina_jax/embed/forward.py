@@ -18,26 +18,26 @@ from ..text.packing import max_texts
 def token_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b t d"]:
     """Token states of packed rows, compiled once for each shape. Over a mesh every process gets all of them."""
-    return _over(mesh, _encode)(encoder, tokens, segments, positions, tasks)
+    return _over(mesh, _encode)(encoder, tokens, segment_ids, positions, adapter_ids)
 
 
 @partial(jax.jit, static_argnames="mesh")
 def text_embeddings(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     positions: Int[Array, "b t"],
-    tasks: Int[Array, "b g"] | Int[Array, ""] | None,
+    adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b g d"]:
     """Mean of each text of packed rows, before normalisation; otherwise as `token_states`."""
-    return _over(mesh, _embed)(encoder, tokens, segments, positions, tasks)
+    return _over(mesh, _embed)(encoder, tokens, segment_ids, positions, adapter_ids)
 
 
 def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Array]:
@@ -45,21 +45,21 @@ def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Arr
     if mesh is None:
         return compute
 
-    def part(encoder: Encoder, *inputs: Any) -> Array:
+    def local(encoder: Encoder, *inputs: Any) -> Array:
         result = compute(encoder, *inputs)
         return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
 
-    def whole(encoder: Encoder, *inputs: Any) -> Array:
+    def over_mesh(encoder: Encoder, *inputs: Any) -> Array:
         of_inputs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
         of_result = PartitionSpec() if mesh.is_multi_process else BATCH
-        split = jax.shard_map(part, mesh=mesh, in_specs=(PartitionSpec(), *of_inputs), out_specs=of_result, check_vma=False)
+        split = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), *of_inputs), out_specs=of_result, check_vma=False)
         return split(encoder, *inputs)
 
-    return whole
+    return over_mesh
 
 
-def _embed(encoder: Encoder, tokens: Array, segments: Array, *inputs: Any) -> Array:
-    return pool(_encode(encoder, tokens, segments, *inputs), segments, max_texts(tokens.shape[1]))
+def _embed(encoder: Encoder, tokens: Array, segment_ids: Array, *inputs: Any) -> Array:
+    return pool(_encode(encoder, tokens, segment_ids, *inputs), segment_ids, max_texts(tokens.shape[1]))
 
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:

@@ -33,7 +33,7 @@ MOST_PLAIN_SCORES = 2**21
 
 
 def attention(
-    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+    qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
@@ -44,7 +44,7 @@ def attention(
 
     Args:
         qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
-        segments: 0 = padding; tokens of equal segment see each other.
+        segment_ids: 0 = padding; tokens of equal segment see each other.
         tables: rotary angles, or None for a model with absolute positions.
         num_heads: d = n * h.
     """
@@ -61,41 +61,41 @@ def attention(
         form = rowwise_attention
     else:
         form = plain_attention
-    return form(qkv, segments, tables, num_heads=num_heads)
+    return form(qkv, segment_ids, tables, num_heads=num_heads)
 
 
 def plain_attention(
-    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+    qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
     """The definition: all scores at once."""
     q, k, v = (x.swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
-    out = jax.vmap(_attend_row)(q, k, v, segments).swapaxes(1, 2)
+    out = jax.vmap(_attend_row)(q, k, v, segment_ids).swapaxes(1, 2)
     return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENTION_RESIDUALS)
 
 
 def rowwise_attention(
-    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+    qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
     """The same with the scores of one row at a time."""
     heads = (x.swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
-    out = jax.lax.map(lambda row: _attend_row(*row), (*heads, segments)).swapaxes(1, 2)
+    out = jax.lax.map(lambda row: _attend_row(*row), (*heads, segment_ids)).swapaxes(1, 2)
     return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENTION_RESIDUALS)
 
 
-def _attend_row(q: Array, k: Array, v: Array, segments: Array) -> Array:
+def _attend_row(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """All heads of one row, [n, t, h]."""
-    own = segments[:, None] == segments[None]
+    own = segment_ids[:, None] == segment_ids[None]
     scores = jnp.where(own[None], einsum("nth,nsh->nts", q, k), MASK_VALUE)
     return einsum("nts,nsh->nth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def gpu_attention(
     qkv: Float[Array, "3 b t d"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     tables: RotaryTables | None,
     *,
     num_heads: int,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
     """The same by a kernel for GPUs. XLA rotates, in one pass with the bias of the projection."""
-    return gpu_flash_attention(*rotated_heads(qkv, tables, num_heads), segments, interpret=interpret).reshape(qkv.shape[1:])
+    return gpu_flash_attention(*rotated_heads(qkv, tables, num_heads), segment_ids, interpret=interpret).reshape(qkv.shape[1:])

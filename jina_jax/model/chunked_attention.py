@@ -21,20 +21,20 @@ MAX_QUERIES_PER_BLOCK = 2048
 
 
 def blockwise_attention(
-    qkv: Float[Array, "3 b t d"], segments: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
+    qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
     """The same in blocks of queries and keys with a running softmax; forward and backward in memory linear in t.
 
     Pairs of blocks without a text in common are left out.
     """
-    t = segments.shape[1]
+    t = segment_ids.shape[1]
     queries, keys = _block_sizes(t)
     padded = -t % queries
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))).swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
-    segments = jnp.pad(segments, ((0, 0), (0, padded)), constant_values=-1)
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded)), constant_values=-1)
     form = _per_head if platform() == "cpu" else _batched
-    out = form(q, k, v, segments, *block_ranges(segments, queries, keys), keys)
+    out = form(q, k, v, segment_ids, *block_ranges(segment_ids, queries, keys), keys)
     return out.swapaxes(1, 2)[:, :t].astype(qkv.dtype).reshape(qkv.shape[1:])
 
 
@@ -46,7 +46,7 @@ def _block_sizes(t: int) -> tuple[int, int]:
     return queries, queries // keys_of_queries
 
 
-def _per_head(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+def _per_head(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
     """Row by row and head by head: what the cores of a CPU work on stays in their caches, and a row visits its own texts alone.
 
     A CPU without instructions for bfloat16 multiplies float32 twice as fast.
@@ -55,48 +55,48 @@ def _per_head(q: Array, k: Array, v: Array, segments: Array, first: Array, stop:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
 
     def of_row(row: tuple[Array, ...]) -> Array:
-        *heads, segments, first, stop = row
-        return jax.lax.map(lambda head: _blockwise(*head, segments, first, stop, keys), tuple(heads))
+        *heads, segment_ids, first, stop = row
+        return jax.lax.map(lambda head: _blockwise(*head, segment_ids, first, stop, keys), tuple(heads))
 
-    return jax.lax.map(of_row, (q, k, v, segments, first, stop))
+    return jax.lax.map(of_row, (q, k, v, segment_ids, first, stop))
 
 
-def _batched(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+def _batched(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
     """All rows and heads in step, so that a block visits what any row needs."""
     attend = partial(_blockwise, first=first.min(0), stop=stop.max(0), keys=keys)
-    return jax.vmap(jax.vmap(attend, (0, 0, 0, None)))(q, k, v, segments)
+    return jax.vmap(jax.vmap(attend, (0, 0, 0, None)))(q, k, v, segment_ids)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _blockwise(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
     """One head of one row, [t, h]. `first` and `stop` of each block of queries bound the blocks of `keys` tokens it visits."""
-    return _blockwise_forward(q, k, v, segments, first, stop, keys)[0]
+    return _blockwise_forward(q, k, v, segment_ids, first, stop, keys)[0]
 
 
-def _blockwise_forward(q: Array, k: Array, v: Array, segments: Array, first: Array, stop: Array, keys: int):
+def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int):
     """Online softmax (Milakov & Gimelshein 2018): for each block of queries a loop over the blocks of keys."""
-    k_blocks, v_blocks, theirs = (_blocks(x, len(x) // keys) for x in (k, v, segments))
+    k_blocks, v_blocks, key_segments = (_blocks(x, len(x) // keys) for x in (k, v, segment_ids))
 
     def of_queries(block):
-        q, own, first, stop = block
+        q, query_segments, first, stop = block
 
         def visit(j, carry):
-            highest, total, out = carry  # [t], [t], [t, h]
-            scores = _scores(q, k_blocks[j], own, theirs[j])
-            new = jnp.maximum(highest, scores.max(-1))
+            row_max, row_sum, out = carry  # [t], [t], [t, h]
+            scores = _scores(q, k_blocks[j], query_segments, key_segments[j])
+            new = jnp.maximum(row_max, scores.max(-1))
             weights = jnp.exp(scores - new[:, None])
-            decay = jnp.exp(highest - new)
-            total = total * decay + weights.sum(-1)
+            decay = jnp.exp(row_max - new)
+            row_sum = row_sum * decay + weights.sum(-1)
             out = out * decay[:, None] + einsum("ts,sh->th", weights.astype(v.dtype), v_blocks[j])
-            return new, total, out
+            return new, row_sum, out
 
         start = jnp.full(len(q), MASK_VALUE), jnp.zeros(len(q)), jnp.zeros(q.shape)
-        highest, total, out = jax.lax.fori_loop(first, stop, visit, start)
-        return (out / total[:, None]).astype(q.dtype), highest, total
+        row_max, row_sum, out = jax.lax.fori_loop(first, stop, visit, start)
+        return (out / row_sum[:, None]).astype(q.dtype), row_max, row_sum
 
-    out, *statistics = jax.lax.map(of_queries, (_blocks(q, len(first)), _blocks(segments, len(first)), first, stop))
+    out, *statistics = jax.lax.map(of_queries, (_blocks(q, len(first)), _blocks(segment_ids, len(first)), first, stop))
     out, *statistics = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (out.reshape(q.shape), *statistics))
-    return out, (q, k, v, segments, first, stop, out, statistics)
+    return out, (q, k, v, segment_ids, first, stop, out, statistics)
 
 
 def _blockwise_backward(keys: int, residuals, d_out: Array):
@@ -104,19 +104,19 @@ def _blockwise_backward(keys: int, residuals, d_out: Array):
 
     They are [s, t], and the gradient of q [h, t]: XLA's products on CPU are slow where the first operand has to be transposed.
     """
-    q, k, v, segments, first, stop, out, (highest, total) = residuals
+    q, k, v, segment_ids, first, stop, out, (row_max, row_sum) = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    q_blocks, d_out_blocks, own, delta = (_blocks(x, len(first)) for x in (q, d_out, segments, delta))
-    k_blocks, v_blocks, theirs = (_blocks(x, len(x) // keys) for x in (k, v, segments))
-    key_block = jnp.arange(len(theirs))[:, None]
+    q_blocks, d_out_blocks, query_segments, delta = (_blocks(x, len(first)) for x in (q, d_out, segment_ids, delta))
+    k_blocks, v_blocks, key_segments = (_blocks(x, len(x) // keys) for x in (k, v, segment_ids))
+    key_block = jnp.arange(len(key_segments))[:, None]
     visited = (first[None] <= key_block) & (key_block < stop[None])
 
     def of_keys(d_q, block):
-        k, v, theirs, first, stop = block
+        k, v, key_segments, first, stop = block
 
         def visit(i, carry):
             d_q, d_k, d_v = carry
-            weights = jnp.exp(_scores(k, q_blocks[i], theirs, own[i]) - highest[i][None]) / total[i][None]
+            weights = jnp.exp(_scores(k, q_blocks[i], key_segments, query_segments[i]) - row_max[i][None]) / row_sum[i][None]
             d_v += einsum("st,th->sh", weights.astype(v.dtype), d_out_blocks[i])
             d_weights = einsum("sh,th->st", v, d_out_blocks[i])
             d_scores = (weights * (d_weights - delta[i][None])).astype(q.dtype)
@@ -129,7 +129,7 @@ def _blockwise_backward(keys: int, residuals, d_out: Array):
         return d_q, (d_k, d_v)
 
     d_q = jnp.zeros_like(q_blocks.swapaxes(1, 2), jnp.float32)
-    d_q, (d_k, d_v) = jax.lax.scan(of_keys, d_q, (k_blocks, v_blocks, theirs, *bounds(visited)))
+    d_q, (d_k, d_v) = jax.lax.scan(of_keys, d_q, (k_blocks, v_blocks, key_segments, *bounds(visited)))
     d_q = d_q.swapaxes(1, 2)
     return *(d.reshape(q.shape).astype(q.dtype) for d in (d_q, d_k, d_v)), None, None, None
 
@@ -137,9 +137,9 @@ def _blockwise_backward(keys: int, residuals, d_out: Array):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _scores(q: Array, k: Array, own: Array, theirs: Array) -> Array:
+def _scores(q: Array, k: Array, query_segments: Array, key_segments: Array) -> Array:
     """Scores [t, s] of one block of queries and one of keys, or [s, t] if they come the other way round."""
-    return jnp.where(own[:, None] == theirs[None], einsum("th,sh->ts", q, k), MASK_VALUE)
+    return jnp.where(query_segments[:, None] == key_segments[None], einsum("th,sh->ts", q, k), MASK_VALUE)
 
 
 def _blocks(x: Array, count: int) -> Array:

@@ -47,15 +47,15 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
     def __call__(
-        self, before: DeferredLayerNorm, segments: Int[Array, "b t"], tables: RotaryTables | None, task: AdapterIds
+        self, before: DeferredLayerNorm, segment_ids: Int[Array, "b t"], tables: RotaryTables | None, adapter_ids: AdapterIds
     ) -> DeferredLayerNorm:
         x = before.value().astype(before.x.dtype)
-        qkv = jnp.moveaxis(self.qkv(x, task), 2, 0)
-        attended = attention(qkv, segments, tables, num_heads=self.num_heads)
-        x = self.attention_norm(x + self.out(attended, task)).astype(x.dtype)
+        qkv = jnp.moveaxis(self.qkv(x, adapter_ids), 2, 0)
+        attended = attention(qkv, segment_ids, tables, num_heads=self.num_heads)
+        x = self.attention_norm(x + self.out(attended, adapter_ids)).astype(x.dtype)
         # The barrier keeps TPU v6e from fusing both products and the GELU into one slow loop.
-        hidden = jax.lax.optimization_barrier(gelu(self.up(x, task)).astype(x.dtype))
-        return self.mlp_norm.deferred(x + self.down(hidden, task))
+        hidden = jax.lax.optimization_barrier(gelu(self.up(x, adapter_ids)).astype(x.dtype))
+        return self.mlp_norm.deferred(x + self.down(hidden, adapter_ids))
 
 
 Gather = Callable[[Layer], Layer]
@@ -124,9 +124,9 @@ class Encoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "b t"],
-        segments: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
+        adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None = None,
         *,
         gather: Gather | None = None,
         remat: Remat = "none",
@@ -134,16 +134,17 @@ class Encoder(nnx.Module):
         """Token states in the compute dtype; those of padding mean nothing.
 
         Args:
-            tokens, segments, positions: packed rows, see `packing.PackedBatch`.
-            tasks: adapter of each text of a row [b, g], -1 = the base model; or one index [] for the whole batch, which costs
-                next to nothing where [b, g] costs a quarter; or None for the base model.
+            tokens, segment_ids, positions: packed rows, see `packing.PackedBatch`.
+            adapter_ids: adapter of each text of a row [b, g], -1 = the base model; or one index [] for
+                the whole batch, which costs next to nothing where [b, g] costs a quarter; or None for
+                the base model.
             gather: makes a layer's parameters whole before they are used, inside the loop over layers. For parameters that
                 are spread over devices.
             remat: what of a layer a gradient computes again, in place of keeping it, see `config.Remat`.
         """
-        task = layer_adapter_ids(tasks, segments)
-        run = self._layer_function(segments, positions, task, gather, remat)
-        x = DeferredLayerNorm.of(self.embed(self.tokens.rows(tokens), tokens, positions, task))
+        adapter_ids = layer_adapter_ids(adapter_ids, segment_ids)
+        run = self._layer_function(segment_ids, positions, adapter_ids, gather, remat)
+        x = DeferredLayerNorm.identity(self.embed(self.tokens.rows(tokens), tokens, positions, adapter_ids))
         if isinstance(self.layers, Layer):
             x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers, unroll=self.config.unroll or 1)
         else:
@@ -151,54 +152,56 @@ class Encoder(nnx.Module):
                 x = jax.lax.optimization_barrier(run(layer, x))  # without it each layer has memory of its own
         return x.value().astype(self.dtype)
 
-    def in_chunks(
+    def encode_accumulating(
         self,
         sums: "GradientSums",
         tokens: Int[Array, "b t"],
-        segments: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        tasks: Int[Array, "b g"] | Int[Array, ""] | None = None,
+        adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None = None,
         *,
         gather: Gather | None = None,
         remat: Remat = "none",
     ) -> "tuple[Float[Array, 'b t d'], GradientSums]":
         """`__call__` inside a loop over chunks of a batch: the gradients of the large parameters arrive at `sums` and are added
-        up there. Returns the states, and the sums for the next chunk; they begin as `Sums.of(encoder)`."""
-        task = layer_adapter_ids(tasks, segments)
-        run = self._layer_function(segments, positions, task, gather, remat)
+        up there. Returns the states, and the sums for the next chunk; they begin as `GradientSums.of(encoder)`."""
+        adapter_ids = layer_adapter_ids(adapter_ids, segment_ids)
+        run = self._layer_function(segment_ids, positions, adapter_ids, gather, remat)
         table = self.tokens.table[...]
         if gather:
             table = table.astype(self.dtype)  # as it came from the other devices; XLA would write it out in float32
-        rows, of_table = gradient_sums.rows(table, sums.table, tokens)
+        rows, of_table = gradient_sums.track_gather(table, sums.table, tokens)
 
         def step(
             carry: tuple[DeferredLayerNorm, Layer], inputs: tuple[Layer, Array]
         ) -> tuple[tuple[DeferredLayerNorm, Layer], None]:
             (x, totals), (layer, i) = carry, inputs
             leaves, structure = jax.tree.flatten(layer)
-            pairs = [gradient_sums.part(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)]
+            pairs = [
+                gradient_sums.track_slice(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)
+            ]
             layer, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
             return (run(layer, x), totals), None
 
-        first = DeferredLayerNorm.of(self.embed(rows.astype(jnp.float32), tokens, positions, task))
-        numbered = jax.lax.stop_gradient(self.stack), jnp.arange(self.config.num_layers)
+        first = DeferredLayerNorm.identity(self.embed(rows.astype(jnp.float32), tokens, positions, adapter_ids))
+        numbered = jax.lax.stop_gradient(self.stacked_layers), jnp.arange(self.config.num_layers)
         (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
         return last.value().astype(self.dtype), GradientSums(layers, of_table)
 
     @property
-    def stack(self) -> Layer:
+    def stacked_layers(self) -> Layer:
         """All layers as one, with a leading layer axis; a TypeError where they are a list."""
         if not isinstance(self.layers, Layer):
             raise TypeError("the layers of this encoder lie apart, for inference; gradients need them in one stack")
         return self.layers
 
     def _layer_function(
-        self, segments: Array, positions: Array, task: AdapterIds, gather: Gather | None, remat: Remat
+        self, segment_ids: Array, positions: Array, adapter_ids: AdapterIds, gather: Gather | None, remat: Remat
     ) -> Callable[[Layer, DeferredLayerNorm], DeferredLayerNorm]:
         tables = self.rotary_tables(positions)
 
         def run(layer: Layer, x: DeferredLayerNorm) -> DeferredLayerNorm:
-            return (gather(layer) if gather else layer)(x, segments, tables, task)
+            return (gather(layer) if gather else layer)(x, segment_ids, tables, adapter_ids)
 
         if remat == "none":
             return run
@@ -206,10 +209,10 @@ class Encoder(nnx.Module):
         return jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan nothing can be merged with the first pass
 
     def embed(
-        self, rows: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], task: AdapterIds
+        self, rows: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], adapter_ids: AdapterIds
     ) -> Float[Array, "b t d"]:
         """Input of the first layer, given the tokens' rows of the table in float32."""
-        x = self.tokens.adapted(rows, tokens, task) + self.token_types(jnp.zeros_like(tokens), task)
+        x = self.tokens.adapted(rows, tokens, adapter_ids) + self.token_types(jnp.zeros_like(tokens), adapter_ids)
         if self.positions is not None:
             # XLM-RoBERTa counts positions from behind the padding id.
             x += self.positions(positions + self.config.pad_id + 1)
@@ -229,23 +232,23 @@ class GradientSums(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Encoder) -> "GradientSums":
-        return cls(encoder.stack, encoder.tokens.table[...])
+        return cls(encoder.stacked_layers, encoder.tokens.table[...])
 
 
-def layer_adapter_ids(tasks: Int[Array, "b g"] | Int[Array, ""] | None, segments: Int[Array, "b t"]) -> AdapterIds:
+def layer_adapter_ids(adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None, segment_ids: Int[Array, "b t"]) -> AdapterIds:
     """The encoder's tasks as its layers take them."""
-    return tasks if tasks is None or tasks.ndim == 0 else token_adapter_ids(tasks, segments)
+    return adapter_ids if adapter_ids is None or adapter_ids.ndim == 0 else token_adapter_ids(adapter_ids, segment_ids)
 
 
-def token_adapter_ids(tasks: Int[Array, "b g"], segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+def token_adapter_ids(adapter_ids: Int[Array, "b g"], segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Adapter of each token; padding has none."""
-    padded = jnp.pad(tasks, ((0, 0), (1, 0)), constant_values=-1)
-    return jnp.take_along_axis(padded, segments, axis=1)
+    padded = jnp.pad(adapter_ids, ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.take_along_axis(padded, segment_ids, axis=1)
 
 
-def pool(states: Float[Array, "b t d"], segments: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
+def pool(states: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
     """Mean of each text's token states in float32, [b, g, d] with g = `texts`; zeros where a row has no such text."""
-    member = segments[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
+    member = segment_ids[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
     total = jnp.einsum(
         "bgt,btd->bgd",
         member.astype(jnp.float32),

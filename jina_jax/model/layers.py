@@ -31,17 +31,17 @@ class DeferredLayerNorm(NamedTuple):
     factor: Float[Array, "*b 1"]
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
-    share: Float[Array, ""]
-    """Of each number in the statistics of its row: 1 / d; 0 where x is taken as it is."""
+    inverse_dim: Float[Array, ""]
+    """Weight of one element in its row's mean: 1 / d, or 0 for the identity."""
 
     @classmethod
-    def of(cls, x: Float[Array, "*b d"]) -> "DeferredLayerNorm":
-        """x as it is."""
+    def identity(cls, x: Float[Array, "*b d"]) -> "DeferredLayerNorm":
+        """A normalisation that does nothing: `value` is x in float32."""
         one, d = jnp.ones((*x.shape[:-1], 1), jnp.float32), x.shape[-1]
         return cls(x, 0 * one, one, jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32), jnp.zeros((), jnp.float32))
 
     def value(self) -> Float[Array, "*b d"]:
-        """In float32."""
+        """Applies the normalisation; returns float32."""
         return _normalise(self)
 
 
@@ -57,15 +57,15 @@ def _normalise_forward(normalised: DeferredLayerNorm) -> tuple[Array, DeferredLa
 
 
 def _normalise_backward(normalised: DeferredLayerNorm, d_y: Array) -> tuple[DeferredLayerNorm]:
-    x, mean, factor, scale, bias, share = normalised
+    x, mean, factor, scale, bias, inverse_dim = normalised
     every_row = tuple(range(x.ndim - 1))
     unit = (x.astype(jnp.float32) - mean) * factor
     d_unit = d_y * scale.reshape((1,) * len(every_row) + (-1,))
     through_statistics = d_unit.sum(-1, keepdims=True) + unit * (d_unit * unit).sum(-1, keepdims=True)
-    d_x = factor * (d_unit - share * through_statistics)
+    d_x = factor * (d_unit - inverse_dim * through_statistics)
     nothing = jnp.zeros_like(mean)
     d_scale, d_bias = (d_y * unit).sum(every_row), d_y.sum(every_row)
-    return (DeferredLayerNorm(d_x.astype(x.dtype), nothing, nothing, d_scale, d_bias, jnp.zeros_like(share)),)
+    return (DeferredLayerNorm(d_x.astype(x.dtype), nothing, nothing, d_scale, d_bias, jnp.zeros_like(inverse_dim)),)
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)

@@ -4,7 +4,7 @@ Adapters are parameters of the layer, stacked over tasks. The letters of the sha
 are a layer's inputs and outputs, and `c` the parts of the fused projection that have a down-projection of their own: 1 where
 q, k and v share it (the original model), 3 where each has one (PEFT). Section 2.2 of the jina-embeddings-v3 paper.
 
-A layer takes its `task` in one of three forms:
+A layer takes its `adapter_ids` in one of three forms:
   * None: the base model;
   * one index for the whole batch, [], -1 = none: the adapter is folded into the kernel, in float32, and the product is the
     base model's;
@@ -87,36 +87,36 @@ class AdaptedDense(nnx.Module):
         self.b = AdapterParam(jnp.zeros((k, r, *features), param_dtype), task_axis=-2 - len(features))
         self.scale = AdapterScale(jnp.full((*c, k), adapters.alpha / r, jnp.float32), task_axis=-1)
 
-    def __call__(self, x: Float[Array, "b t i"], task: AdapterIds = None) -> Float[Array, "b t *o"]:
-        if self.a is None or task is None:
+    def __call__(self, x: Float[Array, "b t i"], adapter_ids: AdapterIds = None) -> Float[Array, "b t *o"]:
+        if self.a is None or adapter_ids is None:
             y = matmul(x, self.kernel[...])
-        elif task.ndim == 0:
-            y = matmul(x, self.folded_kernel(task))
+        elif adapter_ids.ndim == 0:
+            y = matmul(x, self.folded_kernel(adapter_ids))
         else:
-            z, rows = self._adapter_rows(x, task)
+            z, rows = self._adapter_rows(x, adapter_ids)
             y = matmul_with_lora(x, z, self.kernel[...], rows)
         bias = self.bias[...].astype(jnp.float32)
         return add_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 
-    def folded_kernel(self, task: Int[Array, ""]) -> Array:
+    def folded_kernel(self, adapter_ids: Int[Array, ""]) -> Array:
         """kernel + scale a b of one task, computed in float32, in the kernel's own dtype. Without adapters: the kernel."""
         kernel = self.kernel[...]
         if self.a is None:
             return kernel
         a, b, scale = self._by_part()
-        scale = jnp.where(task < 0, 0, jnp.take(scale, jnp.maximum(task, 0), axis=1))
-        a, b = (jnp.take(array, jnp.maximum(task, 0), axis).astype(jnp.float32) for array, axis in ((a, 2), (b, 0)))
+        scale = jnp.where(adapter_ids < 0, 0, jnp.take(scale, jnp.maximum(adapter_ids, 0), axis=1))
+        a, b = (jnp.take(array, jnp.maximum(adapter_ids, 0), axis).astype(jnp.float32) for array, axis in ((a, 2), (b, 0)))
         a = jnp.broadcast_to(a * scale[None, :, None], (a.shape[0], b.shape[1], a.shape[2]))
         update = jnp.einsum("icr,rco->ico", a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
 
-    def _adapter_rows(self, x: Array, task: Int[Array, "b t"]) -> tuple[Array, Array]:
+    def _adapter_rows(self, x: Array, adapter_ids: Int[Array, "b t"]) -> tuple[Array, Array]:
         """z and b: the adapters of all tasks as further rows of one contraction."""
         a, b, scale = self._by_part()
         i, c, k, r = a.shape
         n, o = b.shape[2:]
         z = matmul(x, a)  # [b, t, c, k, r]
-        gate = jnp.where(task[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)  # [b, t, c, k]
+        gate = jnp.where(adapter_ids[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)  # [b, t, c, k]
         z = (z * gate[..., None]).astype(self.dtype).reshape(*x.shape[:2], c * k * r)
         if c == 1:
             rows = b.reshape(k * r, n, o)
@@ -162,26 +162,26 @@ class AdaptedEmbed(nnx.Module):
         self.b = AdapterParam(jax.random.normal(rngs.params(), (k, r, features), param_dtype), task_axis=-3)
         self.scale = AdapterScale(jnp.full(k, adapters.alpha / r, jnp.float32), task_axis=-1)
 
-    def __call__(self, token: Int[Array, "b t"], task: AdapterIds = None) -> Float[Array, "b t d"]:
+    def __call__(self, token: Int[Array, "b t"], adapter_ids: AdapterIds = None) -> Float[Array, "b t d"]:
         """Embeddings in float32."""
-        return self.adapted(self.rows(token), token, task)
+        return self.adapted(self.rows(token), token, adapter_ids)
 
     def rows(self, token: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Those of the table, in float32."""
         return jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
 
-    def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], task: AdapterIds) -> Float[Array, "b t d"]:
+    def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], adapter_ids: AdapterIds) -> Float[Array, "b t d"]:
         """The table's rows with the adapters' updates."""
-        if task is None or self.a is None or self.b is None or self.scale is None:
+        if adapter_ids is None or self.a is None or self.b is None or self.scale is None:
             return rows
         a, b, scale = self.a[...], self.b[...].astype(jnp.float32), self.scale[...]
-        if task.ndim == 0:
-            scale = jnp.where(task < 0, 0, jnp.take(scale, jnp.maximum(task, 0)))
-            a, b = jnp.take(a, jnp.maximum(task, 0), axis=1), jnp.take(b, jnp.maximum(task, 0), axis=0)
+        if adapter_ids.ndim == 0:
+            scale = jnp.where(adapter_ids < 0, 0, jnp.take(scale, jnp.maximum(adapter_ids, 0)))
+            a, b = jnp.take(a, jnp.maximum(adapter_ids, 0), axis=1), jnp.take(b, jnp.maximum(adapter_ids, 0), axis=0)
             z = jnp.take(a, token, axis=0).astype(jnp.float32) * scale
         else:
             k, r, d = b.shape
-            gate = jnp.where(task[..., None] == jnp.arange(k)[None, None], scale[None, None], 0)
+            gate = jnp.where(adapter_ids[..., None] == jnp.arange(k)[None, None], scale[None, None], 0)
             z = (jnp.take(a, token, axis=0).astype(jnp.float32) * gate[..., None]).reshape(*token.shape, k * r)
             b = b.reshape(k * r, d)
         return rows + matmul(z, b)

@@ -1,4 +1,4 @@
-"""Texts to batches of packed rows: tokenised piece by piece, while the device computes batches of earlier pieces."""
+"""Texts to batches of packed rows: tokenised chunk by chunk, while the device computes batches of earlier chunks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import numpy as np
 from .packing import PackedBatch, lay_out, plan_batches, plan_full_batches, plan_without_small_rows
 
 FIRST_CHUNK = 128
-"""Texts of the first piece, for which the device waits. Each piece is twice the one before it."""
+"""Texts of the first chunk, for which the device waits. Each chunk is twice the one before it."""
 
 LARGEST_CHUNK = 4096
 """Texts that are tokenised, and may wait for others, at most: enough to fill rows well."""
@@ -23,7 +23,7 @@ def packed_batches(
 ) -> Iterator[PackedBatch]:
     """Batches that hold every text once; `PackedBatch.texts` are indices in `texts`.
 
-    Texts that do not fill a batch wait for those of the next pieces, so that pieces cost no empty rows.
+    Texts that do not fill a batch wait for those of the next chunks, so that chunks cost no empty rows.
 
     Args:
         texts: what to pack.
@@ -33,9 +33,9 @@ def packed_batches(
     """
     waiting: list[tuple[int, list[int]]] = []  # indices of texts, and their tokens
     start = 0
-    for piece, is_last in _tokenized(texts, tokenize):
-        waiting += enumerate(piece, start)
-        start += len(piece)
+    for chunk, is_last in _tokenized(texts, tokenize):
+        waiting += enumerate(chunk, start)
+        start += len(chunk)
         token_ids = [ids for _, ids in waiting]
         indices = np.array([index for index, _ in waiting])
         if not is_last and len(waiting) < LARGEST_CHUNK:
@@ -53,22 +53,22 @@ def packed_batches(
 def _tokenized(
     texts: Sequence[str], tokenize: Callable[[Sequence[str]], list[list[int]]]
 ) -> Iterator[tuple[list[list[int]], bool]]:
-    """Token ids of each piece, and whether it is the last; the next one is tokenised while the caller works on it."""
+    """Token ids of each chunk, and whether it is the last; the next one is tokenised while the caller works on it."""
     first, *others = _chunks(texts)
     token_ids = tokenize(first)
     with ThreadPoolExecutor(1) as pool:
-        for piece in others:
-            following = pool.submit(tokenize, piece)
+        for chunk in others:
+            following = pool.submit(tokenize, chunk)
             yield token_ids, False
             token_ids = following.result()
     yield token_ids, True
 
 
 def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
-    pieces, size = [texts[:FIRST_CHUNK]], FIRST_CHUNK
+    chunks, size = [texts[:FIRST_CHUNK]], FIRST_CHUNK
     start = size
     while start < len(texts):
         size = min(2 * size, LARGEST_CHUNK)
-        pieces.append(texts[start : start + size])
+        chunks.append(texts[start : start + size])
         start += size
-    return pieces
+    return chunks

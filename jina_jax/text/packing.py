@@ -1,6 +1,6 @@
 """Texts to packed rows and back.
 
-A row of `t` token slots holds several texts; `segments` says which text of its row a token belongs to. Rows come in a few
+A row of `t` token slots holds several texts; `segment_ids` says which text of its row a token belongs to. Rows come in a few
 fixed shapes, so that whatever the lengths of the texts, only a few programs are ever compiled.
 """
 
@@ -28,7 +28,7 @@ class PackedBatch(NamedTuple):
     """One batch of packed rows: the inputs of the encoder, and where each text went."""
 
     tokens: Int[np.ndarray, "b t"]
-    segments: Int[np.ndarray, "b t"]
+    segment_ids: Int[np.ndarray, "b t"]
     """0 = padding, 1..g = which text of the row a token belongs to."""
     positions: Int[np.ndarray, "b t"]
     """Counted from 0 inside each text."""
@@ -47,13 +47,13 @@ def max_texts(row_length: int) -> int:
     return row_length // TOKENS_PER_TEXT
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Sequence[int], capacity: int, max_texts_per_row: int) -> list[list[int]]:
     """Packs texts, longest first, each into the fullest row that still takes it.
 
     Args:
         lengths: tokens of each text, 1..capacity.
         capacity: token slots of a row.
-        most: texts a row may hold.
+        max_texts_per_row: texts a row may hold.
 
     Returns:
         The indices of the texts of each row; every text is in exactly one row.
@@ -76,7 +76,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int, most: int) -> lis
             rows.append([])
         rows[row].append(text)
         free -= length
-        if free and len(rows[row]) < most:
+        if free and len(rows[row]) < max_texts_per_row:
             open_rows[free].append(row)
             occupied |= 1 << free
     return rows
@@ -142,18 +142,18 @@ def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, p
     b, t = batch.shape
     rows = PackedBatch(
         tokens=np.full((b, t), pad_id, np.int32),
-        segments=np.zeros((b, t), np.int32),
+        segment_ids=np.zeros((b, t), np.int32),
         positions=np.zeros((b, t), np.int32),
         texts=np.full((b, max_texts(t)), -1, np.int32),
     )
     for row, texts in enumerate(batch.rows):
         start = 0
-        for slot, text in enumerate(texts):
+        for index_in_row, text in enumerate(texts):
             end = start + len(token_ids[text])
             rows.tokens[row, start:end] = token_ids[text]
-            rows.segments[row, start:end] = slot + 1
+            rows.segment_ids[row, start:end] = index_in_row + 1
             rows.positions[row, start:end] = np.arange(end - start)
-            rows.texts[row, slot] = text
+            rows.texts[row, index_in_row] = text
             start = end
     return rows
 

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from jina_jax import Embedder
-from jina_jax.checkpoints import native
+from jina_jax.checkpoints import native, sealed_directory
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
 from jina_jax.checkpoints.remote import fetch
 from jina_jax.checkpoints.sealed_directory import atomic_directory, check_free, seal, verify
@@ -126,7 +126,7 @@ def test_a_conversion_killed_at_any_moment_leaves_no_loadable_half(saved, tmp_pa
 
 def test_a_remote_checkpoint_has_its_manifest_last(embedder, tmp_path, monkeypatch):
     """A directory here stands for the remote one."""
-    monkeypatch.setattr(native, "is_remote", lambda directory: True)
+    monkeypatch.setattr(sealed_directory, "is_remote", lambda directory: True)
     written = []
     copy = type(epath.Path(tmp_path)).copy
     monkeypatch.setattr(

@@ -282,9 +282,9 @@ def test_logits_of_the_mlm_head_equal_torch(tmp_path, layout):
 
     (plan,) = packing.plan_batches(list(map(len, token_ids)), 4096)
     rows = packing.lay_out(token_ids, plan, encoder.config.pad_id)
-    states = token_states(encoder, rows.tokens, rows.segments, rows.positions, None)
+    states = token_states(encoder, rows.tokens, rows.segment_ids, rows.positions, None)
     assert encoder.mlm_head is not None
     logits = np.asarray(encoder.mlm_head(states, encoder.tokens.table[...]))
     for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
         text = rows.texts[row, slot]
-        assert_close([logits[row][rows.segments[row] == slot + 1]], [expected[text]], STATES)
+        assert_close([logits[row][rows.segment_ids[row] == slot + 1]], [expected[text]], STATES)

@@ -117,19 +117,19 @@ def test_the_table_has_the_published_tensors_and_parameters():
     assert shapes["encoder.layers.0.mlp.fc2.parametrizations.weight.original"] == (1024, 4096)
 
 
-@pytest.mark.parametrize("spelling", ["fused", "split", "xlmr"])
-def test_every_line_of_the_table_is_invertible(spelling):
+@pytest.mark.parametrize("scheme", ["fused", "split", "bert"])
+def test_every_line_of_the_table_is_invertible(scheme):
     config = ModelConfig(
         vocab_size=11, hidden_size=8, num_layers=2, num_heads=2, mlp_size=12, max_position_embeddings=9, tasks=("a", "b"),
-        lora_rank=3, pooler=True, mlm_head=True, position_type="absolute" if spelling == "xlmr" else "rope",
-        separate_qkv_adapters=spelling != "fused",
+        lora_rank=3, pooler=True, mlm_head=True, position_type="absolute" if scheme == "bert" else "rope",
+        separate_qkv_adapters=scheme != "fused",
     )  # fmt: skip
-    table = torch_names.base_mappings(config, spelling)
-    if spelling == "fused":
+    table = torch_names.base_mappings(config, scheme)
+    if scheme == "fused":
         table |= torch_names.stacked_adapter_mappings(config)
     else:
         table |= {
-            f"{task}.{n}": e for task in (0, 1) for n, e in torch_names.peft_adapter_mappings(config, task, spelling).items()
+            f"{task}.{n}": e for task in (0, 1) for n, e in torch_names.peft_adapter_mappings(config, task, scheme).items()
         }
     arrays = {path: v.shape for path, v in abstract_variables(config).items() if not path.endswith("scale") or "norm" in path}
     rng = np.random.default_rng(0)

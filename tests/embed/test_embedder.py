@@ -136,7 +136,7 @@ def test_texts_are_tokenised_piece_by_piece_with_the_same_result(embedder, corpu
     texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
     with pytest.warns(UserWarning):
         vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 4)
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 4)
     for kind, expected in zip(VALUES, (vectors, states), strict=True):
         with pytest.warns(UserWarning, match=f"of {len(texts)} texts are longer than 7 tokens") as caught:
             got = embedder.encode(texts, tasks, max_length=7, output_value=kind)
@@ -161,17 +161,17 @@ def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch
         in_time.append(tokenising.wait(60))
         return text_embeddings(*arguments, **options)
 
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 2)
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 2)
     monkeypatch.setattr("jina_jax.embed.embedder.tokenize", tokenize_during_computation)
-    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", compute_during_tokenisation)
+    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", compute_during_tokenisation)
     one_row = "a " * 500
     assert embedder.encode([one_row] * 6, batch_size=1).shape == (6, 64)
     assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
 
 
 def test_an_error_of_a_later_piece_comes_before_anything_is_computed(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_PIECE", 2)
-    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", None)
+    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 2)
+    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", None)
     with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
         embedder.encode(["fine"] * 4 + ["bad \ud800"])
 
@@ -262,7 +262,7 @@ def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, mon
         seen.append(encoder.layers)
         return text_embeddings(encoder, *arguments, **options)
 
-    monkeypatch.setattr("jina_jax.embed.embedder.embed_rows", compute)
+    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", compute)
     embedder.encode("a text")
     embedder.encode("a text", task=embedder.config.tasks[0])
     assert len(seen) == 2 and all(len(layers) == embedder.config.num_layers for layers in seen)

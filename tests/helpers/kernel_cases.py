@@ -25,9 +25,9 @@ def projection(b: int, t: int, n: int = 2, seed: int = 0, dtype=jnp.float32) -> 
 
 def texts(*lengths: int, t: int, first: int = 1) -> jax.Array:
     """Segments [1, t] of texts of these lengths, padding behind them."""
-    segments = np.zeros((1, t), np.int32)
-    segments[0, : sum(lengths)] = np.repeat(np.arange(first, first + len(lengths)), lengths)
-    return jnp.asarray(segments)
+    segment_ids = np.zeros((1, t), np.int32)
+    segment_ids[0, : sum(lengths)] = np.repeat(np.arange(first, first + len(lengths)), lengths)
+    return jnp.asarray(segment_ids)
 
 
 def repeated(*ids: int, t: int) -> jax.Array:
@@ -35,40 +35,40 @@ def repeated(*ids: int, t: int) -> jax.Array:
     return jnp.asarray(np.resize(np.array(ids, np.int64), (1, t)), jnp.int32)
 
 
-def tables_of(segments: jax.Array) -> RotaryTables:
-    t = segments.shape[1]
-    return rotary_tables(jnp.broadcast_to(jnp.arange(t)[None], segments.shape), HEAD_DIM, 20_000.0)
+def tables_of(segment_ids: jax.Array) -> RotaryTables:
+    t = segment_ids.shape[1]
+    return rotary_tables(jnp.broadcast_to(jnp.arange(t)[None], segment_ids.shape), HEAD_DIM, 20_000.0)
 
 
-def signed_logits(segments: jax.Array, size: float) -> jax.Array:
+def signed_logits(segment_ids: jax.Array, size: float) -> jax.Array:
     """A projection [3, 1, t, 128] whose logits are +size and -size in every text, but -size alone in that of segment 3."""
-    t = segments.shape[1]
-    sign = jnp.where((jnp.arange(t) % 3 == 0) & (segments[0] != 3), 1.0, -1.0)
+    t = segment_ids.shape[1]
+    sign = jnp.where((jnp.arange(t) % 3 == 0) & (segment_ids[0] != 3), 1.0, -1.0)
     axis = jnp.zeros(2 * HEAD_DIM).at[jnp.array([0, HEAD_DIM])].set(1.0)
     v = projection(1, t)[2]
     q = jnp.broadcast_to(axis * size * HEAD_DIM**0.5, v.shape)
     return jnp.stack([q, sign[None, :, None] * axis[None, None], v])
 
 
-def huge_in(segment: int, qkv: jax.Array, segments: jax.Array) -> jax.Array:
+def huge_in(segment: int, qkv: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """The projection with keys and values a million times as large in one segment."""
-    return qkv.at[1:].mul(jnp.where(segments == segment, 1e6, 1.0)[..., None])
+    return qkv.at[1:].mul(jnp.where(segment_ids == segment, 1e6, 1.0)[..., None])
 
 
 # Without optimisation: these programs compile for longer than they run.
 @partial(jax.jit, static_argnums=(0, 5), compiler_options={"xla_backend_optimization_level": 0})
-def value_and_gradient(form, qkv, segments, tables, d_out, n):
+def value_and_gradient(form, qkv, segment_ids, tables, d_out, n):
     """The result, and the gradient of qkv for a gradient `d_out` of the result."""
-    out, backward = jax.vjp(lambda qkv: form(qkv, segments, tables, num_heads=n), qkv)
+    out, backward = jax.vjp(lambda qkv: form(qkv, segment_ids, tables, num_heads=n), qkv)
     return out, *backward(d_out.astype(out.dtype))
 
 
-def assert_as_plain(kernel, qkv, segments, tables, *, d_out=None, atol=1e-5):
+def assert_as_plain(kernel, qkv, segment_ids, tables, *, d_out=None, atol=1e-5):
     """The kernel's result and gradient are those of the plain form. Returns them."""
     if d_out is None:
         d_out = jnp.asarray(np.random.default_rng(1).standard_normal(qkv.shape[1:]), jnp.float32)
     n = qkv.shape[-1] // HEAD_DIM
-    got, want = (value_and_gradient(form, qkv, segments, tables, d_out, n) for form in (kernel, plain_attention))
+    got, want = (value_and_gradient(form, qkv, segment_ids, tables, d_out, n) for form in (kernel, plain_attention))
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
@@ -80,9 +80,9 @@ def traced(kind: str, qkv: jax.Array, n: int) -> str:
     """The program of `attention` and its gradient, traced for a mesh of such devices, "cpu" or "TPU v5 lite"."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=kind[:3].lower())
     mesh = AbstractMesh((1,), ("data",), abstract_device=device)
-    segments = jnp.zeros(qkv.shape[1:3], jnp.int32)
+    segment_ids = jnp.zeros(qkv.shape[1:3], jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):
-        return str(jax.make_jaxpr(jax.grad(lambda qkv: attention(qkv, segments, None, num_heads=n).sum()))(qkv))
+        return str(jax.make_jaxpr(jax.grad(lambda qkv: attention(qkv, segment_ids, None, num_heads=n).sum()))(qkv))
 
 
 # ---- the TPU compiler

@@ -255,8 +255,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "killed before the rename": lambda number: _before(Path, "rename", number, _die),
     "killed while old ones are removed": lambda number: _before(shutil, "rmtree", number, _die),
     "killed before the model is saved": lambda number: _before(loop, "save_checkpoint", number, _die),
-    "dies in a step": lambda number: _before(loop, "join_rows", number, _die),
-    "wrong in a step": lambda number: _before(loop, "join_rows", number, _raise),
+    "dies in a step": lambda number: _before(loop, "from_process_local", number, _die),
+    "wrong in a step": lambda number: _before(loop, "from_process_local", number, _raise),
     "disk full": lambda number: _before(checkpoints.ocp, "save_async", number, _disk_full),
 }
 """By name: what happens at the n-th save."""

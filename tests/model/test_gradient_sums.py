@@ -14,9 +14,9 @@ def in_turns(x, total):
     """Rows, single rows and all of x, in a loop of three turns."""
 
     def turn(total, seed):
-        some, total = gradient_sums.rows(x, total, jnp.array([[4, 0], [4, 2]]) * (seed % 2))
-        one, total = gradient_sums.part(x[seed], total, seed)
-        all_of_it, total = gradient_sums.whole(x, total)
+        some, total = gradient_sums.track_gather(x, total, jnp.array([[4, 0], [4, 2]]) * (seed % 2))
+        one, total = gradient_sums.track_slice(x[seed], total, seed)
+        all_of_it, total = gradient_sums.track(x, total)
         return total, jnp.sin(some).sum() + seed * jnp.cos(one).prod() + jnp.square(all_of_it).sum() * one[0]
 
     total, values = jax.lax.scan(turn, total, jnp.arange(3))

@@ -31,7 +31,7 @@ def recorded() -> tuple[list[int], Callable[[list[str]], list[list[int]]]]:
 
 
 def pieces(first: int, largest: int):
-    return patch.multiple("jina_jax.text.batching", FIRST_PIECE=first, LARGEST_PIECE=largest)
+    return patch.multiple("jina_jax.text.batching", FIRST_CHUNK=first, LARGEST_CHUNK=largest)
 
 
 @given(
@@ -47,10 +47,10 @@ def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devic
             assert rows.tokens.shape[0] % devices == 0
             for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
                 text = rows.texts[row, slot]
-                own = rows.tokens[row][rows.segments[row] == slot + 1]
+                own = rows.tokens[row][rows.segment_ids[row] == slot + 1]
                 np.testing.assert_array_equal(own, [lengths[text]] * lengths[text])
                 found.append(text)
-            assert (rows.tokens[rows.segments == 0] == 0).all()
+            assert (rows.tokens[rows.segment_ids == 0] == 0).all()
     assert sorted(found) == list(range(len(lengths)))
 
 
@@ -78,7 +78,7 @@ def test_texts_wait_for_others_that_fill_their_rows():
     seen, tokenize = recorded()
     with pieces(2, 100):
         (rows,) = packed_batches(["300", "300", "200", "200"], tokenize, 0, BUDGET)
-    assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segments > 0).sum() == 1000
+    assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segment_ids > 0).sum() == 1000
 
 
 def test_only_a_small_call_gets_a_small_row():

@@ -118,7 +118,7 @@ def test_rows_are_as_a_plain_twin_writes_them(token_ids, budget):
             tail = t - sum(lengths)
             tokens = [token for i in texts for token in token_ids[i]]
             np.testing.assert_array_equal(rows.tokens[row], tokens + [1] * tail)
-            np.testing.assert_array_equal(rows.segments[row], np.repeat([*range(1, len(texts) + 1), 0], [*lengths, tail]))
+            np.testing.assert_array_equal(rows.segment_ids[row], np.repeat([*range(1, len(texts) + 1), 0], [*lengths, tail]))
             np.testing.assert_array_equal(rows.positions[row], [i for n in lengths for i in range(n)] + [0] * tail)
             np.testing.assert_array_equal(rows.texts[row], texts + [-1] * (max_texts(t) - len(texts)))
 
@@ -128,8 +128,8 @@ def test_scatter_puts_each_text_in_its_place(token_ids, budget):
     out = np.full((len(token_ids), 2), np.nan)
     for batch in plan_batches([len(ids) for ids in token_ids], budget):
         rows = lay_out(token_ids, batch, pad_id=1)
-        segments = 1 + np.arange(rows.texts.shape[1])
-        member = rows.segments[:, None] == segments[None, :, None]
+        segment_ids = 1 + np.arange(rows.texts.shape[1])
+        member = rows.segment_ids[:, None] == segment_ids[None, :, None]
         scatter(np.stack([(member * rows.tokens[:, None]).sum(-1), member.sum(-1)], -1), rows, out)
     np.testing.assert_array_equal(out, np.reshape([(sum(ids), len(ids)) for ids in token_ids], (-1, 2)))
 

@@ -62,7 +62,7 @@ def test_the_stages_follow_each_other():
         start, (stage,) = load(name).start, load(name).stages
         assert (start.source, start.rope_theta, start.lora_rank) == ("runs/pairs_long/model", 20_000, 4)
         assert stage.adapters == tasks.get(name, (name,))
-    assert load("retrieval").stages[0].negatives == load("classification").stages[0].negatives == 7
+    assert load("retrieval").stages[0].num_negatives == load("classification").stages[0].num_negatives == 7
     assert load("adapters").stages == tuple(load(name).stages[0] for name in PAPER if name not in order or name == "retrieval")
 
 

@@ -35,10 +35,8 @@ MODEL = replace(presets.MODEL, hidden_size=32, num_layers=1, mlp_size=64, num_he
 
 
 def shrunk(config):
-    stages = tuple(
-        replace(stage, steps=2, warmup_steps=1, batch_size=4, dims=(8, 32) if stage.dims else (), dim_weights=(), num_row_counts=1)
-        for stage in config.stages
-    )
+    few = {"steps": 2, "warmup_steps": 1, "batch_size": 4, "dim_weights": (), "num_row_counts": 1}
+    stages = tuple(replace(stage, dims=(8, 32) if stage.dims else (), **few) for stage in config.stages)
     start = replace(config.start, model=MODEL) if config.start.model else config.start
     return replace(config, start=start, stages=stages)
 

@@ -110,9 +110,9 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
     per_token, per_text = (rows, shape.row_length), (rows, max_texts(shape.row_length))
     return TrainBatch(
         tokens=int32_struct(mesh, *per_token),
-        segments=int32_struct(mesh, *per_token),
+        segment_ids=int32_struct(mesh, *per_token),
         positions=int32_struct(mesh, *per_token),
-        tasks=int32_struct(mesh, *per_text),
+        adapter_ids=int32_struct(mesh, *per_text),
         labels=int32_struct(mesh, *per_token),
         places=int32_struct(mesh, stage.batch_size, texts),
         scores=_batch_struct(mesh, jnp.float32, stage.batch_size),

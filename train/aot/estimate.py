@@ -165,11 +165,11 @@ def _compiled_inference(
     encoder = from_local_arrays(config, arrays, dtype=jnp.bfloat16)
     rows = stage.encode_chunk_rows or INFERENCE_ROWS
     per_token = int32_struct(mesh, rows * mesh.size, stage.row_length)
-    tasks = int32_struct(mesh) if stage.adapters else None
+    adapter_ids = int32_struct(mesh) if stage.adapters else None
     tokens = rows * mesh.size * stage.row_length
     flops = training_flops(config, replace(stage, objective="pairs", adapters=(), max_length=stage.max_length)) / 3 * tokens
     done = Compiled(f"embedding in rows of {stage.row_length}, {rows} on each device", tokens, flops, None)
-    arguments = encoder, per_token, per_token, per_token, tasks
+    arguments = encoder, per_token, per_token, per_token, adapter_ids
     try:
         return done._replace(measurement=measure(text_embeddings, arguments, slice_.topology, hlo, mesh=mesh))
     except DoesNotFit as error:

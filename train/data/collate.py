@@ -27,9 +27,9 @@ class TrainBatch(NamedTuple):
     """
 
     tokens: Int[Either, "b t"]
-    segments: Int[Either, "b t"]
+    segment_ids: Int[Either, "b t"]
     positions: Int[Either, "b t"]
-    tasks: Int[Either, "b g"]
+    adapter_ids: Int[Either, "b g"]
     """Adapter of each text, among those that the stage trains; -1 = none."""
     labels: Int[Either, "b t"]
     """Original token where one was masked, else -1."""
@@ -46,7 +46,7 @@ class TokenizedTexts(NamedTuple):
     ids: list[np.ndarray]
     labels: list[np.ndarray] | None
     """For masked-language training."""
-    tasks: list[int]
+    adapter_ids: list[int]
 
 
 class BatchShape(NamedTuple):
@@ -101,7 +101,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
     instructed = max(len(backend.encode(instruction).ids) for instruction in instructions)
 
     def encode(examples: Sequence[Example]) -> TokenizedTexts:
-        texts, suffixes, tasks = [], [], []
+        texts, suffixes, adapter_ids = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
             if (taken := instructed + len(suffix)) >= stage.max_length:
@@ -112,10 +112,10 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
             for number, text in enumerate(example.texts):
                 texts.append(instructions[0 if number == 0 else -1] + text)
                 suffixes.append(suffix)
-                tasks.append(first if number == 0 else last)
+                adapter_ids.append(first if number == 0 else last)
         encodings = backend.encode_batch_fast(texts)
         ids = [_cut(encoding.ids, suffix, stage.max_length) for encoding, suffix in zip(encodings, suffixes, strict=True)]
-        return TokenizedTexts(ids, None, tasks)
+        return TokenizedTexts(ids, None, adapter_ids)
 
     return encode
 
@@ -126,7 +126,7 @@ def collate(
     shape: BatchShape,
     devices: int,
     pad_id: int,
-    agreed: Callable[[int], int] = lambda rows: rows,
+    max_over_processes: Callable[[int], int] = lambda rows: rows,
 ) -> TrainBatch:
     """One batch; each device's share of the examples is packed into rows of its own.
 
@@ -136,14 +136,14 @@ def collate(
         shape: from `batch_shape`.
         devices: of this process.
         pad_id: of the model.
-        agreed: the most rows that a device of any process needs, from the most that one of this process does.
+        max_over_processes: the most rows that a device of any process needs, from the most that one of this process does.
     """
     # Every d-th, as every p-th example is this process's: on as many devices, any number of processes makes the same shares.
     shares = [examples[device::devices] for device in range(devices)]
     parts = [encode(share) for share in shares]
     most = packing.max_texts(shape.row_length)
     plans = [packing.best_fit_decreasing([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
-    needed = agreed(max(map(len, plans)))
+    needed = max_over_processes(max(map(len, plans)))
     rows = next(count for count in shape.row_counts if count >= needed)
     packed = [_packed(part, plan, (rows, shape.row_length), pad_id) for part, plan in zip(parts, plans, strict=True)]
     arrays = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
@@ -177,7 +177,7 @@ def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int]
     plan = plan + [[] for _ in range(shape[0] - len(plan))]
     rows = packing.lay_out(texts.ids, packing.BatchPlan(plan, shape), pad_id)
     held = rows.texts >= 0
-    tasks = np.where(held, np.array(texts.tasks, np.int32)[rows.texts], -1)
+    adapter_ids = np.where(held, np.array(texts.adapter_ids, np.int32)[rows.texts], -1)
     places = np.empty(len(texts.ids), np.int32)
     places[rows.texts[held]] = np.flatnonzero(held)
     labels = np.full(shape, -1, np.int32)
@@ -185,9 +185,9 @@ def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int]
         labels = packing.lay_out(texts.labels, packing.BatchPlan(plan, shape), -1).tokens
     return {
         "tokens": rows.tokens,
-        "segments": rows.segments,
+        "segment_ids": rows.segment_ids,
         "positions": rows.positions,
-        "tasks": tasks.astype(np.int32),
+        "adapter_ids": adapter_ids.astype(np.int32),
         "labels": labels,
         "places": places,
     }

@@ -80,7 +80,7 @@ class MiningConfig:
 def mine(
     pairs: Sequence[Pair],
     scorer: Scorer,
-    selection: MiningConfig,
+    config: MiningConfig,
     *,
     same_language: bool = False,
     seed: int = 0,
@@ -92,7 +92,7 @@ def mine(
     Args:
         pairs: repeated ones count once.
         scorer: `bm25_scores`, `embedding_scores(...)`, or any other.
-        selection: which of the best candidates to take.
+        config: which of the best candidates to take.
         same_language: take negatives from pairs of the anchor's language alone.
         seed: of random sampling.
 
@@ -109,17 +109,17 @@ def mine(
     parts: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         parts[pair.language if same_language else ""].append(pair)
-    return [triplet for part in parts.values() for triplet in _mine_part(part, scorer, selection, rng)]
+    return [triplet for part in parts.values() for triplet in _mine_part(part, scorer, config, rng)]
 
 
-def _mine_part(pairs: list[Pair], scorer: Scorer, selection: MiningConfig, rng: np.random.Generator) -> Iterator[Triplet]:
+def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.random.Generator) -> Iterator[Triplet]:
     relations = _Relations(pairs)
-    pool = selection.range_max + max(map(len, relations.positives))  # leaves room for positives, as sentence-transformers does
+    pool = config.range_max + max(map(len, relations.positives))  # leaves room for positives, as sentence-transformers does
     blocks, first = [], 0
     for scores in scorer(relations.anchors, relations.candidates):
         own = range(first, first + len(scores))
-        positives, barred = [relations.positives[i] for i in own], [relations.barred(i) for i in own]
-        blocks.append(negatives_of(scores, positives, barred, pool, selection, rng))
+        positives, excluded = [relations.positives[i] for i in own], [relations.excluded(i) for i in own]
+        blocks.append(negatives_of(scores, positives, excluded, pool, config, rng))
         first += len(scores)
     negatives = dict(zip(relations.anchors, np.concatenate(blocks), strict=True))
     for pair in distinct(pairs):
@@ -160,7 +160,7 @@ class _Relations:
         self.positives = [_indices(positives[anchor]) for anchor in self.anchors]
         self._members = {group: _indices(texts) for group, texts in members.items()}
 
-    def barred(self, anchor: int) -> Int[np.ndarray, " n"]:
+    def excluded(self, anchor: int) -> Int[np.ndarray, " n"]:
         """Candidates beside its positives that are no negatives of an anchor: a text equal to it, and those of its groups."""
         text = self.anchors[anchor]
         equal = _indices([self._index[text]] if text in self._index else [])
@@ -171,9 +171,9 @@ class _Relations:
 def negatives_of(
     scores: Float[np.ndarray, "b c"],
     positives: Sequence[Int[np.ndarray, " p"]],
-    barred: Sequence[Int[np.ndarray, " n"]],
+    excluded: Sequence[Int[np.ndarray, " n"]],
     pool: int,
-    selection: MiningConfig,
+    config: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
     """Negatives of a block of anchors, as `select` gives them, from the `pool` best of all candidates.
@@ -181,16 +181,16 @@ def negatives_of(
     Args:
         scores: of each anchor with each candidate.
         positives: each anchor's positives, at least one.
-        barred: other candidates of which each anchor's search knows nothing.
+        excluded: other candidates of which each anchor's search knows nothing.
         pool: candidates to rank, positives included.
     """
     scores = scores.copy()
     lowest = np.array([scores[row, own].min() for row, own in enumerate(positives)])
-    for row, others in enumerate(barred):
+    for row, others in enumerate(excluded):
         scores[row, others] = -np.inf
     best, indices = top(scores, pool)
     is_positive = np.stack([np.isin(indices[row], own) for row, own in enumerate(positives)])
-    return select(best, indices, is_positive, lowest, selection, rng)
+    return select(best, indices, is_positive, lowest, config, rng)
 
 
 def top(scores: Float[np.ndarray, "b c"], k: int) -> tuple[Float[np.ndarray, "b k"], Int[np.ndarray, "b k"]]:
@@ -209,7 +209,7 @@ def select(
     indices: Int[np.ndarray, "b k"],
     is_positive: Bool[np.ndarray, "b k"],
     positive_scores: Float[np.ndarray, " b"],
-    selection: MiningConfig,
+    config: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
     """The negatives of each anchor among its best candidates, best first; -1 where there are too few.
@@ -220,29 +220,29 @@ def select(
         is_positive: which of them are positives of the anchor.
         positive_scores: the lowest score of a positive of each anchor.
     """
-    out_of_reach = is_positive | _excluded(scores, positive_scores[:, None], selection)
-    order = np.argsort(out_of_reach, axis=1, kind="stable")[:, selection.range_min : selection.range_max]
+    out_of_reach = is_positive | _beyond_limits(scores, positive_scores[:, None], config)
+    order = np.argsort(out_of_reach, axis=1, kind="stable")[:, config.range_min : config.range_max]
     indices = np.take_along_axis(np.where(out_of_reach, -1, indices), order, axis=1)
-    if selection.sampling == "random":
-        indices = np.stack([_sample(row, selection.num_negatives, rng) for row in indices])
-    negatives = np.full((len(scores), selection.num_negatives), -1, np.int64)
-    found = indices[:, : selection.num_negatives]
+    if config.sampling == "random":
+        indices = np.stack([_sample(row, config.num_negatives, rng) for row in indices])
+    negatives = np.full((len(scores), config.num_negatives), -1, np.int64)
+    found = indices[:, : config.num_negatives]
     negatives[:, : found.shape[1]] = found
     return negatives
 
 
-def _excluded(scores: np.ndarray, positive: np.ndarray, selection: MiningConfig) -> Bool[np.ndarray, "b k"]:
+def _beyond_limits(scores: np.ndarray, positive: np.ndarray, config: MiningConfig) -> Bool[np.ndarray, "b k"]:
     """Scores that miss a margin or a limit."""
     positive = np.maximum(positive, np.finfo(np.float32).min).astype(np.float64)  # an infinite one times 0 is no number
     excluded = scores == -np.inf
-    if selection.absolute_margin is not None:
-        excluded |= scores + selection.absolute_margin > positive
-    if selection.relative_margin is not None:
-        excluded |= scores > positive - np.abs(positive) * selection.relative_margin
-    if selection.max_score is not None:
-        excluded |= scores > selection.max_score
-    if selection.min_score is not None:
-        excluded |= scores < selection.min_score
+    if config.absolute_margin is not None:
+        excluded |= scores + config.absolute_margin > positive
+    if config.relative_margin is not None:
+        excluded |= scores > positive - np.abs(positive) * config.relative_margin
+    if config.max_score is not None:
+        excluded |= scores > config.max_score
+    if config.min_score is not None:
+        excluded |= scores < config.min_score
     return excluded
 
 

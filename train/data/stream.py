@@ -51,7 +51,7 @@ def batch_stream(
     devices: int = 1,
     process: int = 0,
     processes: int = 1,
-    agreed: MaxOverProcesses = lambda name, number, rows: rows,
+    max_over_processes: MaxOverProcesses = lambda name, number, rows: rows,
 ) -> grain.MapDataset[tuple[str, TrainBatch]]:
     """This process's part of every batch of a stage, with the kind of its records, by number, without end.
 
@@ -63,7 +63,8 @@ def batch_stream(
         seed: of the order of records and of everything drawn.
         devices: of this process.
         process, processes: which of how many.
-        agreed: (name, number, value) -> the largest value of all processes; batches need as many rows in all of them.
+        max_over_processes: (name, number, value) -> the largest value of all processes; batches need as many
+            rows in all of them.
 
     Raises:
         ValueError: the batch does not divide by the devices.
@@ -93,7 +94,7 @@ def batch_stream(
             def collated(
                 batch: int, examples: list[Example], kind: str = dataset.kind, shape: BatchShape = shape, name: str = name
             ):
-                return kind, collate(examples, encode, shape, devices, config.pad_id, partial(agreed, name, batch))
+                return kind, collate(examples, encode, shape, devices, config.pad_id, partial(max_over_processes, name, batch))
 
             parts.append(batched.map_with_index(collated))
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]

@@ -63,14 +63,14 @@ class Results:
         self.languages = [subset for task, subset in measured if task == "retrieval" and subset != ACROSS]
         self.adapters = list(dict.fromkeys(score.adapter for score in scores if score.system == "model" and score.adapter))
 
-    def get(self, way: Column, task: str, subset: str, dim: int) -> Score | None:
-        if way.system == "bm25":
+    def get(self, column: Column, task: str, subset: str, dim: int) -> Score | None:
+        if column.system == "bm25":
             return self._scores.get(("bm25", None, task, subset, None))
-        return self._scores.get((way.system, way.adapter or OWN_ADAPTERS[task][0].name, task, subset, dim))
+        return self._scores.get((column.system, column.adapter or OWN_ADAPTERS[task][0].name, task, subset, dim))
 
-    def ways(self, task: str, subset: str) -> list[Column]:
+    def columns(self, task: str, subset: str) -> list[Column]:
         """Those measured at full dimension."""
-        return [way for way in COLUMNS if self.get(way, task, subset, self.dims[-1])]
+        return [column for column in COLUMNS if self.get(column, task, subset, self.dims[-1])]
 
 
 def check_writable(output: Path) -> None:
@@ -101,12 +101,12 @@ def markdown(scores: Sequence[Score]) -> str:
         f"## Retrieval by language at {full} dimensions, nDCG@10\n",
         _by_system(results, {("retrieval", language): language for language in results.languages}),
     ]
-    for way, title in ((OWN_ADAPTER, "each task's own adapter"), (BASE_MODEL, "the base")):
-        if any(results.get(way, *task, full) for task in results.tasks):
-            rows = [(str(dim), [results.get(way, *task, dim) for task in results.tasks]) for dim in reversed(results.dims)]
+    for column, title in ((OWN_ADAPTER, "each task's own adapter"), (BASE_MODEL, "the base")):
+        if any(results.get(column, *task, full) for task in results.tasks):
+            rows = [(str(dim), [results.get(column, *task, dim) for task in results.tasks]) for dim in reversed(results.dims)]
             parts += [f"## Dimensions, {title}\n", _table("dimensions", _headings(results), rows)]
     adapters = [Column(adapter, "model", adapter) for adapter in results.adapters]
-    rows = [(way.label, [results.get(way, *task, full) for task in results.tasks]) for way in adapters]
+    rows = [(column.label, [results.get(column, *task, full) for task in results.tasks]) for column in adapters]
     parts += [f"## Adapters at {full} dimensions\n", _table("adapter", _headings(results), rows)]
     return "\n".join(parts)
 
@@ -116,10 +116,10 @@ def plot_dims(scores: Sequence[Score], output: Path) -> None:
     results = Results(scores)
     figure, panels = _panels(len(results.tasks))
     for panel, task in zip(panels, results.tasks, strict=True):
-        for way in results.ways(*task):
-            points = [(dim, 100 * score.value) for dim in results.dims if (score := results.get(way, *task, dim))]
-            style = "--" if way.system == "bm25" else ".-"
-            panel.plot(*zip(*points, strict=True), style, color=f"C{COLUMNS.index(way)}", label=way.label)
+        for column in results.columns(*task):
+            points = [(dim, 100 * score.value) for dim in results.dims if (score := results.get(column, *task, dim))]
+            style = "--" if column.system == "bm25" else ".-"
+            panel.plot(*zip(*points, strict=True), style, color=f"C{COLUMNS.index(column)}", label=column.label)
         panel.set_xscale("log", base=2)
         panel.set_xticks(results.dims, [str(dim) for dim in results.dims])
         panel.minorticks_off()
@@ -166,12 +166,12 @@ def _means_across_languages(scores: Sequence[Score]) -> Iterator[Score]:
 def _by_system(results: Results, tasks: dict[tuple[str, str], str]) -> str:
     """A row for each task or language, a column for each system."""
     full = results.dims[-1]
-    ways = [way for way in COLUMNS if any(way in results.ways(*task) for task in tasks)]
+    columns = [column for column in COLUMNS if any(column in results.columns(*task) for task in tasks)]
     rows = []
     for task, label in tasks.items():
-        found = [results.get(way, *task, full) for way in ways]
+        found = [results.get(column, *task, full) for column in columns]
         rows.append((f"{label} (n = {next(score.n for score in found if score):,})", found))
-    return _table("", [way.label for way in ways], rows)
+    return _table("", [column.label for column in columns], rows)
 
 
 def _headings(results: Results) -> list[str]:

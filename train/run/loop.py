@@ -103,7 +103,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     encoder, tokenizer = load_initial_model(config)
     base: Arrays = {}
-    tracks, states, records = [], [], []
+    runs, states, records = [], [], []
     for stage in config.stages:
         sources = open_datasets(stage, workdir)
         records.append([dataset_fingerprint(source) for source in sources])
@@ -116,7 +116,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
             devices=mesh.size // jax.process_count(),
             process=jax.process_index(),
             processes=jax.process_count(),
-            agreed=max_over_processes,
+            max_over_processes=max_over_processes,
         )
         model, trained, frozen = split_trainable(encoder, stage)
         base = base or shard_params({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
@@ -124,14 +124,14 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        tracks.append(StageRun(stage, frozen, prefetch(own, config.read_threads), steps, flops))
+        runs.append(StageRun(stage, frozen, prefetch(own, config.read_threads), steps, flops))
         states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
 
     # ---- restore
     identity = run_identity(config, encoder) | {"records": records}
-    done = [0] * len(tracks)
+    done = [0] * len(runs)
     if checkpoint is not None:
-        states, done = _resumed(checkpoint, identity, states, tracks, mesh)
+        states, done = _resumed(checkpoint, identity, states, runs, mesh)
         logger.info("resumed %s at step %d", workdir, checkpoint.step)
     if is_main_process():
         (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     saver = Saver(workdir / "checkpoints", config.keep_checkpoints)
     writer = MetricsWriter(workdir, sum(done))
     peak = peak_flops(jax.devices()[0], mesh.size)
-    unread: list[StepRecord] = []
+    pending: list[StepRecord] = []
     began = time.perf_counter()
     with (
         contextlib.closing(writer),
@@ -153,24 +153,24 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         stopping = False
         while sum(done) < config.steps and not stopping:
             turn = next_stage(config, done)
-            track = tracks[turn]
-            kind, batch = next(track.batches)
-            states[turn], metrics = track.steps[kind](states[turn], track.frozen, from_process_local(batch, mesh))
+            run = runs[turn]
+            kind, batch = next(run.batches)
+            states[turn], metrics = run.steps[kind](states[turn], run.frozen, from_process_local(batch, mesh))
             done[turn] += 1
-            step, slots = sum(done), batch.segments.size * jax.process_count()
-            unread.append(StepRecord(step, track.stage, done[turn], metrics, slots, track.flops_per_token))
+            step, slots = sum(done), batch.segment_ids.size * jax.process_count()
+            pending.append(StepRecord(step, run.stage, done[turn], metrics, slots, run.flops_per_token))
             stopping = stopped(step)
             save = step % config.checkpoint_every == 0 or step == config.steps or stopping
             if save or step % config.log_every == 0:
-                for number, name, numbers in summarise(fetch_metrics(unread), time.perf_counter() - began, peak):
+                for number, name, numbers in summarise(fetch_metrics(pending), time.perf_counter() - began, peak):
                     writer.write(number, name, numbers)
                     bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
-                bar.update(len(unread))
-                unread, began = [], time.perf_counter()
+                bar.update(len(pending))
+                pending, began = [], time.perf_counter()
             if save:  # nothing that is not finite: `fetch_metrics` has looked at the losses
                 if not all_finite(states):
                     raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
-                saver.save(step, states, identity | _position(done, tracks))
+                saver.save(step, states, identity | _position(done, runs))
         saver.wait()
     if sum(done) < config.steps:
         logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
@@ -178,8 +178,8 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
 
     # ---- the finished model
     if not is_checkpoint(workdir / "model"):
-        for track, state in zip(tracks, states, strict=True):
-            encoder = merge_trained(encoder, track.stage, _on_host(state.parameters, mesh))
+        for run, state in zip(runs, states, strict=True):
+            encoder = merge_trained(encoder, run.stage, _on_host(state.parameters, mesh))
         save_checkpoint(workdir / "model", encoder, tokenizer)
     barrier("the model is saved")
     return workdir / "model"
@@ -208,12 +208,12 @@ def next_stage(config: TrainConfig, done: list[int]) -> int:
     return min(range(len(done)), key=lambda i: (done[i] / config.stages[i].steps, i))
 
 
-def _position(done: list[int], tracks: list[StageRun]) -> dict[str, Any]:
-    return {"done": list(done), "data": [dict(track.batches.get_state()) for track in tracks]}
+def _position(done: list[int], runs: list[StageRun]) -> dict[str, Any]:
+    return {"done": list(done), "data": [dict(run.batches.get_state()) for run in runs]}
 
 
 def _resumed(
-    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], tracks: list[StageRun], mesh: Mesh
+    checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], runs: list[StageRun], mesh: Mesh
 ) -> tuple[list[State], list[int]]:
     saved = {name: checkpoint.run.get(name) for name in identity}
     saved["config"] = with_new_names(saved["config"])
@@ -222,8 +222,8 @@ def _resumed(
             f"{checkpoint.directory.parents[1]} holds another run; it differs in: {'; '.join(changed)}. "
             "Give the same configuration, or another --workdir"
         )
-    for track, position in zip(tracks, checkpoint.run["data"], strict=True):
-        track.batches.set_state(position)
+    for run, position in zip(runs, checkpoint.run["data"], strict=True):
+        run.batches.set_state(position)
     return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
 
 

@@ -74,7 +74,7 @@ def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:
     rows = batch.tokens.shape[0]
     if chunk_rows is None or chunk_rows >= rows:
         return None
-    arrays = {name: getattr(batch, name) for name in ("tokens", "segments", "positions", "tasks", "labels")}
+    arrays = {name: getattr(batch, name) for name in ("tokens", "segment_ids", "positions", "adapter_ids", "labels")}
     return jax.tree.map(lambda x: x.reshape(rows // chunk_rows, chunk_rows, x.shape[1]), arrays)
 
 

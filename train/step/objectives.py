@@ -100,7 +100,7 @@ def mlm_loss(
     assert encoder.mlm_head is not None
     rows = stage.encode_chunk_rows or batch.tokens.shape[0]
     # Each text rounds its share up, and a row of t slots has t / 16 texts at most.
-    most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.tasks.shape[1])
+    most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.adapter_ids.shape[1])
     total = (jnp.asarray(batch.labels) >= 0).sum()
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
@@ -108,7 +108,7 @@ def mlm_loss(
     def share(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
-        table, of_table = gradient_sums.whole(encoder.tokens.table[...], sums.table)
+        table, of_table = gradient_sums.track(encoder.tokens.table[...], sums.table)
         loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.logit_chunk, total=total)
         return loss, sums._replace(table=of_table)
 
@@ -121,7 +121,7 @@ def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage:
 
     def pooled(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         x, sums = states(encoder, sums, chunk)
-        return pool(x, jnp.asarray(chunk.segments), chunk.tasks.shape[1]), sums
+        return pool(x, jnp.asarray(chunk.segment_ids), chunk.adapter_ids.shape[1]), sums
 
     pooled_rows = encode_cached(pooled, encoder, batch, stage.encode_chunk_rows)
     return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
@@ -132,6 +132,6 @@ def chunk_states(
 ) -> tuple[Float[Array, "b t d"], GradientSums]:
     """Token states of packed rows, and the sums behind them."""
     # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
-    tasks = jnp.asarray(batch.tasks) if stage.adapters else None
-    rows = batch.tokens, batch.segments, batch.positions
-    return encoder.in_chunks(sums, *rows, tasks, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
+    adapter_ids = jnp.asarray(batch.adapter_ids) if stage.adapters else None
+    rows = batch.tokens, batch.segment_ids, batch.positions
+    return encoder.encode_accumulating(sums, *rows, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]

@@ -14,12 +14,14 @@ MASK_VALUE = -1e30
 LAST = np.iinfo(np.int32).max
 
 
-def block_ranges(segments: Int[Array, "b t"], size: int, others: int) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
+def block_ranges(
+    segment_ids: Int[Array, "b t"], size: int, others: int
+) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
     """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
 
     By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
     """
-    order = jnp.where(segments <= 0, LAST, segments)  # padding lies behind the texts
+    order = jnp.where(segment_ids <= 0, LAST, segment_ids)  # padding lies behind the texts
     low, high = _extremes(order, size)
     other_low, other_high = _extremes(order, others)
     meet = (low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= high[:, :, None])
@@ -32,8 +34,8 @@ def bounds(wanted: Bool[Array, "... blocks"]) -> tuple[Int[Array, "..."], Int[Ar
     return jnp.argmax(wanted, -1).astype(jnp.int32), stop.astype(jnp.int32)
 
 
-def _extremes(segments: Array, size: int) -> tuple[Array, Array]:
-    blocks = segments.reshape(segments.shape[0], -1, size)
+def _extremes(segment_ids: Array, size: int) -> tuple[Array, Array]:
+    blocks = segment_ids.reshape(segment_ids.shape[0], -1, size)
     return blocks.min(-1), blocks.max(-1)
 
 

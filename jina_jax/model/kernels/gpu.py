@@ -45,7 +45,7 @@ def gpu_flash_attention(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b t n h"],
     v: Float[Array, "b t n h"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "b t n h"]:
@@ -53,39 +53,39 @@ def gpu_flash_attention(
 
     Args:
         q, k, v: rotated, and q scaled.
-        segments: 0 or above, in any order. Fastest where they ascend, with padding (0) at the end.
+        segment_ids: 0 or above, in any order. Fastest where they ascend, with padding (0) at the end.
         interpret: run on any backend, slowly, for tests.
     """
-    t = segments.shape[1]
+    t = segment_ids.shape[1]
     whole = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
     padding = ((0, 0), (0, whole - t))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
-    out: Array = _attend(q, k, v, jnp.pad(segments, padding, constant_values=-1), interpret)
+    out: Array = _attend(q, k, v, jnp.pad(segment_ids, padding, constant_values=-1), interpret)
     return out[:, :t]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
-    return _attend_forward(q, k, v, segments, interpret)[0]
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool) -> Array:
+    return _attend_forward(q, k, v, segment_ids, interpret)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, segments: Array, interpret: bool):
+def _attend_forward(q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool):
     size, others = min(QUERIES, q.shape[1]), min(KEYS, q.shape[1])
     of_queries = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    results = _run(_forward, size, others, segments, (q,), (k, v), (q, of_queries, of_queries), interpret)
-    out, highest, total = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in results)
-    return out, (q, k, v, segments, out, highest, total)
+    results = _run(_forward, size, others, segment_ids, (q,), (k, v), (q, of_queries, of_queries), interpret)
+    out, row_max, row_sum = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in results)
+    return out, (q, k, v, segment_ids, out, row_max, row_sum)
 
 
 def _attend_backward(interpret: bool, residuals: tuple, d_out: Array):
-    q, k, v, segments, out, highest, total = residuals
+    q, k, v, segment_ids, out, row_max, row_sum = residuals
     size = min(KEYS, q.shape[1])
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
-    of_queries = q, d_out, highest, 1 / total, delta
-    (d_q,) = _run(_backward_queries, size, size, segments, of_queries, (k, v), (q,), interpret)
-    d_k, d_v = _run(_backward_keys, size, size, segments, (k, v), of_queries, (k, v), interpret)
-    return d_q, d_k, d_v, np.zeros(segments.shape, jax.dtypes.float0)
+    of_queries = q, d_out, row_max, 1 / row_sum, delta
+    (d_q,) = _run(_backward_queries, size, size, segment_ids, of_queries, (k, v), (q,), interpret)
+    d_k, d_v = _run(_backward_keys, size, size, segment_ids, (k, v), of_queries, (k, v), interpret)
+    return d_q, d_k, d_v, np.zeros(segment_ids.shape, jax.dtypes.float0)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -95,14 +95,14 @@ def _run(
     kernel,
     size: int,
     others: int,
-    segments: Array,
+    segment_ids: Array,
     own: tuple[Array, ...],
     visited: tuple[Array, ...],
     outputs: tuple,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The kernel for each block of `size` tokens of a row and head. It gets that block of `own`, and all of `visited`."""
-    b, t = segments.shape
+    b, t = segment_ids.shape
     n = own[0].shape[2]
 
     def block(x) -> pl.BlockSpec:
@@ -127,7 +127,7 @@ def _run(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )
-    return tuple(call(*block_ranges(segments, size, others), segments, *own, *visited))
+    return tuple(call(*block_ranges(segment_ids, size, others), segment_ids, *own, *visited))
 
 
 # ---- the kernels
@@ -143,26 +143,26 @@ def _forward(
     k_ref,
     v_ref,
     out_ref,
-    highest_ref,
-    total_ref,
+    row_max_ref,
+    row_sum_ref,
 ) -> None:
     i = pl.program_id(2)
-    q, mine = q_ref[...], segments_ref[pl.ds(i * size, size)]
+    q, query_segments = q_ref[...], segments_ref[pl.ds(i * size, size)]
 
     def visit(j, carry):
-        highest, total, out = carry  # [t], [t], [t, h]
+        row_max, row_sum, out = carry  # [t], [t], [t, h]
         block = pl.ds(j * others, others)
-        scores = _scores(q, k_ref[block, :], mine, segments_ref[block])
-        new = jnp.maximum(highest, scores.max(-1))
+        scores = _scores(q, k_ref[block, :], query_segments, segments_ref[block])
+        new = jnp.maximum(row_max, scores.max(-1))
         weights = jnp.exp2(scores - new[:, None])
-        decay = jnp.exp2(highest - new)
+        decay = jnp.exp2(row_max - new)
         v = v_ref[block, :]
-        return new, total * decay + weights.sum(-1), out * decay[:, None] + _dot(weights.astype(v.dtype), v)
+        return new, row_sum * decay + weights.sum(-1), out * decay[:, None] + _dot(weights.astype(v.dtype), v)
 
     start = jnp.full(size, MASK_VALUE), jnp.zeros(size), jnp.zeros(q.shape, jnp.float32)
-    highest, total, out = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, start)
-    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    highest_ref[...], total_ref[...] = highest, total
+    row_max, row_sum, out = jax.lax.fori_loop(first_ref[i], stop_ref[i], visit, start)
+    out_ref[...] = (out / row_sum[:, None]).astype(out_ref.dtype)
+    row_max_ref[...], row_sum_ref[...] = row_max, row_sum
 
 
 def _backward_queries(
@@ -173,7 +173,7 @@ def _backward_queries(
     segments_ref,
     q_ref,
     d_out_ref,
-    highest_ref,
+    row_max_ref,
     share_ref,
     delta_ref,
     k_ref,
@@ -181,13 +181,13 @@ def _backward_queries(
     d_q_ref,
 ) -> None:
     i = pl.program_id(2)
-    q, d_out, highest, delta = q_ref[...], d_out_ref[...], highest_ref[...], delta_ref[...]
-    mine = segments_ref[pl.ds(i * size, size)]
+    q, d_out, row_max, delta = q_ref[...], d_out_ref[...], row_max_ref[...], delta_ref[...]
+    query_segments = segments_ref[pl.ds(i * size, size)]
 
     def visit(j, d_q):
         block = pl.ds(j * others, others)
         k = k_ref[block, :]
-        weights = jnp.exp2(_scores(q, k, mine, segments_ref[block]) - highest[:, None])  # times `share`, below
+        weights = jnp.exp2(_scores(q, k, query_segments, segments_ref[block]) - row_max[:, None])  # times `share`, below
         d_scores = weights * (_dot(d_out, v_ref[block, :], trans_b=True) - delta[:, None])
         return d_q + _dot(d_scores.astype(k.dtype), k)
 
@@ -205,7 +205,7 @@ def _backward_keys(
     v_ref,
     q_ref,
     d_out_ref,
-    highest_ref,
+    row_max_ref,
     share_ref,
     delta_ref,
     d_k_ref,
@@ -214,13 +214,15 @@ def _backward_keys(
     """Scores, weights and their gradients are [s, t] here, keys first."""
     i = pl.program_id(2)
     k, v = k_ref[...], v_ref[...]
-    mine = segments_ref[pl.ds(i * size, size)]
+    query_segments = segments_ref[pl.ds(i * size, size)]
 
     def visit(j, carry):
         d_k, d_v = carry
         block = pl.ds(j * others, others)
         q, d_out = q_ref[block, :], d_out_ref[block, :]
-        weights = jnp.exp2(_scores(k, q, mine, segments_ref[block]) - highest_ref[block][None]) * share_ref[block][None]
+        weights = (
+            jnp.exp2(_scores(k, q, query_segments, segments_ref[block]) - row_max_ref[block][None]) * share_ref[block][None]
+        )
         d_scores = weights * (_dot(v, d_out, trans_b=True) - delta_ref[block][None])
         return d_k + _dot(d_scores.astype(q.dtype), q), d_v + _dot(weights.astype(d_out.dtype), d_out)
 

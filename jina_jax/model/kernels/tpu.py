@@ -47,9 +47,9 @@ Shared = tuple[Array, tuple[Array, ...]]
 """What all heads of a row share: segments [b, 1, t], and cosines and sines [b, h/2, t] or nothing."""
 
 
-def shared_by_heads(segments: Array, tables: tuple[Array, Array] | None) -> Shared:
+def shared_by_heads(segment_ids: Array, tables: tuple[Array, Array] | None) -> Shared:
     """Segments [b, t], and tables [b, t, h/2] or None, laid on their side."""
-    return segments.astype(jnp.int32)[:, None], tuple(jnp.swapaxes(x, 1, 2) for x in tables or ())
+    return segment_ids.astype(jnp.int32)[:, None], tuple(jnp.swapaxes(x, 1, 2) for x in tables or ())
 
 
 def padded_to_blocks(x: Array, size: int) -> Array:
@@ -62,7 +62,7 @@ def dot(x: Array, y: Array, axes=(((1,), (0,)), ((), ()))) -> Array:
     return jax.lax.dot_general(x, y, axes, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
-def segment_code(segments: Array, tokens: int | Array, dtype: DTypeLike) -> Array:
+def segment_code(segment_ids: Array, tokens: int | Array, dtype: DTypeLike) -> Array:
     """What stands below the 64 numbers of a query for its segment [1, t]: -STEP in row 2i of [h, t] where bit i is set, in row
     2i + 1 where it is not.
 
@@ -70,9 +70,9 @@ def segment_code(segments: Array, tokens: int | Array, dtype: DTypeLike) -> Arra
     each bit in which two segments differ gives -STEP^2 in one of its rows. The slots behind the first `tokens`, which fill up a
     tile or block, differ from everything in every bit.
     """
-    row, slot = (jax.lax.broadcasted_iota(jnp.int32, (HEAD_DIM, segments.shape[1]), axis) for axis in (0, 1))
-    differs = (segments ^ -(row & 1)) & jax.lax.shift_left(jnp.ones_like(row), row >> 1)
-    if isinstance(tokens, Array) or tokens < segments.shape[1]:
+    row, slot = (jax.lax.broadcasted_iota(jnp.int32, (HEAD_DIM, segment_ids.shape[1]), axis) for axis in (0, 1))
+    differs = (segment_ids ^ -(row & 1)) & jax.lax.shift_left(jnp.ones_like(row), row >> 1)
+    if isinstance(tokens, Array) or tokens < segment_ids.shape[1]:
         differs = jnp.where(slot < tokens, differs, 0)
     return jnp.where(differs != 0, -STEP, 0.0).astype(dtype)
 

@@ -69,7 +69,7 @@ def supports(qkv: Array, num_heads: int) -> bool:
 
 def tpu_flash_attention(
     qkv: Float[Array, "3 b t d"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     tables: tuple[Float[Array, "b t h_half"], Float[Array, "b t h_half"]] | None,
     *,
     num_heads: int,
@@ -80,7 +80,7 @@ def tpu_flash_attention(
 
     Args:
         qkv: the fused projection before rotation.
-        segments: any int32; tokens of equal segment see each other.
+        segment_ids: any int32; tokens of equal segment see each other.
         tables: cosines and sines of the rotary angles, in float32, or None for no rotation.
         num_heads: d = n * 64, n even.
         block: tokens of a block, a multiple of 128; None = the best of `BLOCKS`.
@@ -94,9 +94,9 @@ def tpu_flash_attention(
             f"a projection {qkv.dtype}{list(qkv.shape)} of {num_heads} heads; this kernel takes an even number of heads of "
             f"{HEAD_DIM}, rows of up to 16,384 tokens in bfloat16 or 8,192 in float32"
         )
-    t = segments.shape[1]
+    t = segment_ids.shape[1]
     size = block or min(BLOCKS, key=lambda size: -t % size)
-    whole = jax.tree.map(partial(padded_to_blocks, size=size), (qkv, shared_by_heads(segments, tables)))
+    whole = jax.tree.map(partial(padded_to_blocks, size=size), (qkv, shared_by_heads(segment_ids, tables)))
     out: Array = _attend(*whole, t, size, interpret)
     return out[:, :t]
 
@@ -186,11 +186,11 @@ def _run(
     return tuple(call(_spans(shared[0], size), shared, *inputs))
 
 
-def _spans(segments: Array, size: int) -> Array:
+def _spans(segment_ids: Array, size: int) -> Array:
     """The first and the last block that each block meets [b, 2, blocks], of segments [b, 1, t]."""
-    blocks = segments.reshape(segments.shape[0], -1, size)
-    lowest, highest = blocks.min(-1), blocks.max(-1)
-    meet = (lowest[:, :, None] <= highest[:, None]) & (lowest[:, None] <= highest[:, :, None])
+    blocks = segment_ids.reshape(segment_ids.shape[0], -1, size)
+    lowest, row_max = blocks.min(-1), blocks.max(-1)
+    meet = (lowest[:, :, None] <= row_max[:, None]) & (lowest[:, None] <= row_max[:, :, None])
     first, behind = meet.argmax(-1), meet[..., ::-1].argmax(-1)
     return jnp.stack([first, meet.shape[-1] - 1 - behind], 1).astype(jnp.int32)
 
@@ -232,12 +232,12 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
         """The scores at hand, those of block j, into the sums. Then those of block `ahead` are at hand."""
         for head in (0, 1):
             before = highest_ref[head]
-            highest = jnp.maximum(before, peak_ref[head])
-            weights = jnp.exp2(scores_ref[head] - highest).astype(dtype)
+            row_max = jnp.maximum(before, peak_ref[head])
+            weights = jnp.exp2(scores_ref[head] - row_max).astype(dtype)
             score(head, ahead)
             sums = dot(jnp.concatenate([head_rows(values_ref[j], head), ones]), weights)
-            sums_ref[head] = sums_ref[head] * jnp.exp2(before - highest) + sums[: HEAD_DIM + 8]
-            highest_ref[head] = highest
+            sums_ref[head] = sums_ref[head] * jnp.exp2(before - row_max) + sums[: HEAD_DIM + 8]
+            highest_ref[head] = row_max
 
     load_queries(jnp.int32(0))
     for head in (0, 1):
@@ -300,8 +300,8 @@ def _long_row_attention_backward(
     def add(i):
         """The gradients from a block of queries."""
         for head in (0, 1):
-            highest, share, products = (known_ref[i, n : n + 1] for n in range(3 * head, 3 * head + 3))  # [1, t]
-            weights = jnp.exp2(dot(keys_ref[head], queries_ref[i, head]) - highest) * share  # [s, t]
+            row_max, share, products = (known_ref[i, n : n + 1] for n in range(3 * head, 3 * head + 3))  # [1, t]
+            weights = jnp.exp2(dot(keys_ref[head], queries_ref[i, head]) - row_max) * share  # [s, t]
             d_scores = weights * (dot(values_ref[head], d_outs_ref[i]) - products)
             weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
             d_v_ref[rows[head]] += dot(d_outs_ref[i, rows[head]], weights, OVER_QUERIES)

@@ -50,7 +50,7 @@ def supports(qkv: Array, num_heads: int) -> bool:
 
 def tpu_fused_attention(
     qkv: Float[Array, "3 b t d"],
-    segments: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
     tables: tuple[Float[Array, "b t h_half"], Float[Array, "b t h_half"]] | None,
     *,
     num_heads: int,
@@ -60,7 +60,7 @@ def tpu_fused_attention(
 
     Args:
         qkv: the fused projection before rotation.
-        segments: any int32; tokens of equal segment see each other.
+        segment_ids: any int32; tokens of equal segment see each other.
         tables: cosines and sines of the rotary angles, in float32, or None for no rotation.
         num_heads: d = n * 64, n even.
         interpret: run on any backend, slowly, for tests.
@@ -73,8 +73,8 @@ def tpu_fused_attention(
             f"a projection {qkv.dtype}{list(qkv.shape)} of {num_heads} heads; this kernel takes an even number of heads of "
             f"{HEAD_DIM}, rows of up to {LONGEST_ROW} tokens, bfloat16 or float32"
         )
-    t = segments.shape[1]
-    whole = jax.tree.map(partial(padded_to_blocks, size=LANES), (qkv, shared_by_heads(segments, tables)))
+    t = segment_ids.shape[1]
+    whole = jax.tree.map(partial(padded_to_blocks, size=LANES), (qkv, shared_by_heads(segment_ids, tables)))
     out: Array = _attend(*whole, t, interpret)
     return out[:, :t]
 
@@ -143,13 +143,13 @@ def _row_attention(tokens: int, shared, *refs) -> None:
     ones = jnp.ones((16, v.shape[1]), v.dtype)  # as many as fill a tile
     out = []
     for head in (0, 1):
-        highest = scores[head].max(0, keepdims=True)  # [1, t]
-        weights = jnp.exp2(scores[head] - highest).astype(v.dtype)
+        row_max = scores[head].max(0, keepdims=True)  # [1, t]
+        weights = jnp.exp2(scores[head] - row_max).astype(v.dtype)
         sums = dot(jnp.concatenate([head_rows(v, head), ones]), weights)  # [h + 16, t]
-        total = sums[HEAD_DIM : HEAD_DIM + 1]
-        out.append(sums[:HEAD_DIM] / total)
+        row_sum = sums[HEAD_DIM : HEAD_DIM + 1]
+        out.append(sums[:HEAD_DIM] / row_sum)
         if statistics_ref:
-            statistics_ref[0][0, 0, 2 * head : 2 * head + 2] = jnp.concatenate([highest, 1 / total])
+            statistics_ref[0][0, 0, 2 * head : 2 * head + 2] = jnp.concatenate([row_max, 1 / row_sum])
     out_ref[0] = jnp.concatenate(out).astype(out_ref.dtype).T
 
 
@@ -163,8 +163,8 @@ def _row_attention_backward(tokens: int, shared, *refs) -> None:
     d_q, d_k, d_v = [], [], []
     for head in (0, 1):
         own_q, own_k = rotate(head_rows(q, head), rotary, SCALE * LOG2_E), rotate(head_rows(k, head), rotary)
-        highest, share = (statistics_ref[0, 0, i : i + 1] for i in (2 * head, 2 * head + 1))  # [1, t]
-        weights = jnp.exp2(dot(key_side(own_k, code), query_side(own_q, code)) - highest) * share  # [s, t]
+        row_max, share = (statistics_ref[0, 0, i : i + 1] for i in (2 * head, 2 * head + 1))  # [1, t]
+        weights = jnp.exp2(dot(key_side(own_k, code), query_side(own_q, code)) - row_max) * share  # [s, t]
         d_weights = dot(other_head_zeroed(head, v), d_out)
         d_scores = weights * (d_weights - head_rows(products, head).sum(0, keepdims=True))
         weights, d_scores = weights.astype(v.dtype), d_scores.astype(v.dtype)

@@ -34,43 +34,43 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_equal_the_plain_form(name):
-    segments = ROWS[name]
-    assert_as_plain(kernel, projection(*segments.shape), segments, tables_of(segments))
+    segment_ids = ROWS[name]
+    assert_as_plain(kernel, projection(*segment_ids.shape), segment_ids, tables_of(segment_ids))
 
 
 def test_every_row_and_every_head_is_its_own():
-    segments = jnp.concatenate([texts(128, t=128), texts(t=128), texts(40, 1, 60, 7, t=128)])
-    assert_as_plain(kernel, projection(3, 128, n=3), segments, tables_of(segments))
+    segment_ids = jnp.concatenate([texts(128, t=128), texts(t=128), texts(40, 1, 60, 7, t=128)])
+    assert_as_plain(kernel, projection(3, 128, n=3), segment_ids, tables_of(segment_ids))
 
 
 def test_bfloat16_without_rotation():
-    segments = ROWS["several texts and padding"]
-    assert_as_plain(kernel, projection(*segments.shape, dtype=jnp.bfloat16), segments, None, atol=0.02)
+    segment_ids = ROWS["several texts and padding"]
+    assert_as_plain(kernel, projection(*segment_ids.shape, dtype=jnp.bfloat16), segment_ids, None, atol=0.02)
 
 
 @pytest.mark.parametrize("size", [200.0, 3e4])
 def test_logits_of_any_size(size):
-    segments = texts(40, 1, 30, 30, t=128)
-    out, gradient = assert_as_plain(kernel, signed_logits(segments, size), segments, None)
+    segment_ids = texts(40, 1, 30, 30, t=128)
+    out, gradient = assert_as_plain(kernel, signed_logits(segment_ids, size), segment_ids, None)
     assert jnp.isfinite(out).all() and jnp.isfinite(gradient).all()
 
 
 def test_foreign_logits_do_not_leak_however_large():
-    segments, qkv = texts(64, 64, t=128), projection(1, 128)
-    before, after = (kernel(x, segments, None, num_heads=2) for x in (qkv, huge_in(2, qkv, segments)))
+    segment_ids, qkv = texts(64, 64, t=128), projection(1, 128)
+    before, after = (kernel(x, segment_ids, None, num_heads=2) for x in (qkv, huge_in(2, qkv, segment_ids)))
     assert jnp.array_equal(before[:, :64], after[:, :64])
     assert not jnp.array_equal(before[:, 64:], after[:, 64:])
 
 
 def test_padding_without_an_incoming_gradient_gets_none():
-    segments = ROWS["several texts and padding"]
-    padding = (segments == 0)[..., None]
-    d_out = jnp.where(padding, 0, projection(*segments.shape, seed=2)[0])
-    _, gradient = assert_as_plain(kernel, projection(*segments.shape), segments, tables_of(segments), d_out=d_out)
+    segment_ids = ROWS["several texts and padding"]
+    padding = (segment_ids == 0)[..., None]
+    d_out = jnp.where(padding, 0, projection(*segment_ids.shape, seed=2)[0])
+    _, gradient = assert_as_plain(kernel, projection(*segment_ids.shape), segment_ids, tables_of(segment_ids), d_out=d_out)
     assert (jnp.where(padding[None], gradient, 0) == 0).all() and padding.any()
 
 
-@pytest.mark.parametrize("name", [name for name, segments in ROWS.items() if segments.shape[1] % QUERIES == 0])
+@pytest.mark.parametrize("name", [name for name, segment_ids in ROWS.items() if segment_ids.shape[1] % QUERIES == 0])
 @pytest.mark.parametrize(("size", "others"), [(QUERIES, KEYS), (KEYS, KEYS)])
 def test_no_block_with_a_text_in_common_is_left_out(name, size, others):
     first, stop = block_ranges(ROWS[name], size, others)
@@ -81,8 +81,8 @@ def test_no_block_with_a_text_in_common_is_left_out(name, size, others):
 
 
 def test_of_texts_in_order_only_blocks_with_a_text_in_common_are_visited():
-    segments = texts(64, 64, 200, 40, t=512)  # blocks of 64: 1, 2, 3, 3, 3, 3 and 4 and padding, padding, padding
-    first, stop = block_ranges(segments, 64, 64)
+    segment_ids = texts(64, 64, 200, 40, t=512)  # blocks of 64: 1, 2, 3, 3, 3, 3 and 4 and padding, padding, padding
+    first, stop = block_ranges(segment_ids, 64, 64)
     assert first[0].tolist() == [0, 1, 2, 2, 2, 2, 5, 5]
     assert stop[0].tolist() == [1, 2, 6, 6, 6, 8, 8, 8]
 
@@ -96,8 +96,8 @@ def test_gpu_programs_use_the_kernel_where_it_serves():
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 lowers Triton kernels for GPUs that are there alone")
 def test_the_kernels_lower_for_cuda():
-    qkv, segments = projection(2, 400, dtype=jnp.bfloat16), jnp.zeros((2, 400), jnp.int32)
-    gradient = jax.grad(lambda qkv: gpu_attention(qkv, segments, None, num_heads=2).astype(jnp.float32).sum())
+    qkv, segment_ids = projection(2, 400, dtype=jnp.bfloat16), jnp.zeros((2, 400), jnp.int32)
+    gradient = jax.grad(lambda qkv: gpu_attention(qkv, segment_ids, None, num_heads=2).astype(jnp.float32).sum())
     lowered = jax.jit(gradient).trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("custom_call @__gpu$xla.gpu.triton") == 3
 

@@ -44,56 +44,56 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_equal_the_plain_form(name):
-    segments = ROWS[name]
-    assert_as_plain(kernel, projection(1, T), segments, tables_of(segments))
+    segment_ids = ROWS[name]
+    assert_as_plain(kernel, projection(1, T), segment_ids, tables_of(segment_ids))
 
 
 def test_bfloat16_rows_and_heads_without_rotation():
     """Every row and every head is its own; here the number of blocks is even."""
     t = 400
-    segments = jnp.concatenate([texts(t, t=t), texts(t=t), texts(100, 1, 27, 200, t=t)])
-    out, gradient = assert_as_plain(kernel, projection(3, t, n=4, dtype=jnp.bfloat16), segments, None, atol=0.02)
+    segment_ids = jnp.concatenate([texts(t, t=t), texts(t=t), texts(100, 1, 27, 200, t=t)])
+    out, gradient = assert_as_plain(kernel, projection(3, t, n=4, dtype=jnp.bfloat16), segment_ids, None, atol=0.02)
     assert out.dtype == gradient.dtype == jnp.bfloat16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("t", [1, 128, 257, 512])
 def test_rows_of_any_number_of_blocks(t):
-    segments = texts(t // 2, t // 3, t=t)
-    for tables in (None, tables_of(segments)):
-        assert_as_plain(kernel, projection(1, t), segments, tables)
+    segment_ids = texts(t // 2, t // 3, t=t)
+    for tables in (None, tables_of(segment_ids)):
+        assert_as_plain(kernel, projection(1, t), segment_ids, tables)
 
 
 @pytest.mark.parametrize("size", [200.0, 3e4])
 def test_logits_of_any_size(size):
     """Keys of +size and -size in every text; in the third only -size, with all the weight that there is."""
-    segments = texts(40, 1, 300, 150, t=T)
-    out, gradient = assert_as_plain(kernel, signed_logits(segments, size), segments, UNTURNED)
+    segment_ids = texts(40, 1, 300, 150, t=T)
+    out, gradient = assert_as_plain(kernel, signed_logits(segment_ids, size), segment_ids, UNTURNED)
     assert jnp.isfinite(out).all() and jnp.isfinite(gradient).all()
 
 
 def test_the_largest_logit_comes_last():
     """Each block has a higher maximum than the one before, and all weight moves to it."""
-    segments = texts(T, t=T)
-    q, k, v = signed_logits(segments, 1.0)
+    segment_ids = texts(T, t=T)
+    q, k, v = signed_logits(segment_ids, 1.0)
     rising = jnp.arange(T, dtype=jnp.float32)[None, :, None] * jnp.abs(k)
-    assert_as_plain(kernel, jnp.stack([q, rising, v]), segments, UNTURNED)
+    assert_as_plain(kernel, jnp.stack([q, rising, v]), segment_ids, UNTURNED)
 
 
 def test_foreign_logits_do_not_leak_however_large():
-    segments, qkv = texts(200, 400, t=T), projection(1, T)
-    before, _ = value_and_gradient(kernel, qkv, segments, UNTURNED, qkv[0], 2)
+    segment_ids, qkv = texts(200, 400, t=T), projection(1, T)
+    before, _ = value_and_gradient(kernel, qkv, segment_ids, UNTURNED, qkv[0], 2)
     for segment, own in [(2, slice(0, 200)), (1, slice(200, T))]:  # foreign blocks behind, foreign blocks before
-        after, _ = value_and_gradient(kernel, huge_in(segment, qkv, segments), segments, UNTURNED, qkv[0], 2)
+        after, _ = value_and_gradient(kernel, huge_in(segment, qkv, segment_ids), segment_ids, UNTURNED, qkv[0], 2)
         assert jnp.array_equal(before[:, own], after[:, own])
         assert not jnp.array_equal(before, after)
 
 
 def test_padding_without_an_incoming_gradient_gets_none():
-    segments = ROWS["several texts and padding"]
-    padding = (segments == 0)[..., None]
+    segment_ids = ROWS["several texts and padding"]
+    padding = (segment_ids == 0)[..., None]
     d_out = jnp.where(padding, 0, projection(1, T, seed=2)[0])
-    _, gradient = assert_as_plain(kernel, projection(1, T), segments, tables_of(segments), d_out=d_out)
+    _, gradient = assert_as_plain(kernel, projection(1, T), segment_ids, tables_of(segment_ids), d_out=d_out)
     assert (jnp.where(padding[None], gradient, 0) == 0).all() and padding.any()
     assert (jnp.where(padding[None], 1, gradient) != 0).any(-1).all()
 
@@ -101,19 +101,19 @@ def test_padding_without_an_incoming_gradient_gets_none():
 @pytest.mark.slow
 @pytest.mark.parametrize("t", [1025, 1280, 2048])  # of 384, 640 and 512
 def test_blocks_of_their_own_size(t):
-    segments = texts(t // 2, 1, t // 3, t=t)
-    assert_as_plain(partial(tpu_flash_attention, interpret=True), projection(1, t), segments, tables_of(segments))
+    segment_ids = texts(t // 2, 1, t // 3, t=t)
+    assert_as_plain(partial(tpu_flash_attention, interpret=True), projection(1, t), segment_ids, tables_of(segment_ids))
 
 
 def test_what_the_kernel_does_not_take_is_an_error():
-    segments = texts(5, t=32)
+    segment_ids = texts(5, t=32)
     for qkv, n in [(projection(1, 32), 4), (projection(1, 32, n=3), 3), (projection(1, 32, dtype=jnp.float16), 2)]:
         with pytest.raises(ValueError, match="even number of heads of 64"):
-            tpu_flash_attention(qkv, segments, None, num_heads=n)
+            tpu_flash_attention(qkv, segment_ids, None, num_heads=n)
     for dtype, longest in ((jnp.float32, 8192), (jnp.bfloat16, 16_384)):
-        qkv, segments = jnp.zeros((3, 1, longest + 1, 128), dtype), jnp.zeros((1, longest + 1), jnp.int32)
+        qkv, segment_ids = jnp.zeros((3, 1, longest + 1, 128), dtype), jnp.zeros((1, longest + 1), jnp.int32)
         with pytest.raises(ValueError, match="up to 16,384 tokens in bfloat16 or 8,192 in float32"):
-            tpu_flash_attention(qkv, segments, None, num_heads=2)
+            tpu_flash_attention(qkv, segment_ids, None, num_heads=2)
 
 
 def test_tpu_programs_use_the_kernel_where_it_serves():

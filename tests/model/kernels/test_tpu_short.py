@@ -38,61 +38,61 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_equal_the_plain_form(name):
-    segments = ROWS[name]
-    assert_as_plain(kernel, projection(*segments.shape), segments, tables_of(segments))
+    segment_ids = ROWS[name]
+    assert_as_plain(kernel, projection(*segment_ids.shape), segment_ids, tables_of(segment_ids))
 
 
 def test_three_hundred_texts_in_a_row():
-    segments = texts(*[3] * 300, t=1024)
-    assert_as_plain(kernel, projection(*segments.shape), segments, tables_of(segments))
+    segment_ids = texts(*[3] * 300, t=1024)
+    assert_as_plain(kernel, projection(*segment_ids.shape), segment_ids, tables_of(segment_ids))
 
 
 def test_every_row_and_every_head_is_its_own():
-    segments = jnp.concatenate([ROWS["one text"], ROWS["padding alone"], ROWS["several texts and padding"]])
-    assert_as_plain(kernel, projection(3, 128, n=6), segments, tables_of(segments))
+    segment_ids = jnp.concatenate([ROWS["one text"], ROWS["padding alone"], ROWS["several texts and padding"]])
+    assert_as_plain(kernel, projection(3, 128, n=6), segment_ids, tables_of(segment_ids))
 
 
 def test_no_rotation():
-    segments = ROWS["several texts and padding"]
-    assert_as_plain(kernel, projection(*segments.shape), segments, None)
+    segment_ids = ROWS["several texts and padding"]
+    assert_as_plain(kernel, projection(*segment_ids.shape), segment_ids, None)
 
 
 def test_bfloat16():
-    segments = ROWS["several texts and padding"]
-    qkv = projection(*segments.shape, dtype=jnp.bfloat16)
-    out, gradient = assert_as_plain(kernel, qkv, segments, tables_of(segments), atol=0.02)
+    segment_ids = ROWS["several texts and padding"]
+    qkv = projection(*segment_ids.shape, dtype=jnp.bfloat16)
+    out, gradient = assert_as_plain(kernel, qkv, segment_ids, tables_of(segment_ids), atol=0.02)
     assert out.dtype == gradient.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("size", [200.0, 3e4])
 def test_logits_of_any_size(size):
     """Keys of +size and -size in every text; in some texts only -size, with all the weight that there is."""
-    segments = texts(40, 1, 30, 30, t=128)
-    out, gradient = assert_as_plain(kernel, signed_logits(segments, size), segments, None)
+    segment_ids = texts(40, 1, 30, 30, t=128)
+    out, gradient = assert_as_plain(kernel, signed_logits(segment_ids, size), segment_ids, None)
     assert jnp.isfinite(out).all() and jnp.isfinite(gradient).all()
 
 
 def test_foreign_logits_do_not_leak_however_large():
-    segments, qkv = texts(64, 64, t=128), projection(1, 128)
-    before, after = (kernel(x, segments, None, num_heads=2) for x in (qkv, huge_in(2, qkv, segments)))
+    segment_ids, qkv = texts(64, 64, t=128), projection(1, 128)
+    before, after = (kernel(x, segment_ids, None, num_heads=2) for x in (qkv, huge_in(2, qkv, segment_ids)))
     assert jnp.array_equal(before[:, :64], after[:, :64])
     assert not jnp.array_equal(before[:, 64:], after[:, 64:])
 
 
 def test_padding_without_an_incoming_gradient_gets_none():
-    segments = ROWS["several texts and padding"]
-    padding = (segments == 0)[..., None]
+    segment_ids = ROWS["several texts and padding"]
+    padding = (segment_ids == 0)[..., None]
     d_out = jnp.where(padding, 0, projection(1, 128, seed=2)[0])
-    _, gradient = assert_as_plain(kernel, projection(1, 128), segments, tables_of(segments), d_out=d_out)
+    _, gradient = assert_as_plain(kernel, projection(1, 128), segment_ids, tables_of(segment_ids), d_out=d_out)
     assert (jnp.where(padding[None], gradient, 0) == 0).all() and padding.any()
     assert (jnp.where(padding[None], 1, gradient) != 0).any(-1).all()
 
 
 def test_what_the_kernel_does_not_take_is_an_error():
-    segments = texts(5, t=32)
+    segment_ids = texts(5, t=32)
     for qkv, n in [(projection(1, 32), 4), (projection(1, 32, n=3), 3), (projection(1, 32, dtype=jnp.float16), 2)]:
         with pytest.raises(ValueError, match="even number of heads of 64"):
-            tpu_fused_attention(qkv, segments, None, num_heads=n)
+            tpu_fused_attention(qkv, segment_ids, None, num_heads=n)
     with pytest.raises(ValueError, match="rows of up to 1024"):
         tpu_fused_attention(projection(1, LONGEST_ROW + 1), texts(5, t=LONGEST_ROW + 1), None, num_heads=2)
 

@@ -20,8 +20,8 @@ from conftest import ROOT
 from helpers.training import KINDS, MODEL, compiled_once, run_config, stages, write_datasets
 from jina_jax import ModelConfig
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
-from train import compile as program
 from train.aot import compiler as tpu_compiler
+from train.aot import estimate
 from train.aot.abstract_step import PUBLISHED_SIZES, abstract_splits, source_sizes, step_arguments
 from train.aot.compiler import DoesNotFit, Measurement, Slice, transfer_seconds
 from train.aot.estimate import Compiled, compile_config, mesh_for, report, to_json
@@ -183,8 +183,8 @@ def test_what_does_not_fit_is_told_with_what_would_help(monkeypatch):
     def fails(*_):
         raise DoesNotFit(20 * GIB, parse_topology("v5e:4x4"))
 
-    monkeypatch.setattr(program, "measure", fails)
-    monkeypatch.setattr(program, "over_devices", lambda *_: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(estimate, "measure", fails)
+    monkeypatch.setattr(estimate, "mesh_for", lambda *_: make_mesh(devices=jax.devices()[:1]))
     config = replace(load_config(CONFIGS / "pairs_short.py"), start=run_config(STAGES["pairs"]).start)
     config = replace(config, stages=(replace(config.stages[0], logit_chunk=None, batch_size=64),))
     (done,) = compile_config(config, CONFIGS, a_slice())
@@ -224,8 +224,8 @@ def compiled(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProce
     config.write_text(
         "from train.config import *\nfrom jina_jax.config import ModelConfig\n"
         "def get_config():\n"
-        f"    return TrainConfig(start=Start(model={MODEL!r}, tokenizer='data/tokenizer'), stages=(Stage(name='tiny', "
-        "objective='pairs', datasets=(Dataset('x', 'pair'),), steps=1, batch_size=64, max_length=64, row_length=128, "
+        f"    return TrainConfig(start=InitialModel(model={MODEL!r}, tokenizer='data/tokenizer'), stages=(Stage(name='tiny', "
+        "objective='pairs', datasets=(DatasetConfig('x', 'pair'),), steps=1, batch_size=64, max_length=64, row_length=128, "
         "learning_rate=1e-3),))\n"
     )
     command = [sys.executable, "-m", "train.compile", str(config), "--json", str(tmp_path / "out.json"), *arguments]

@@ -34,9 +34,9 @@ def stage(objective: str = "pairs", **fields) -> Stage:
 
 def tokens_at(batch: TrainBatch, place: int, device: int = 0, devices: int = 1) -> np.ndarray:
     """The tokens of a text by its place among those of its device."""
-    rows, most = len(batch.tokens) // devices, batch.tasks.shape[1]
+    rows, most = len(batch.tokens) // devices, batch.adapter_ids.shape[1]
     row, slot = device * rows + place // most, place % most
-    return batch.tokens[row][batch.segments[row] == slot + 1]
+    return batch.tokens[row][batch.segment_ids[row] == slot + 1]
 
 
 def fake_encode(examples) -> TokenizedTexts:
@@ -71,17 +71,17 @@ def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts):
             token, size = map(int, text.split(","))
             assert 0 <= place < rows * max_texts(row_length)  # of its own device
             row, slot = device * rows + place // max_texts(row_length), place % max_texts(row_length)
-            own = batch.segments[row] == slot + 1
+            own = batch.segment_ids[row] == slot + 1
             assert batch.tokens[row][own].tolist() == [token] * size
             assert batch.labels[row][own].tolist() == [token + 1] * size
             assert batch.positions[row][own].tolist() == list(range(size))
-            assert batch.tasks[row, slot] == token % 3 - 1
-    empty = batch.segments == 0
+            assert batch.adapter_ids[row, slot] == token % 3 - 1
+    empty = batch.segment_ids == 0
     assert (batch.tokens[empty] == PAD).all() and (batch.labels[empty] == -1).all() and (~empty).sum() == sum(drawn)
-    held = np.zeros(batch.tasks.shape, bool).reshape(devices, -1)
+    held = np.zeros(batch.adapter_ids.shape, bool).reshape(devices, -1)
     for i, places in enumerate(batch.places):
         held[i // per_device, places] = True
-    assert held.sum() == count * texts and (batch.tasks.reshape(devices, -1)[~held] == -1).all()
+    assert held.sum() == count * texts and (batch.adapter_ids.reshape(devices, -1)[~held] == -1).all()
     np.testing.assert_array_equal(batch.scores, np.array([example.score for example in shared], np.float32))
 
 
@@ -124,7 +124,7 @@ def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, cor
         assert len(ids) == min(len(whole) + len(tail), plan.max_length)
         kept = len(ids) - len(tail) - 1
         assert ids.tolist() == [*whole[:kept], *tail, tokenizer.eos_token_id]
-        assert texts.tasks[number] == (-1 if not plan.adapters else 0 if anchor else len(plan.adapters) - 1)
+        assert texts.adapter_ids[number] == (-1 if not plan.adapters else 0 if anchor else len(plan.adapters) - 1)
         cut += len(whole) + len(tail) > plan.max_length
     assert 50 < cut < 250
 
@@ -159,7 +159,7 @@ def test_masks_are_of_a_window_of_the_text(tokenizer, corpus, seed, number):
     original = np.where(labels >= 0, labels, ids).tolist()
     windows = [[whole[0], *whole[start : start + 30], whole[-1]] for start in range(1, max(len(whole) - 30, 2))]
     assert original in windows if len(whole) > 32 else original == whole
-    assert texts.tasks == [-1] and len(labels) == len(ids)
+    assert texts.adapter_ids == [-1] and len(labels) == len(ids)
     ordinary = ~np.isin(original, tokenizer.all_special_ids)
     assert min(1, ordinary.sum()) <= (labels >= 0).sum() <= max_masked(int(ordinary.sum()), plan.mask_rate)
     assert not (labels >= 0)[~ordinary].any()

@@ -402,7 +402,7 @@ def test_mistakes_are_one_line_and_leave_the_output_alone(file, tmp_path, option
         ([{"text": "a"}], r"pairs.jsonl:1: not a pair record"),
         ([{"anchor": "a", "positive": "b"}, {"anchor": "a"}], "pairs.jsonl:2: not a pair record (positive"),
         ([{"anchor": "a", "positive": 3}], "pairs.jsonl:1"),
-        ([["a", "b"]], "pairs.jsonl:1: a record is an object"),
+        ([["a", "b"]], "pairs.jsonl:1: a record is a JSON object"),
     ],
 )
 def test_files_that_are_no_pairs(tmp_path, lines, message):

@@ -45,7 +45,7 @@ def stream(tokenizer):
 def texts_of(tokenizer):
     def read(batch, devices: int = 1) -> list[tuple[str, ...]]:
         """The texts of each example, from the packed rows."""
-        rows, texts_per_row = len(batch.tokens) // devices, batch.tasks.shape[1]
+        rows, texts_per_row = len(batch.tokens) // devices, batch.adapter_ids.shape[1]
         share = len(batch.places) // devices
         return [
             tuple(
@@ -58,7 +58,7 @@ def texts_of(tokenizer):
 
 
 def _text(tokenizer, batch, row: int, slot: int) -> str:
-    return tokenizer.decode(batch.tokens[row][batch.segments[row] == slot + 1], skip_special_tokens=True)
+    return tokenizer.decode(batch.tokens[row][batch.segment_ids[row] == slot + 1], skip_special_tokens=True)
 
 
 def same(a, b) -> bool:
@@ -129,15 +129,15 @@ def test_as_many_devices_have_the_same_shares_in_any_number_of_processes(stream,
 
 
 def test_all_processes_have_as_many_rows(stream):
-    """As `agreed` says, here with a process elsewhere that needs more rows than this one."""
+    """As `max_over_processes` says, here with a process elsewhere that needs more rows than this one."""
     asked = []
 
-    def agreed(name, number, rows):
+    def max_over_processes(name, number, rows):
         asked.append((name, number, rows))
         return 5
 
     plan = stage(num_row_counts=8)
-    alone, together = stream(plan), stream(plan, agreed=agreed)
+    alone, together = stream(plan), stream(plan, max_over_processes=max_over_processes)
     shapes = [len(together[number][1].tokens) for number in range(3)]
     assert all(rows >= 5 for rows in shapes) and shapes != [len(alone[number][1].tokens) for number in range(3)]
     assert [(name, number) for name, number, _ in asked] == [("s/0/0", number) for number in range(3)]

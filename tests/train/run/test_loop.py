@@ -284,8 +284,8 @@ def test_a_wrong_call_is_one_line(tmp_path, arguments, said):
 def test_the_program_trains_what_a_file_describes(datasets, tmp_path):
     file = tmp_path / "tiny.py"
     file.write_text(
-        "from pathlib import Path\nfrom helpers.training import run_config, stages, Dataset\n"
-        f"def get_config():\n    return run_config(stages({{kind: Dataset(path, kind) for kind, path in "
+        "from pathlib import Path\nfrom helpers.training import run_config, stages, DatasetConfig\n"
+        f"def get_config():\n    return run_config(stages({{kind: DatasetConfig(path, kind) for kind, path in "
         f"{ {kind: dataset.path for kind, dataset in datasets.items()}!r}.items()}})['pairs'])\n"
     )
     command = [sys.executable, "-m", "train", str(file), "--workdir", str(tmp_path / "run"), "--set", "stages.0.steps=2"]

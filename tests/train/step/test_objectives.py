@@ -93,7 +93,7 @@ class Case:
                 labels[row, : len(ids)] = self.texts.labels[row]
         real = np.array([[slot < len(ids) for slot in range(longest)] for ids in self.texts.ids])
         positions = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
-        tasks = jnp.array(self.texts.tasks, jnp.int32)[:, None] if self.stage.adapters else None
+        tasks = jnp.array(self.texts.adapter_ids, jnp.int32)[:, None] if self.stage.adapters else None
 
         def loss(arrays):
             encoder = self.encoder(arrays)
