@@ -1,18 +1,20 @@
 # Each target sets up what it needs in .venv; a change of pyproject.toml sets it up again.
 PYTHON ?= python3
-PYTHON312 ?= $(firstword $(foreach python,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python),\
+found = $(firstword $(foreach python,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python),\
 	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+PYTHON312 ?= $(call found,3.12)
+PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint types smoke312
+.PHONY: quickstart test lint types smoke312 smoke313
 .NOTPARALLEL:
 
 quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; goes on where it was stopped
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
 
 test: .venv/.test  ## everything but the tests marked slow or hub
-	.venv/bin/python -m pytest -n auto
+	.venv/bin/python -m pytest -n auto --durations=15
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -21,8 +23,13 @@ lint: .venv/.test
 types: .venv/.test
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
-smoke312: .venv312/.smoke  ## the other end of the supported range: jax 0.11 on Python 3.12, without torch
-	.venv312/bin/python -m pytest tests/test_packing.py tests/test_lora.py tests/test_smoke.py
+SMOKE = tests/text/test_packing.py tests/model/test_lora.py tests/test_smoke.py
+
+smoke312: .venv312/.smoke  ## jax 0.11 on Python 3.12, without torch
+	.venv312/bin/python -m pytest $(SMOKE)
+
+smoke313: .venv313/.smoke  ## the other end of the supported range: jax 0.12 on Python 3.13, without torch
+	.venv313/bin/python -m pytest $(SMOKE)
 
 .venv/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,7 +39,14 @@ smoke312: .venv312/.smoke  ## the other end of the supported range: jax 0.11 on 
 	@touch $@
 
 .venv312/.smoke: pyproject.toml
-	@test -n "$(PYTHON312)" || { echo "no Python 3.12 found: make smoke312 PYTHON312=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON312) -m venv .venv312
-	.venv312/bin/python -m pip install -e '.[cli]' 'jax==0.11.*' pytest hypothesis beartype
+	$(call smoke_environment,3.12,$(PYTHON312),312,0.11)
+
+.venv313/.smoke: pyproject.toml
+	$(call smoke_environment,3.13,$(PYTHON313),313,0.12)
+
+define smoke_environment
+	@test -n "$(2)" || { echo "no Python $(1) found: make smoke$(3) PYTHON$(3)=/path/to/python$(1)" >&2; exit 1; }
+	$(2) -m venv .venv$(3)
+	.venv$(3)/bin/python -m pip install -e '.[cli]' 'jax==$(4).*' pytest hypothesis beartype
 	@touch $@
+endef

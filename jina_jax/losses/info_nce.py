@@ -1,0 +1,143 @@
+"""InfoNCE with in-batch and explicit negatives (van den Oord et al., 2018), in both directions."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..model.matmul import matmul
+from .matryoshka import prefixes, unit_prefix
+from .rows import (
+    AxisName,
+    all_gather_rows,
+    check_chunk,
+    check_positive,
+    check_rows,
+    global_row_numbers,
+    map_chunks,
+    zero_where_invalid,
+)
+
+NEVER = np.finfo(np.float32).min
+"""Logit of what is no candidate. Finite: a row of -inf alone would have NaN gradients."""
+
+
+@partial(jax.jit, static_argnames=("temperature", "bidirectional", "dims", "weights", "chunk", "axis_name"))
+def info_nce(
+    q: Float[Array, "n d"],
+    p: Float[Array, "n d"],
+    negatives: Float[Array, "n m d"] | None = None,
+    *,
+    temperature: float,
+    bidirectional: bool = True,
+    dims: tuple[int, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
+    valid: Bool[Array, "n"] | None = None,
+    group: Int[Array, "n"] | None = None,
+    chunk: int | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, ""]:
+    """InfoNCE over in-batch negatives: the mean over valid rows of -log of the positive's share, q -> p plus p -> q.
+
+    With `negatives` it is the triplet loss of section 4.3. Without any valid row it is zero, and so is its gradient.
+
+    Args:
+        q, p: embeddings of the two sides; row i of one is the positive of row i of the other.
+        negatives: further candidates of every query, of all rows and shards; in q -> p only.
+        temperature: the cosine is divided by it.
+        bidirectional: without it, q -> p alone.
+        valid: a row that is not valid is neither anchor nor candidate, its negatives do not count, and what it holds, be it
+            NaN, has no effect.
+        group: rows of the same group are no negatives of one another; explicit negatives always count.
+        chunk: rows whose logits exist at a time, so that memory grows linearly with the rows. None = all, for small batches.
+        axis_name: the candidates are those of all shards; each shard scores its own rows.
+
+    Returns:
+        This shard's share of the loss, a float32 scalar.
+
+    Raises:
+        ValueError: arrays whose shapes do not fit one another, or a number out of range.
+
+    Two pairs at right angles to one another, each direction log(1 + exp(-1)):
+
+    >>> pairs = jnp.eye(2)
+    >>> print(f"{info_nce(pairs, pairs, temperature=1.0):.4f}")
+    0.6265
+    """
+    check_rows(q, p=p)
+    check_rows(q, 1, valid=valid, group=group)
+    if negatives is not None and (negatives.ndim != 3 or negatives.shape[::2] != q.shape or not negatives.shape[1]):
+        raise ValueError(f"negatives are {negatives.shape}, should be {(q.shape[0], 'm >= 1', q.shape[1])}")
+    check_positive(temperature=temperature)
+    check_chunk(chunk)
+    matryoshka = prefixes(q.shape[1], dims, weights)
+    valid = jnp.ones(q.shape[0], bool) if valid is None else valid
+    group = global_row_numbers(q.shape[0], axis_name) if group is None else group
+    q, p, negatives = (
+        zero_where_invalid(q, valid),
+        zero_where_invalid(p, valid),
+        None if negatives is None else zero_where_invalid(negatives, valid),
+    )
+    all_q, all_p, all_negatives, all_valid, all_group = all_gather_rows((q, p, negatives, valid, group), axis_name)
+    score = partial(_row_losses, prefixes=matryoshka, temperature=temperature, chunk=chunk)
+    loss = score(q, p, group, Candidates(all_p, all_negatives, all_valid, all_group))
+    if bidirectional:
+        loss += score(p, q, group, Candidates(all_q, None, all_valid, all_group))
+    return jnp.where(valid, loss, 0).sum() / jnp.maximum(all_valid.sum(), 1)
+
+
+class Candidates(NamedTuple):
+    """What anchors are scored against, of all shards: one embedding of each row, and its explicit negatives."""
+
+    embeddings: Array
+    negatives: Array | None
+    valid: Array
+    group: Array
+
+
+def _row_losses(
+    anchors: Array,
+    positives: Array,
+    group: Array,
+    candidates: Candidates,
+    *,
+    prefixes: list[tuple[int, float]],
+    temperature: float,
+    chunk: int | None,
+) -> Array:
+    """Loss of each anchor [n], summed over Matryoshka prefixes."""
+    # A loop and not one program for each prefix: seven of them take the compiler as long as the encoder does.
+    dims, weights = (jnp.array(column) for column in zip(*prefixes, strict=True))
+
+    def chunk_losses(*rows: Array) -> Array:
+        def weighted(prefix: tuple[Array, Array]) -> Array:
+            dim, weight = prefix
+            return weight * _contrast(*rows, candidates, temperature, dim)
+
+        return jax.lax.map(weighted, (dims, weights)).sum(0)
+
+    return map_chunks(chunk_losses, (anchors, positives, group), chunk)
+
+
+# Each prefix is checkpointed by itself: its logits are dropped before those of the next one are computed.
+@partial(jax.checkpoint, static_argnums=(4,))
+def _contrast(anchors: Array, positives: Array, group: Array, candidates: Candidates, temperature: float, dim: Array) -> Array:
+    """-log of the positive's share for each anchor, on prefixes of length `dim`."""
+    anchors = unit_prefix(anchors, dim) / temperature
+    in_batch = candidates.valid[None] & (group[:, None] != candidates.group[None])
+    others = _log_sum(anchors, unit_prefix(candidates.embeddings, dim), in_batch)
+    if candidates.negatives is not None:
+        n, m, d = candidates.negatives.shape
+        explicit = jnp.repeat(candidates.valid, m)[None]
+        others = jnp.logaddexp(others, _log_sum(anchors, unit_prefix(candidates.negatives.reshape(n * m, d), dim), explicit))
+    # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
+    return jax.nn.softplus(others - (anchors * unit_prefix(positives, dim)).sum(-1))
+
+
+def _log_sum(anchors: Array, candidates: Array, allowed: Array) -> Array:
+    """log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
+    return jax.nn.logsumexp(jnp.where(allowed, matmul(anchors, candidates.T), NEVER), axis=1)
