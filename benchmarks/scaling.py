@@ -101,8 +101,8 @@ def tables(rows: dict[str, Any]) -> str:
             lines.append(_line(row, program))
     hours = ["| configuration | steps | " + " | ".join(SLICES) + " |", "|---|---|" + "---|" * len(SLICES)]
     columns = [[_hours(rows, config, slice_) for config in STAGES] for slice_ in SLICES]
-    for config, *of_config in zip(STAGES, *columns, strict=True):
-        hours.append(f"| {config} | {_steps(config):,} | {_shown(of_config)} |")
+    for config, *rows_by_config in zip(STAGES, *columns, strict=True):
+        hours.append(f"| {config} | {_steps(config):,} | {_shown(rows_by_config)} |")
     hours.append(f"| all | | {_shown([None if None in column else sum(filter(None, column)) for column in columns])} |")
     return "\n".join([*lines, "", "Hours, at the estimated step time:", "", *hours, *_scaling(rows)])
 
@@ -155,8 +155,8 @@ def _shown(hours: Sequence[float | None]) -> str:
 
 def _scaling(rows: dict[str, Any]) -> list[str]:
     """From 16 to 256 chips: with 64 pairs on each chip, and with the paper's batch on either."""
-    rows_of = (FEW, FEW_SHARE, MANY)
-    fixed, weak, many = (rows.get(row.name, {"programs": [{}]})["programs"][0].get("seconds") for row in rows_of)
+    config_rows = (FEW, FEW_SHARE, MANY)
+    fixed, weak, many = (rows.get(row.name, {"programs": [{}]})["programs"][0].get("seconds") for row in config_rows)
     return [
         line
         for pairs, seconds, share in (("64 pairs a chip", weak, 1), ("16,384 pairs", fixed, 16))

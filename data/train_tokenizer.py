@@ -42,7 +42,7 @@ def texts(corpus: Path, split: str) -> Iterator[str]:
                     yield text["body"]
 
 
-def tokenizer_of(model: models.Unigram) -> Tokenizer:
+def unigram_tokenizer(model: models.Unigram) -> Tokenizer:
     tokenizer = Tokenizer(model)
     # The rules that XLM-R's compiled table was made from; WhitespaceSplit collapses runs of whitespace.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
@@ -53,7 +53,7 @@ def tokenizer_of(model: models.Unigram) -> Tokenizer:
 
 def learn_pieces(corpus: Path, size: int) -> list[tuple[str, float]]:
     """The `size` best pieces and their log probabilities, independent of the order of the trainer's hash tables."""
-    draft = tokenizer_of(models.Unigram())
+    draft = unigram_tokenizer(models.Unigram())
     draft.train_from_iterator(texts(corpus, "train"), trainers.UnigramTrainer(vocab_size=size))
     scores: dict[str, float] = dict(json.loads(draft.to_str())["model"]["vocab"])
     # The trainer gives the i-th of the rarest characters floor + 0.0001 i, in a hash table's order: give all the floor.
@@ -69,7 +69,7 @@ def learn_pieces(corpus: Path, size: int) -> list[tuple[str, float]]:
 def train(corpus: Path, size: int) -> Tokenizer:
     pieces = learn_pieces(corpus, size - len(SPECIAL) - 1)
     vocab = [(token, 0.0) for token in SPECIAL] + pieces + [("<mask>", 0.0)]
-    tokenizer = tokenizer_of(models.Unigram(vocab, unk_id=SPECIAL.index("<unk>")))
+    tokenizer = unigram_tokenizer(models.Unigram(vocab, unk_id=SPECIAL.index("<unk>")))
     tokenizer.add_special_tokens([*SPECIAL, AddedToken("<mask>", lstrip=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]

@@ -60,8 +60,8 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
     if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
         _embed_files(files, model, output, num_processes, process_id, options)
         return
-    of_directory = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
-    if given := [f"--{name.replace('_', '-')}" for name, value in of_directory.items() if value is not None]:
+    directory_options = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
+    if given := [f"--{name.replace('_', '-')}" for name, value in directory_options.items() if value is not None]:
         raise ValueError(f"{', '.join(given)}: only with --output DIR/")
     if len(files) > 1:
         raise ValueError("several files are embedded with --output DIR/")

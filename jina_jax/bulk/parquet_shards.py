@@ -42,7 +42,7 @@ class Shard(NamedTuple):
         return output / RUN / f"{self.name}.json"
 
 
-def shards_of(rows: int, shard_rows: int) -> list[Shard]:
+def split_into_shards(rows: int, shard_rows: int) -> list[Shard]:
     """All shards of so many rows; the last may have fewer than `shard_rows`."""
     return [Shard(i, first, min(first + shard_rows, rows)) for i, first in enumerate(range(0, rows, shard_rows))]
 

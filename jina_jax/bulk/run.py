@@ -38,7 +38,7 @@ from .parquet_shards import (
     remove_unfinished,
     rows_done,
     shard_schema,
-    shards_of,
+    split_into_shards,
     write_shard,
 )
 
@@ -145,7 +145,7 @@ def embed_files(
     _check_same_run(output, identity)
 
     total = sum(known["rows"] for known in inputs)
-    shards = shards_of(total, options.shard_rows)
+    shards = split_into_shards(total, options.shard_rows)
     own = shards[process::processes]
     remove_unfinished(output, own)
     todo = [shard for shard in own if not is_finished(output, shard)]

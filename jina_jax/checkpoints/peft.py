@@ -65,7 +65,7 @@ class PeftAdapter(NamedTuple):
         if not names:
             return 0.0
         rank = self.tensors[names[0]].shape[_rank_axis(names[0])]
-        alpha = _of_pattern(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
+        alpha = _pattern_value(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
@@ -98,7 +98,7 @@ def matched_tensors(
         expected = list(table[name].tensor_shape(array_shapes[table[name].path]))
         expected[_rank_axis(name)] = tensor.shape[_rank_axis(name)]
         rank = tensor.shape[_rank_axis(name)]
-        said = _of_pattern(adapter.settings.get("rank_pattern"), name.rpartition(".lora_")[0], adapter.settings.get("r", 8))
+        said = _pattern_value(adapter.settings.get("rank_pattern"), name.rpartition(".lora_")[0], adapter.settings.get("r", 8))
         if rank != said:
             problems.append(f"wrong rank: {name} has {rank}, adapter_config.json says {said}")
         if list(tensor.shape) != expected:
@@ -177,7 +177,7 @@ def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{folder}: adapter_config.json has ranks or alphas that are no numbers: {error}") from error
 
 
-def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
+def _pattern_value(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
     """PEFT's rule: the first pattern that matches the end of the module's name."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"roberta.{module}")):

@@ -222,8 +222,8 @@ def _fill(
     for path, variable in variables.items():
         if isinstance(variable, AdapterScale):
             array = np.full(variable.shape, config.lora_alpha / config.lora_rank, np.float32)
-            for task, of_module in enumerate(scales):
-                array[..., task] = of_module[path.removesuffix(".scale")]
+            for task, module_scale in enumerate(scales):
+                array[..., task] = module_scale[path.removesuffix(".scale")]
         else:
             array = _assemble(path, variable, by_path.pop(path, []), param_dtype, not_finite)
         arrays[path] = jax.device_put(array)

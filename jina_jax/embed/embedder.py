@@ -215,10 +215,10 @@ class Embedder:
             for rows in packed_batches([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
                 own = np.where(rows.texts < 0, -1, members[rows.texts])
                 if mixed:
-                    of_rows = np.where(own < 0, -1, adapter_ids[own])
+                    row_adapter_ids = np.where(own < 0, -1, adapter_ids[own])
                 else:
-                    of_rows = None if encoder is self._base else np.int32(0)
-                arrays = rows.tokens, rows.segment_ids, rows.positions, of_rows
+                    row_adapter_ids = None if encoder is self._base else np.int32(0)
+                arrays = rows.tokens, rows.segment_ids, rows.positions, row_adapter_ids
                 if self.mesh is not None:
                     arrays = shard_batch(arrays, self.mesh)
                 yield rows._replace(texts=own), compute(encoder, *arrays, mesh=self.mesh)

@@ -50,9 +50,9 @@ def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Arr
         return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
 
     def over_mesh(encoder: Encoder, *inputs: Any) -> Array:
-        of_inputs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
-        of_result = PartitionSpec() if mesh.is_multi_process else BATCH
-        split = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), *of_inputs), out_specs=of_result, check_vma=False)
+        in_specs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
+        out_specs = PartitionSpec() if mesh.is_multi_process else BATCH
+        split = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), *in_specs), out_specs=out_specs, check_vma=False)
         return split(encoder, *inputs)
 
     return over_mesh

@@ -61,7 +61,7 @@ def add_adapter(
         separate_qkv_adapters=max(parts, default=1) == 3,
         prompts=(*(item for item in config.prompts if item[0] != task), (task, instruction)),
     )
-    expected = abstract_variables(_of_one(new_config, task))
+    expected = abstract_variables(_with_one_task(new_config, task))
     adapted = {path for path, variable in expected.items() if _is_adapter(variable)}
     if adapted != adapter.keys():
         raise ValueError(f"not an adapter of this model: missing or unexpected {sorted(adapted ^ adapter.keys())}")
@@ -76,7 +76,7 @@ def drop_adapter(encoder: Encoder, task: str) -> Encoder:
     """The model without one of its tasks; without its last one it has no adapter parameters at all."""
     config, index = encoder.config, encoder.config.task_index(task)
     others = jnp.array([i for i in range(len(config.tasks)) if i != index], jnp.int32)
-    arrays = _of_tasks(encoder, others) if len(others) else {}
+    arrays = _select_tasks(encoder, others) if len(others) else {}
     tasks = tuple(name for name in config.tasks if name != task)
     return _with_adapters(
         encoder, replace(config, tasks=tasks, prompts=tuple(item for item in config.prompts if item[0] != task)), arrays
@@ -85,13 +85,13 @@ def drop_adapter(encoder: Encoder, task: str) -> Encoder:
 
 def extract_adapter(encoder: Encoder, task: str) -> dict[str, Array]:
     """One task's adapter on its own, by path."""
-    return _of_tasks(encoder, jnp.array([encoder.config.task_index(task)], jnp.int32))
+    return _select_tasks(encoder, jnp.array([encoder.config.task_index(task)], jnp.int32))
 
 
 def extract_adapters(encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, Array]:
     """Adapter arrays by path: those of some tasks, in the order given, or all."""
     if tasks is not None:
-        return _of_tasks(encoder, jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32))
+        return _select_tasks(encoder, jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32))
     return {path: variable.get_value() for path, variable in variables(encoder).items() if _is_adapter(variable)}
 
 
@@ -127,10 +127,10 @@ def fold_adapter(encoder: Encoder, task: str) -> Encoder:
     stays as it is and is shared with `encoder`. Its only task has index 0 and no name of its own, so that all tasks share
     their compiled programs."""
     index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
-    folded = nnx.eval_shape(lambda: Encoder(_of_one(encoder.config, "folded"), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
+    folded = nnx.eval_shape(lambda: Encoder(_with_one_task(encoder.config, "folded"), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
     for module in _dense_modules(folded).values():
         module.a = module.b = module.scale = nnx.data(None)
-    arrays = base_arrays(encoder) | _of_tasks(encoder, index[None]) | _folded_kernels(encoder, index)
+    arrays = base_arrays(encoder) | _select_tasks(encoder, index[None]) | _folded_kernels(encoder, index)
     graphdef, state = nnx.split(folded)
     for path, variable in nnx.to_flat_state(state):
         variable.set_value(arrays[".".join(map(str, path))])
@@ -167,7 +167,7 @@ def _with_adapters(encoder: Encoder, config: ModelConfig, arrays: Mapping[str, A
     return from_arrays(config, base_arrays(encoder) | dict(arrays), dtype=encoder.dtype)
 
 
-def _of_tasks(encoder: Encoder, tasks: Int[Array, " k"]) -> dict[str, Array]:
+def _select_tasks(encoder: Encoder, tasks: Int[Array, " k"]) -> dict[str, Array]:
     return {
         path: jnp.take(variable.get_value(), tasks, axis=variable.get_metadata("task_axis"))
         for path, variable in variables(encoder).items()
@@ -208,5 +208,5 @@ def _folded_table(module: AdaptedEmbed, task: Int[Array, ""]) -> Array:
     return module(entries, task)[0].astype(module.table.get_value().dtype)
 
 
-def _of_one(config: ModelConfig, task: str) -> ModelConfig:
+def _with_one_task(config: ModelConfig, task: str) -> ModelConfig:
     return replace(config, tasks=(task,))

@@ -54,11 +54,11 @@ def _per_head(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, st
     if q.dtype == jnp.bfloat16 and not cpu_multiplies_bfloat16():
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
 
-    def of_row(row: tuple[Array, ...]) -> Array:
+    def attend_row(row: tuple[Array, ...]) -> Array:
         *heads, segment_ids, first, stop = row
         return jax.lax.map(lambda head: _blockwise(*head, segment_ids, first, stop, keys), tuple(heads))
 
-    return jax.lax.map(of_row, (q, k, v, segment_ids, first, stop))
+    return jax.lax.map(attend_row, (q, k, v, segment_ids, first, stop))
 
 
 def _batched(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
@@ -77,7 +77,7 @@ def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array, first: 
     """Online softmax (Milakov & Gimelshein 2018): for each block of queries a loop over the blocks of keys."""
     k_blocks, v_blocks, key_segments = (_blocks(x, len(x) // keys) for x in (k, v, segment_ids))
 
-    def of_queries(block):
+    def attend_queries(block):
         q, query_segments, first, stop = block
 
         def visit(j, carry):
@@ -94,7 +94,7 @@ def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array, first: 
         row_max, row_sum, out = jax.lax.fori_loop(first, stop, visit, start)
         return (out / row_sum[:, None]).astype(q.dtype), row_max, row_sum
 
-    out, *statistics = jax.lax.map(of_queries, (_blocks(q, len(first)), _blocks(segment_ids, len(first)), first, stop))
+    out, *statistics = jax.lax.map(attend_queries, (_blocks(q, len(first)), _blocks(segment_ids, len(first)), first, stop))
     out, *statistics = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (out.reshape(q.shape), *statistics))
     return out, (q, k, v, segment_ids, first, stop, out, statistics)
 
@@ -111,7 +111,7 @@ def _blockwise_backward(keys: int, residuals, d_out: Array):
     key_block = jnp.arange(len(key_segments))[:, None]
     visited = (first[None] <= key_block) & (key_block < stop[None])
 
-    def of_keys(d_q, block):
+    def key_gradients(d_q, block):
         k, v, key_segments, first, stop = block
 
         def visit(i, carry):
@@ -129,7 +129,7 @@ def _blockwise_backward(keys: int, residuals, d_out: Array):
         return d_q, (d_k, d_v)
 
     d_q = jnp.zeros_like(q_blocks.swapaxes(1, 2), jnp.float32)
-    d_q, (d_k, d_v) = jax.lax.scan(of_keys, d_q, (k_blocks, v_blocks, key_segments, *bounds(visited)))
+    d_q, (d_k, d_v) = jax.lax.scan(key_gradients, d_q, (k_blocks, v_blocks, key_segments, *bounds(visited)))
     d_q = d_q.swapaxes(1, 2)
     return *(d.reshape(q.shape).astype(q.dtype) for d in (d_q, d_k, d_v)), None, None, None
 

@@ -36,7 +36,7 @@ class Layer(nnx.Module):
         self.num_heads = config.num_heads
 
         def dense(inputs: int, *features: int) -> AdaptedDense:
-            adapters, stddev = AdapterSpec.of(config), config.initializer_range
+            adapters, stddev = AdapterSpec.from_config(config), config.initializer_range
             return AdaptedDense(inputs, features, adapters, stddev=stddev, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.qkv = dense(d, 3, d)
@@ -86,7 +86,7 @@ class Encoder(nnx.Module):
 
     Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary angles and pooling are in
     float32 whatever the dtype. A model without tasks has no adapter parameters at all. `layers` is one layer whose parameters
-    have a leading layer axis, or a list of layers (`inference.layers_apart`).
+    have a leading layer axis, or a list of layers (`parameters.unstack_layers`).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Encoder(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        d, stddev, adapters = config.hidden_size, config.initializer_range, AdapterSpec.of(config)
+        d, stddev, adapters = config.hidden_size, config.initializer_range, AdapterSpec.from_config(config)
 
         def embed(entries: int, adapters: AdapterSpec | None) -> AdaptedEmbed:
             return AdaptedEmbed(entries, d, adapters, stddev=stddev, param_dtype=param_dtype, rngs=rngs)
@@ -164,13 +164,13 @@ class Encoder(nnx.Module):
         remat: Remat = "none",
     ) -> "tuple[Float[Array, 'b t d'], GradientSums]":
         """`__call__` inside a loop over chunks of a batch: the gradients of the large parameters arrive at `sums` and are added
-        up there. Returns the states, and the sums for the next chunk; they begin as `GradientSums.of(encoder)`."""
+        up there. Returns the states, and the sums for the next chunk; they begin as `GradientSums.start(encoder)`."""
         adapter_ids = layer_adapter_ids(adapter_ids, segment_ids)
         run = self._layer_function(segment_ids, positions, adapter_ids, gather, remat)
         table = self.tokens.table[...]
         if gather:
             table = table.astype(self.dtype)  # as it came from the other devices; XLA would write it out in float32
-        rows, of_table = gradient_sums.track_gather(table, sums.table, tokens)
+        rows, table_sum = gradient_sums.track_gather(table, sums.table, tokens)
 
         def step(
             carry: tuple[DeferredLayerNorm, Layer], inputs: tuple[Layer, Array]
@@ -186,7 +186,7 @@ class Encoder(nnx.Module):
         first = DeferredLayerNorm.identity(self.embed(rows.astype(jnp.float32), tokens, positions, adapter_ids))
         numbered = jax.lax.stop_gradient(self.stacked_layers), jnp.arange(self.config.num_layers)
         (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
-        return last.value().astype(self.dtype), GradientSums(layers, of_table)
+        return last.value().astype(self.dtype), GradientSums(layers, table_sum)
 
     @property
     def stacked_layers(self) -> Layer:
@@ -231,7 +231,7 @@ class GradientSums(NamedTuple):
     table: Float[Array, "v d"]
 
     @classmethod
-    def of(cls, encoder: Encoder) -> "GradientSums":
+    def start(cls, encoder: Encoder) -> "GradientSums":
         return cls(encoder.stacked_layers, encoder.tokens.table[...])
 
 

@@ -46,7 +46,7 @@ class AdapterSpec:
     separate_qkv: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "AdapterSpec | None":
+    def from_config(cls, config: ModelConfig) -> "AdapterSpec | None":
         if not config.tasks:
             return None
         return cls(len(config.tasks), config.lora_rank, config.lora_alpha, config.separate_qkv_adapters)

@@ -75,9 +75,9 @@ def abstract_splits(config: TrainConfig, sizes: ModelConfig) -> list[TrainableSp
 
     def arrays() -> list[tuple[Any, Any]]:
         encoder = prepare_for_stages(Encoder(sizes, rngs=nnx.Rngs(0)), config)
-        of_stages = [split_trainable(encoder, stage) for stage in config.stages]
-        made.extend(part.config for part in of_stages)
-        return [(part.trained, part.frozen) for part in of_stages]
+        splits = [split_trainable(encoder, stage) for stage in config.stages]
+        made.extend(part.config for part in splits)
+        return [(part.trained, part.frozen) for part in splits]
 
     return [TrainableSplit(model, *shapes) for model, shapes in zip(made, jax.eval_shape(arrays), strict=False)]
 

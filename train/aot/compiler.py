@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from ..step.chips import GIB
 from .hlo_cost import Collective, cost
-from .kernel_schedules import DUMP_FLAGS, cycles_of, kernel_cycles
+from .kernel_schedules import DUMP_FLAGS, kernel_cycles, lookup_cycles
 from .topology import Topology, parse_topology, send_rate
 
 INSTALL = "pip install 'jina-jax[train,tpu]'"
@@ -142,7 +142,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
     if hlo:
         hlo.write_text(text, "utf-8")
     found = cost(text)
-    kernels = {name: {"calls": calls, "cycles": cycles_of(name, bundles)} for name, calls in found.kernels.items()}
+    kernels = {name: {"calls": calls, "cycles": lookup_cycles(name, bundles)} for name, calls in found.kernels.items()}
     cycles = dict(found.cycles)
     if kernels:
         cycles["kernels"] = sum(kernel["calls"] * kernel["cycles"] for kernel in kernels.values())

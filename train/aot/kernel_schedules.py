@@ -39,7 +39,7 @@ def kernel_cycles(directory: Path) -> dict[str, int]:
     return found
 
 
-def cycles_of(instruction: str, known: Mapping[str, int]) -> int:
+def lookup_cycles(instruction: str, known: Mapping[str, int]) -> int:
     """Cycles of a kernel's call; 0 where there is no schedule of it.
 
     The compiler does not schedule equal kernels twice: one without a schedule takes as long as the others of its name

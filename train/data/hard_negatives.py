@@ -119,7 +119,7 @@ def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.
     for scores in scorer(relations.anchors, relations.candidates):
         own = range(first, first + len(scores))
         positives, excluded = [relations.positives[i] for i in own], [relations.excluded(i) for i in own]
-        blocks.append(negatives_of(scores, positives, excluded, pool, config, rng))
+        blocks.append(pick_negatives(scores, positives, excluded, pool, config, rng))
         first += len(scores)
     negatives = dict(zip(relations.anchors, np.concatenate(blocks), strict=True))
     for pair in distinct(pairs):
@@ -164,11 +164,11 @@ class _Relations:
         """Candidates beside its positives that are no negatives of an anchor: a text equal to it, and those of its groups."""
         text = self.anchors[anchor]
         equal = _indices([self._index[text]] if text in self._index else [])
-        of_groups = [self._members[group] for group in self._groups.get(text, ())]
-        return np.setdiff1d(np.concatenate([equal, *of_groups]), self.positives[anchor])
+        group_members = [self._members[group] for group in self._groups.get(text, ())]
+        return np.setdiff1d(np.concatenate([equal, *group_members]), self.positives[anchor])
 
 
-def negatives_of(
+def pick_negatives(
     scores: Float[np.ndarray, "b c"],
     positives: Sequence[Int[np.ndarray, " p"]],
     excluded: Sequence[Int[np.ndarray, " n"]],
@@ -292,11 +292,11 @@ def embedding_scores(
     for task in (query_task, document_task):
         if task is not None:
             embedder.config.task_index(task)
-    of_query, of_document = ({} if task is None else {"task": task} for task in (query_task, document_task))
+    query_options, document_options = ({} if task is None else {"task": task} for task in (query_task, document_task))
 
     def score(anchors: Sequence[str], candidates: Sequence[str]) -> Iterator[Float[np.ndarray, "b c"]]:
-        documents = embedder.encode_document(candidates, **of_document, **options)
-        queries = embedder.encode_query(anchors, **of_query, **options)
+        documents = embedder.encode_document(candidates, **document_options, **options)
+        queries = embedder.encode_query(anchors, **query_options, **options)
         for block in _blocks(queries, len(candidates)):
             yield block @ documents.T
 

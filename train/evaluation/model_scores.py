@@ -69,9 +69,9 @@ def planned_runs(task: EvalTask, adapters: Sequence[str], dims: tuple[int, ...],
     yield Run(task, BASE, dims)
     own = [sides for sides in OWN_ADAPTERS[task.name] if {sides.left, sides.right} <= set(adapters)]
     yield from (Run(task, sides, dims) for sides in own)
-    of_known_tasks = {sides for known in OWN_ADAPTERS.values() for sides in known}
+    known = {sides for known in OWN_ADAPTERS.values() for sides in known}
     for sides in map(both_sides, adapters):
-        if sides not in own and (every_adapter or sides not in of_known_tasks):
+        if sides not in own and (every_adapter or sides not in known):
             yield Run(task, sides, dims[-1:])
 
 
@@ -96,7 +96,7 @@ def model_scores(
     scores = []
     for task, sides, dims in tqdm(runs, f"Scoring ({system})", unit="run", disable=not progress):
         for dim in dims:
-            left, right = embeddings.of(task.left, sides.left, dim), embeddings.of(task.right, sides.right, dim)
+            left, right = embeddings.lookup(task.left, sides.left, dim), embeddings.lookup(task.right, sides.right, dim)
             value = task.score(left, right)
             scores.append(Score(system, task.name, task.subset, sides.name, dim, task.metric, value, task.n))
     return scores
@@ -119,7 +119,7 @@ class TextEmbeddings:
                 for adapter, rows in self._rows.items()
             }
 
-    def of(self, texts: Sequence[str], adapter: str | None, dim: int) -> Float[np.ndarray, "n dim"]:
+    def lookup(self, texts: Sequence[str], adapter: str | None, dim: int) -> Float[np.ndarray, "n dim"]:
         """The leading dimensions, normalised: what `Embedder.encode` gives with `truncate_dim`."""
         rows = [self._rows[adapter][text] for text in texts]
         return normalize(self._arrays[adapter][rows, :dim])

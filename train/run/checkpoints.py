@@ -158,14 +158,14 @@ def _in_chunks() -> ocp.Context:
     context = all_processes()
     storage = ocp.options.ArrayOptions.Saving.StorageOptions
 
-    def of_array(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    def storage_options(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
         axis = split_axis(jax.tree_util.keystr(key, simple=True, separator="/").rpartition("/")[2])
         # Along an axis that it is told, Orbax cuts single entries, and there are 250,112 in the table. Its longest axis is the
         # first, which Orbax cuts by itself.
         return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=(axis,) if axis else None)
 
     context.array.saving.use_compression = False  # weights hardly get smaller, and it takes longer than to write them
-    context.array.saving.scoped_storage_options_creator = of_array  # type: ignore[assignment]
+    context.array.saving.scoped_storage_options_creator = storage_options  # type: ignore[assignment]
     return context
 
 

@@ -109,10 +109,10 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         records.append([dataset_fingerprint(source) for source in sources])
         stream = partial(batch_stream, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
-            whole = stream()  # whatever the processes
-            labels = (whole[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
+            global_stream = stream()  # whatever the processes
+            labels = (global_stream[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
             encoder = with_token_frequencies(encoder, labels)  # type: ignore[arg-type]
-        own = stream(
+        local_stream = stream(
             devices=mesh.size // jax.process_count(),
             process=jax.process_index(),
             processes=jax.process_count(),
@@ -124,7 +124,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
-        runs.append(StageRun(stage, frozen, prefetch(own, config.read_threads), steps, flops))
+        runs.append(StageRun(stage, frozen, prefetch(local_stream, config.read_threads), steps, flops))
         states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
 
     # ---- restore

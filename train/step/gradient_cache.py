@@ -23,7 +23,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, 
     """function(encoder, sums, chunk of rows) for each chunk, stacked, and computed again in the backward pass (gradient
     caching, Gao et al., 2021): for a loss that needs all chunks before any gradient is known."""
     if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, GradientSums.of(encoder), batch)[0][None]
+        return function(encoder, GradientSums.start(encoder), batch)[0][None]
     graphdef, state = nnx.split(encoder)
 
     @partial(jax.checkpoint, prevent_cse=False)  # in a scan nothing can be merged with the first pass
@@ -31,29 +31,29 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, 
         result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
         return sums, result
 
-    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.of(encoder), chunks)[1]
+    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.start(encoder), chunks)[1]
 
 
 def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Float[Array, ""]:
     """The sum of function(encoder, sums, chunk of rows), a number for each chunk. No chunk's gradient depends on another chunk,
     so each is made in the first pass, and nothing is computed twice."""
     if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, GradientSums.of(encoder), batch)[0]
+        return function(encoder, GradientSums.start(encoder), batch)[0]
     graphdef, large, small = nnx.split(encoder, _is_summed, ...)
 
-    def of_chunk(sums: GradientSums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, GradientSums]:
+    def chunk_loss(sums: GradientSums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, GradientSums]:
         return function(nnx.merge(graphdef, large, small), sums, batch._replace(**chunk))
 
     @jax.custom_vjp
     def total(sums: GradientSums, large: nnx.State, small: nnx.State) -> Array:
-        return jax.lax.map(lambda chunk: of_chunk(sums, large, small, chunk)[0], chunks).sum()
+        return jax.lax.map(lambda chunk: chunk_loss(sums, large, small, chunk)[0], chunks).sum()
 
     def forward(sums: GradientSums, large: nnx.State, small: nnx.State) -> tuple[Array, tuple[GradientSums, nnx.State]]:
         def step(
             carry: tuple[Array, GradientSums, nnx.State], chunk: Chunk
         ) -> tuple[tuple[Array, GradientSums, nnx.State], None]:
             so_far, d_sums, d_small = carry
-            (share, _), pull = jax.vjp(lambda sums, small: of_chunk(sums, large, small, chunk), sums, small)
+            (share, _), pull = jax.vjp(lambda sums, small: chunk_loss(sums, large, small, chunk), sums, small)
             d_sums, own = pull((jnp.ones_like(share), d_sums))
             return (so_far + share, d_sums, jax.tree.map(jnp.add, d_small, own)), None
 
@@ -66,7 +66,7 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch
         return d_sums, None, d_small
 
     total.defvjp(forward, backward)
-    return total(GradientSums.of(encoder), large, small)
+    return total(GradientSums.start(encoder), large, small)
 
 
 def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:

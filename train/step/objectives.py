@@ -35,13 +35,13 @@ def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gathe
     states = partial(chunk_states, stage=stage, gather=gather)
     if kind == "text":
         return partial(mlm_loss, states=states, stage=stage, axis_name=axis_name)
-    of_embeddings = {"pair": info_nce_loss, "triplet": info_nce_loss, "scored_pair": cosent_loss}.get(kind)
+    embedding_loss = {"pair": info_nce_loss, "triplet": info_nce_loss, "scored_pair": cosent_loss}.get(kind)
     if kind == "labelled_text":
-        of_embeddings = info_nce_loss if stage.objective == "classification" else separation_loss
-    assert of_embeddings is not None
+        embedding_loss = info_nce_loss if stage.objective == "classification" else separation_loss
+    assert embedding_loss is not None
 
     def loss(encoder: Encoder, batch: TrainBatch) -> Float[Array, ""]:
-        return of_embeddings(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
+        return embedding_loss(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
 
     return loss
 
@@ -108,9 +108,9 @@ def mlm_loss(
     def share(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
-        table, of_table = gradient_sums.track(encoder.tokens.table[...], sums.table)
+        table, table_sum = gradient_sums.track(encoder.tokens.table[...], sums.table)
         loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.logit_chunk, total=total)
-        return loss, sums._replace(table=of_table)
+        return loss, sums._replace(table=table_sum)
 
     return accumulate_loss(share, encoder, batch, stage.encode_chunk_rows)
 

@@ -80,14 +80,14 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
 
     def step(state: State, frozen: Arrays, batch: TrainBatch) -> tuple[State, Metrics]:
-        def loss_of(parameters: Arrays) -> Array:
+        def local_loss(parameters: Arrays) -> Array:
             arrays = frozen | parameters
             if split:
                 arrays = fsdp.gather_outside_layers(arrays, dtype)
             return loss_share(from_local_arrays(config, arrays, dtype=dtype), batch)
 
         # The shares are summed after the gradient: inside it, the transpose of psum would be another psum.
-        share, gradients = jax.value_and_grad(loss_of)(state.parameters)
+        share, gradients = jax.value_and_grad(local_loss)(state.parameters)
         gradients = fsdp.sum_gradients(gradients)
         norm = fsdp.global_norm(gradients)
         updates, optimizer_state = transform.update(clipped(gradients, norm, stage), state.optimizer, state.parameters)
@@ -96,12 +96,12 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         return State(parameters, optimizer_state), Metrics(loss, norm, tokens)  # type: ignore[arg-type]
 
     def compiled(state: State, frozen: Arrays, batch: TrainBatch) -> tuple[State, Metrics]:
-        of_state = specs(state)
+        state_specs = specs(state)
         over_mesh = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(of_state, specs(frozen), BATCH),
-            out_specs=(of_state, PartitionSpec()),
+            in_specs=(state_specs, specs(frozen), BATCH),
+            out_specs=(state_specs, PartitionSpec()),
             check_vma=False,
         )
         return over_mesh(state, frozen, batch)

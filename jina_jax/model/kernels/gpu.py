@@ -57,8 +57,8 @@ def gpu_flash_attention(
         interpret: run on any backend, slowly, for tests.
     """
     t = segment_ids.shape[1]
-    whole = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
-    padding = ((0, 0), (0, whole - t))
+    padded_length = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
+    padding = ((0, 0), (0, padded_length - t))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
     # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
     out: Array = _attend(q, k, v, jnp.pad(segment_ids, padding, constant_values=-1), interpret)
@@ -115,13 +115,13 @@ def _run(
             return pl.BlockSpec((None, t, None, x.shape[3]), lambda row, head, i: (row, 0, head, 0))
         return pl.BlockSpec((None, None, t), lambda row, head, i: (row, head, 0))
 
-    of_row = pl.BlockSpec((None, t), lambda row, head, i: (row, 0))
-    of_blocks = pl.BlockSpec((None, t // size), lambda row, head, i: (row, 0))
+    segments_spec = pl.BlockSpec((None, t), lambda row, head, i: (row, 0))
+    ranges_spec = pl.BlockSpec((None, t // size), lambda row, head, i: (row, 0))
     call = pl.pallas_call(
         partial(kernel, size, others),
         name=f"attention{kernel.__name__}",
         grid=(b, n, t // size),
-        in_specs=[of_blocks, of_blocks, of_row, *map(block, own), *map(everything, visited)],
+        in_specs=[ranges_spec, ranges_spec, segments_spec, *map(block, own), *map(everything, visited)],
         out_specs=[block(x) for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -231,10 +231,10 @@ def _backward_keys(
     d_k_ref[...], d_v_ref[...] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
 
 
-def _scores(x: Array, y: Array, of_x: Array, of_y: Array) -> Array:
+def _scores(x: Array, y: Array, x_segments: Array, y_segments: Array) -> Array:
     """x y of tokens of equal segment, to base 2: 2^x is what the hardware computes."""
     scores = _dot(x, y, trans_b=True) * LOG2_E
-    return jnp.where(of_x[:, None] == of_y[None, :], scores, MASK_VALUE)
+    return jnp.where(x_segments[:, None] == y_segments[None, :], scores, MASK_VALUE)
 
 
 def _dot(x: Array, y: Array, trans_b: bool = False) -> Array:

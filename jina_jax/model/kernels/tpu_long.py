@@ -96,8 +96,8 @@ def tpu_flash_attention(
         )
     t = segment_ids.shape[1]
     size = block or min(BLOCKS, key=lambda size: -t % size)
-    whole = jax.tree.map(partial(padded_to_blocks, size=size), (qkv, shared_by_heads(segment_ids, tables)))
-    out: Array = _attend(*whole, t, size, interpret)
+    padded = jax.tree.map(partial(padded_to_blocks, size=size), (qkv, shared_by_heads(segment_ids, tables)))
+    out: Array = _attend(*padded, t, size, interpret)
     return out[:, :t]
 
 
@@ -208,14 +208,14 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
 
     @pl.loop(0, blocks)
     def load_keys(j):
-        code, rotary = _of_block(shared, tokens, j, size, dtype)
+        code, rotary = _block_code_and_rotary(shared, tokens, j, size, dtype)
         k = qkv_ref[1, 0, _slots(j, size)].T
         for head in (0, 1):
             keys_ref[j, head] = key_side(rotate(head_rows(k, head), rotary), code)
         values_ref[j] = qkv_ref[2, 0, _slots(j, size)].T
 
     def load_queries(i):
-        code, rotary = _of_block(shared, tokens, i, size, dtype)
+        code, rotary = _block_code_and_rotary(shared, tokens, i, size, dtype)
         q = qkv_ref[0, 0, _slots(i, size)].T
         for head in (0, 1):
             queries_ref[head] = query_side(rotate(head_rows(q, head), rotary, SCALE * LOG2_E), code)
@@ -279,7 +279,7 @@ def _long_row_attention_backward(
 
     @pl.loop(0, blocks)
     def load_queries(i):
-        code, rotary = _of_block(shared, tokens, i, size, dtype)
+        code, rotary = _block_code_and_rotary(shared, tokens, i, size, dtype)
         q, d_out = qkv_ref[0, 0, _slots(i, size)].T, d_out_ref[0, _slots(i, size)].T
         products = d_out.astype(jnp.float32) * out_ref[0, _slots(i, size)].T.astype(jnp.float32)
         for head in (0, 1):
@@ -290,7 +290,7 @@ def _long_row_attention_backward(
         d_q_ref[i] = jnp.zeros((LANES, size), jnp.float32)
 
     def load_keys(j):
-        code, rotary = _of_block(shared, tokens, j, size, dtype)
+        code, rotary = _block_code_and_rotary(shared, tokens, j, size, dtype)
         k, v = qkv_ref[1, 0, _slots(j, size)].T, qkv_ref[2, 0, _slots(j, size)]
         for head in (0, 1):
             own_keys_ref[rows[head]] = rotate(head_rows(k, head), rotary)
@@ -310,7 +310,7 @@ def _long_row_attention_backward(
 
     # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains it in q.
     def write(part, j, gradient, scale):
-        _, rotary = _of_block(shared, tokens, j, size, dtype)
+        _, rotary = _block_code_and_rotary(shared, tokens, j, size, dtype)
         turned = [rotate(head_rows(gradient, head), rotary, scale, back=True) for head in (0, 1)]
         d_qkv_ref[part, 0, _slots(j, size)] = jnp.concatenate(turned).astype(dtype).T
 
@@ -337,7 +337,7 @@ def _slots(block: Array, size: int):
     return pl.ds(pl.multiple_of(block * size, size), size)
 
 
-def _of_block(shared, tokens: int, block: Array, size: int, dtype: DTypeLike) -> tuple[Array, list[Array]]:
+def _block_code_and_rotary(shared, tokens: int, block: Array, size: int, dtype: DTypeLike) -> tuple[Array, list[Array]]:
     """The code of the segments [h, t] of a block, and cosines and sines [h/2, t] or nothing."""
     segments_ref, rotary_refs = shared
     slots = _slots(block, size)

@@ -74,8 +74,8 @@ def tpu_fused_attention(
             f"{HEAD_DIM}, rows of up to {LONGEST_ROW} tokens, bfloat16 or float32"
         )
     t = segment_ids.shape[1]
-    whole = jax.tree.map(partial(padded_to_blocks, size=LANES), (qkv, shared_by_heads(segment_ids, tables)))
-    out: Array = _attend(*whole, t, interpret)
+    padded = jax.tree.map(partial(padded_to_blocks, size=LANES), (qkv, shared_by_heads(segment_ids, tables)))
+    out: Array = _attend(*padded, t, interpret)
     return out[:, :t]
 
 
@@ -114,12 +114,12 @@ def _run(kernel, inputs: tuple, shared: Shared, outputs: tuple, tokens: int, int
         (b, t, d): pl.BlockSpec((1, t, LANES), lambda row, pair: (row, 0, pair)),  # out
         (b, d // LANES, 4, t): pl.BlockSpec((1, 1, 4, t), lambda row, pair: (row, pair, 0, 0)),  # statistics
     }
-    of_row = jax.tree.map(lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda row, pair: (row, 0, 0)), shared)
+    shared_specs = jax.tree.map(lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda row, pair: (row, 0, 0)), shared)
     call = pl.pallas_call(
         partial(kernel, tokens),
         name=kernel.__name__.strip("_"),
         grid=(b, d // LANES),
-        in_specs=[of_row, *(blocks[x.shape] for x in inputs)],
+        in_specs=[shared_specs, *(blocks[x.shape] for x in inputs)],
         out_specs=[blocks[x.shape] for x in outputs],
         out_shape=list(outputs),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
@@ -134,7 +134,7 @@ def _run(kernel, inputs: tuple, shared: Shared, outputs: tuple, tokens: int, int
 def _row_attention(tokens: int, shared, *refs) -> None:
     """softmax(q k / 8) v of two heads. For a gradient, the last of `refs` takes the statistics of each head's softmax."""
     qkv_ref, out_ref, *statistics_ref = refs
-    code, rotary = _of_row(shared, tokens, qkv_ref.dtype)
+    code, rotary = _code_and_rotary(shared, tokens, qkv_ref.dtype)
     q, k, v = (qkv_ref[i, 0].T for i in range(3))  # [2h, t]
     scores = []
     for head in (0, 1):
@@ -156,7 +156,7 @@ def _row_attention(tokens: int, shared, *refs) -> None:
 def _row_attention_backward(tokens: int, shared, *refs) -> None:
     """The gradient of qkv of two heads. The weights are computed again from the scores and the statistics of the softmax."""
     qkv_ref, out_ref, d_out_ref, statistics_ref, d_qkv_ref = refs
-    code, rotary = _of_row(shared, tokens, qkv_ref.dtype)
+    code, rotary = _code_and_rotary(shared, tokens, qkv_ref.dtype)
     q, k, v = qkv_ref[0, 0].T, qkv_ref[1, 0].T, qkv_ref[2, 0]  # q, k [2h, t]; v [s, 2h]
     d_out = d_out_ref[0].T
     products = d_out.astype(jnp.float32) * out_ref[0].T.astype(jnp.float32)
@@ -176,7 +176,7 @@ def _row_attention_backward(tokens: int, shared, *refs) -> None:
         d_qkv_ref[i, 0] = jnp.concatenate(gradient).astype(d_qkv_ref.dtype).T
 
 
-def _of_row(shared, tokens: int, dtype: DTypeLike) -> tuple[Array, list[Array]]:
+def _code_and_rotary(shared, tokens: int, dtype: DTypeLike) -> tuple[Array, list[Array]]:
     """The code of the segments [h, t], and cosines and sines [h/2, t] or nothing."""
     segments_ref, rotary_refs = shared
     return segment_code(segments_ref[0], tokens, dtype), [ref[0] for ref in rotary_refs]

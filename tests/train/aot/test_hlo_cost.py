@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("grain")
 from train.aot.hlo_cost import Collective, HloError, array_bytes, cost, parse
-from train.aot.kernel_schedules import bundles, count, cycles_of, kernel_cycles
+from train.aot.kernel_schedules import bundles, count, kernel_cycles, lookup_cycles
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 PROGRAM = f"""HloModule jit_step, is_scheduled=true
@@ -177,4 +177,10 @@ def test_bundles_of_a_schedule(tmp_path):
 
 def test_a_kernel_without_a_schedule_takes_as_long_as_its_like():
     known = {"ours.3": 7, "ours_backward.1": 9}
-    assert [cycles_of(name, known) for name in ("ours.3", "ours.4", "ours_backward.2", "other.1", "ours")] == [7, 7, 9, 0, 0]
+    assert [lookup_cycles(name, known) for name in ("ours.3", "ours.4", "ours_backward.2", "other.1", "ours")] == [
+        7,
+        7,
+        9,
+        0,
+        0,
+    ]

@@ -262,7 +262,7 @@ def test_dimensions_are_truncated_and_normalised_as_the_embedder_does(embedder, 
     run = Run(task, Sides("pair", "retrieval.query", "retrieval.passage"), DIMS)
     embeddings = TextEmbeddings(embedder, [run], 32, "", False)
     for dim in DIMS:
-        found = embeddings.of(task.left, "retrieval.query", dim)
+        found = embeddings.lookup(task.left, "retrieval.query", dim)
         np.testing.assert_allclose(found, embedder.encode_query(task.left, truncate_dim=dim), atol=1e-6)
 
 
