@@ -73,7 +73,7 @@ def test_no_lines(model, tmp_path):
         ({"file": "nowhere.txt"}, "nowhere.txt"),
         ({"--model": "nowhere/at/all"}, "no directory"),
         ({"--task": "translation"}, "unknown task 'translation'"),
-        ({"--dim": 24}, "truncate_dim 24"),
+        ({"--dim": 65}, "truncate_dim must be an integer in 1..64, not 65"),
         ({"--batch-size": 0}, "batch_size must be at least 1"),
         ({"--output": "out.txt"}, "must end in .npy or .parquet"),
         ({"--output": "nowhere/out.npy"}, "no directory"),

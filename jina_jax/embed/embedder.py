@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ from ..text import packing
 from ..text.batching import packed_batches
 from ..text.tokenizer import Tokenizer, max_tokens, tokenize
 from .forward import text_embeddings, token_states
-from .inputs import as_texts, check_one_of, is_int, resolve_max_length, resolve_truncate_dim, with_prompts
+from .inputs import Output, Request, parse_output, parse_request, resolve_truncate_dim
 from .progress import progress_bar
-from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision, quantize
-from .similarity import cosine_similarity, normalize
+from .quantize import EmbeddingPrecision, quantize
+from .similarity import cosine_similarity, normalize, pairwise_cosine_similarity
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,21 @@ WORTH_FOLDING = 16_384
 """Characters of one task, among texts of several tasks, from which on its adapter is folded into the kernels."""
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Arguments of `Embedder.encode` that do not change the type of its result."""
+
+    prompt: str | None
+    prompt_name: str | None
+    batch_size: int
+    truncate_dim: int | None
+    normalize_embeddings: bool
+    precision: EmbeddingPrecision
+    max_length: int | None
+    show_progress_bar: bool | None
+    convert_to_tensor: bool
+    device: None
 
 
 class Embedder:
@@ -95,6 +110,20 @@ class Embedder:
             raise ValueError("a model on several processes is not saved; load it on one")
         save_checkpoint(directory, self.encoder, self.tokenizer)
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Instructions and prompts by the name of their task, or their own."""
+        return dict(self.config.prompts)
+
+    @property
+    def max_seq_length(self) -> int:
+        """`max_length`, by the name that sentence-transformers gives it."""
+        return self.max_length
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Width of the embeddings that `encode` returns where no `truncate_dim` is given."""
+        return resolve_truncate_dim(None, self.config)
+
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the task retrieval.query, else with the prompt named query, else plain."""
         return self.encode(sentences, **self._retrieval_options("retrieval.query", ("query",), options))
@@ -104,6 +133,36 @@ class Embedder:
         prompts = ("document", "passage", "corpus")
         return self.encode(sentences, **self._retrieval_options("retrieval.passage", prompts, options))
 
+    @overload
+    def encode(
+        self,
+        sentences: str,
+        task: str | None = None,
+        *,
+        output_value: OutputValue = "sentence_embedding",
+        convert_to_numpy: bool = True,
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+    @overload
+    def encode(
+        self,
+        sentences: Sequence[str],
+        task: str | Sequence[str | None] | None = None,
+        *,
+        output_value: Literal["sentence_embedding"] = "sentence_embedding",
+        convert_to_numpy: Literal[True] = True,
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+    @overload
+    def encode(
+        self,
+        sentences: Sequence[str],
+        task: str | Sequence[str | None] | None = None,
+        *,
+        output_value: OutputValue = "sentence_embedding",
+        convert_to_numpy: bool = True,
+        **options: Unpack[EncodeOptions],
+    ) -> list[np.ndarray] | np.ndarray: ...
     def encode(
         self,
         sentences: str | Sequence[str],
@@ -131,7 +190,7 @@ class Embedder:
             prompt: text put before every input, in place of the task's instruction.
             prompt_name: the same by its name in `config.prompts`.
             batch_size: bounds memory: the token slots computed at once, on each device, are at most 256 times this, or one row.
-            truncate_dim: leading dimensions to keep; where the model lists its Matryoshka dimensions, one of them.
+            truncate_dim: leading dimensions to keep, best one of those that the model was trained at.
             normalize_embeddings: scale to length 1, after truncation.
             precision: float32, int8, uint8, binary or ubinary, as in sentence-transformers.
             max_length: most tokens of a text, special tokens included; longer texts are cut, with a warning.
@@ -151,46 +210,31 @@ class Embedder:
             raise ValueError("convert_to_tensor gives PyTorch tensors; use torch.from_numpy(model.encode(...))")
         if device is not None:
             raise ValueError("device is JAX's to choose: set JAX_PLATFORMS, or use jax.default_device(...) around the call")
-        texts = as_texts(sentences)
-        dim = resolve_truncate_dim(truncate_dim, self.config)
-        check_one_of("precision", precision, EMBEDDING_PRECISIONS)
-        check_one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
-        if output_value == "token_embeddings" and precision != "float32":
-            raise ValueError("token_embeddings come in float32 only")
-        if not is_int(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, and an integer, not {batch_size!r}")
-        texts, adapter_ids = with_prompts(texts, task, prompt, prompt_name, self.config)
-        limit, cut = resolve_max_length(max_length, self.max_length), []
-
-        def token_ids(some: Sequence[str]) -> list[list[int]]:
-            ids, too_long = tokenize(self.tokenizer, some, limit)
-            cut.append(too_long)
-            return ids
-
-        compute = text_embeddings if output_value == "sentence_embedding" else token_states
-        results = _one_ahead(self._computed(compute, texts, adapter_ids, token_ids, batch_size))
-        collect = _sentence_embeddings if output_value == "sentence_embedding" else _token_states
+        request = parse_request(sentences, task, prompt, prompt_name, batch_size, max_length, self.config, self.max_length)
+        output = parse_output(
+            sentences, truncate_dim, normalize_embeddings, precision, output_value, convert_to_numpy, self.config
+        )
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
-        with progress_bar(len(texts), "Embedding", "text", show=show) as progress:
-            collected = collect(results, len(texts), self.config.hidden_size, progress)
-        if sum(cut):
-            warnings.warn(f"{sum(cut)} of {len(texts)} texts are longer than {limit} tokens and were cut", stacklevel=2)
-        if output_value == "token_embeddings":
-            return collected[0] if isinstance(sentences, str) else collected
-
-        embeddings = np.asarray(collected)[:, :dim]
-        if normalize_embeddings:
-            embeddings = normalize(embeddings)
-        embeddings = quantize(embeddings, precision)
-        if isinstance(sentences, str):
-            return embeddings[0]
-        return embeddings if convert_to_numpy else list(embeddings)
+        with progress_bar(len(request.texts), "Embedding", "text", show=show) as progress:
+            results = _one_ahead(self._results(request, token_states if output.token_embeddings else text_embeddings))
+            collect = _collect_token_states if output.token_embeddings else _collect_embeddings
+            collected, truncated = collect(results, len(request.texts), self.config.hidden_size, progress)
+        if truncated:
+            total, limit = len(request.texts), request.max_length
+            warnings.warn(f"{truncated} of {total} texts are longer than {limit} tokens and were cut", stacklevel=2)
+        return _finished(collected, output)
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
     ) -> Float[np.ndarray, "n m"]:
         """Cosine similarities between every row of one and every row of the other; a vector counts as one row."""
         return cosine_similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(
+        self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "n d"] | Float[Any, " d"]
+    ) -> Float[np.ndarray, " n"]:
+        """Cosine similarity of each row of one with the same row of the other."""
+        return pairwise_cosine_similarity(embeddings1, embeddings2)
 
     def _retrieval_options(self, task: str, prompt_names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
         if "task" in options or task in self.config.tasks:
@@ -201,27 +245,27 @@ class Embedder:
                     return options | {"prompt_name": name}
         return options
 
-    def _computed(
-        self,
-        compute: Callable[..., Array],
-        texts: list[str],
-        adapter_ids: np.ndarray,
-        token_ids: Callable[[Sequence[str]], list[list[int]]],
-        batch_size: int,
-    ) -> Iterator[tuple[packing.PackedBatch, Array]]:
-        """Every batch with its result, which may still be under way. Its rows have the texts' indices in the call."""
-        budget, devices = batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
-        for encoder, members, mixed in self._groups(texts, adapter_ids):
-            for rows in packed_batches([texts[i] for i in members], token_ids, self.config.pad_id, budget, devices):
-                own = np.where(rows.texts < 0, -1, members[rows.texts])
+    def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[tuple[packing.PackedBatch, Array]]:
+        """Yields every batch with its result, which may still be under way; `texts` are indices in the call."""
+        budget, devices = request.batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
+
+        def token_ids(texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+            return tokenize(self.tokenizer, texts, request.max_length)
+
+        for encoder, members, mixed in self._groups(request.texts, request.adapter_ids):
+            texts = [request.texts[i] for i in members]
+            for batch in packed_batches(texts, token_ids, self.config.pad_id, budget, devices):
+                indices = np.where(batch.texts < 0, -1, members[batch.texts])
                 if mixed:
-                    row_adapter_ids = np.where(own < 0, -1, adapter_ids[own])
+                    adapter_ids = np.where(indices < 0, -1, request.adapter_ids[indices])
                 else:
-                    row_adapter_ids = None if encoder is self._base else np.int32(0)
-                arrays = rows.tokens, rows.segment_ids, rows.positions, row_adapter_ids
+                    adapter_ids = None if encoder is self._base else np.int32(0)
+                inputs = batch.tokens, batch.segment_ids, batch.positions, adapter_ids
+                if compute is text_embeddings:
+                    inputs = *inputs, batch.pool_ids
                 if self.mesh is not None:
-                    arrays = shard_batch(arrays, self.mesh)
-                yield rows._replace(texts=own), compute(encoder, *arrays, mesh=self.mesh)
+                    inputs = shard_batch(inputs, self.mesh)
+                yield batch._replace(texts=indices), compute(encoder, *inputs, mesh=self.mesh)
 
     def _groups(self, texts: list[str], adapter_ids: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
         """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
@@ -263,23 +307,40 @@ def _one_ahead(results: Iterator[tuple[packing.PackedBatch, Array]]) -> Iterator
         yield waiting
 
 
-def _sentence_embeddings(
+def _collect_embeddings(
     results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
-) -> Float[np.ndarray, "n d"]:
-    out = np.zeros((texts, hidden_size), np.float32)
-    for rows, pooled in results:
-        packing.scatter(np.asarray(pooled), rows, out)
-        progress.update(int((rows.texts >= 0).sum()))
-    return out
+) -> tuple[Float[np.ndarray, "n d"], int]:
+    """Returns the embeddings of all texts, in their order, and how many texts were cut."""
+    out, truncated = np.zeros((texts, hidden_size), np.float32), 0
+    for batch, pooled in results:
+        packing.scatter(np.asarray(pooled), batch, out)
+        truncated += batch.truncated
+        progress.update(int((batch.texts >= 0).sum()))
+    return out, truncated
 
 
-def _token_states(
+def _collect_token_states(
     results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
-) -> list[Float[np.ndarray, "t d"]]:
-    out = [np.zeros((0, hidden_size), np.float32)] * texts
-    for rows, states in results:
-        for row, index_in_row in zip(*np.nonzero(rows.texts >= 0), strict=True):
-            own = rows.segment_ids[row] == index_in_row + 1
-            out[rows.texts[row, index_in_row]] = np.asarray(states[row], np.float32)[own]
-        progress.update(int((rows.texts >= 0).sum()))
-    return out
+) -> tuple[list[Float[np.ndarray, "t d"]], int]:
+    """Returns the token states of each text, in their order, and how many texts were cut."""
+    out, truncated = [np.zeros((0, hidden_size), np.float32)] * texts, 0
+    for batch, states in results:
+        host = np.asarray(states, np.float32)
+        for row, index_in_row in zip(*np.nonzero(batch.texts >= 0), strict=True):
+            out[batch.texts[row, index_in_row]] = host[row][batch.segment_ids[row] == index_in_row + 1]
+        truncated += batch.truncated
+        progress.update(int((batch.texts >= 0).sum()))
+    return out, truncated
+
+
+def _finished(collected: Any, output: Output) -> Any:
+    """Returns a call's result in the form asked for: truncated, then normalised, then quantised."""
+    if output.token_embeddings:
+        return collected[0] if output.single else collected
+    embeddings = np.asarray(collected)[:, : output.dim]
+    if output.normalize:
+        embeddings = normalize(embeddings)
+    embeddings = quantize(embeddings, output.precision)
+    if output.single:
+        return embeddings[0]
+    return list(embeddings) if output.as_list else embeddings

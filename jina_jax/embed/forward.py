@@ -1,4 +1,4 @@
-"""The compiled programs of the embedder: packed rows to token states, and to one vector for each text."""
+"""The compiled forward passes of the embedder: packed rows to token states, and to one vector a text."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +21,18 @@ def token_states(
     segment_ids: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+    *,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b t d"]:
-    """Token states of packed rows, compiled once for each shape. Over a mesh every process gets all of them."""
-    return _over(mesh, _encode)(encoder, tokens, segment_ids, positions, adapter_ids)
+    """Token states of packed rows; one program for each shape. Over a mesh every process gets all of them.
+
+    Args:
+        encoder: replicated over the mesh.
+        tokens, segment_ids, positions: packed rows, see `packing.PackedBatch`.
+        adapter_ids: as the encoder takes them.
+        mesh: the devices that the rows are split over; None = one device.
+    """
+    return _over_mesh(_encode, mesh)(encoder, tokens, segment_ids, positions, adapter_ids)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -34,14 +42,33 @@ def text_embeddings(
     segment_ids: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+    pool_ids: Int[Array, "b t"] | None = None,
+    *,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b g d"]:
-    """Mean of each text of packed rows, before normalisation; otherwise as `token_states`."""
-    return _over(mesh, _embed)(encoder, tokens, segment_ids, positions, adapter_ids)
+    """Means of token states, before normalisation: of the tokens of equal `pool_ids` in a row.
+
+    Args:
+        pool_ids: 1..g = the mean that a token belongs to, 0 = none; None = `segment_ids`, a mean for each text.
+
+    The others are those of `token_states`.
+    """
+    pool_ids = segment_ids if pool_ids is None else pool_ids
+    return _over_mesh(_embed, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Array]:
-    """With rows split over a mesh, and parameters on every device: in half precision the published model has 1.1 GB."""
+def _embed(encoder: Encoder, tokens: Array, segment_ids: Array, positions: Array, adapter_ids: Any, pool_ids: Array) -> Array:
+    states = _encode(encoder, tokens, segment_ids, positions, adapter_ids)
+    return pool(states, pool_ids, max_texts(tokens.shape[1]))
+
+
+def _encode(encoder: Encoder, *inputs: Any) -> Array:
+    return encoder(*inputs)
+
+
+def _over_mesh(compute: Callable[..., Array], mesh: Mesh | None) -> Callable[..., Array]:
+    """`compute` with rows split over a mesh, and all parameters on every device: in half precision the published model has
+    1.1 GB."""
     if mesh is None:
         return compute
 
@@ -56,11 +83,3 @@ def _over(mesh: Mesh | None, compute: Callable[..., Array]) -> Callable[..., Arr
         return split(encoder, *inputs)
 
     return over_mesh
-
-
-def _embed(encoder: Encoder, tokens: Array, segment_ids: Array, *inputs: Any) -> Array:
-    return pool(_encode(encoder, tokens, segment_ids, *inputs), segment_ids, max_texts(tokens.shape[1]))
-
-
-def _encode(encoder: Encoder, *inputs: Any) -> Array:
-    return encoder(*inputs)

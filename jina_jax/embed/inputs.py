@@ -1,16 +1,78 @@
-"""What the arguments of `Embedder.encode` come to. Each function raises ValueError where one is not valid, and says what is."""
+"""Validates and normalises the arguments of `Embedder.encode`. A ValueError says what would be valid."""
 
+import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from ..config import ModelConfig
 from ..text.tokenizer import check_unicode
+from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
+
+logger = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """The texts of a call to `encode`, ready to be tokenised."""
+
+    texts: list[str]
+    """Each behind its instruction or prompt."""
+    adapter_ids: Int[np.ndarray, " n"]
+    """Adapter of each text, -1 = none."""
+    max_length: int
+    """Tokens of a text that are kept, special tokens included."""
+    batch_size: int
+
+
+class Output(NamedTuple):
+    """The form of a call's result."""
+
+    token_embeddings: bool
+    """Token states in place of one vector a text."""
+    dim: int
+    """Leading dimensions to keep."""
+    normalize: bool
+    precision: EmbeddingPrecision
+    single: bool
+    """One text was given as a string: the result is its vector."""
+    as_list: bool
+    """A list of vectors in place of a matrix."""
+
+
+def parse_request(
+    sentences: Any, task: Any, prompt: Any, prompt_name: Any, batch_size: Any, max_length: Any, config: ModelConfig, limit: int
+) -> Request:
+    """Returns the texts of a call with their instructions, adapters and limits; `limit` is the model's of tokens."""
+    if not is_int(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, and an integer, not {batch_size!r}")
+    texts, adapter_ids = with_prompts(as_texts(sentences), task, prompt, prompt_name, config)
+    return Request(texts, adapter_ids, resolve_max_length(max_length, limit), int(batch_size))
+
+
+def parse_output(
+    sentences: Any,
+    truncate_dim: Any,
+    normalize: bool,
+    precision: Any,
+    output_value: Any,
+    convert_to_numpy: bool,
+    config: ModelConfig,
+) -> Output:
+    """Returns the form that a call asks for."""
+    dim = resolve_truncate_dim(truncate_dim, config)
+    check_one_of("precision", precision, EMBEDDING_PRECISIONS)
+    check_one_of("output_value", output_value, ("sentence_embedding", "token_embeddings"))
+    if output_value == "token_embeddings" and precision != "float32":
+        raise ValueError("token_embeddings come in float32 only")
+    single = isinstance(sentences, str)
+    return Output(output_value == "token_embeddings", dim, normalize, precision, single, not convert_to_numpy)
 
 
 def as_texts(sentences: Any) -> list[str]:
-    """The texts of a call; one text counts as a list of one."""
+    """Returns the texts of a call; one string counts as a list of one."""
     if isinstance(sentences, str):
         return [sentences]
     if isinstance(sentences, np.ndarray):
@@ -29,7 +91,7 @@ def as_texts(sentences: Any) -> list[str]:
 def with_prompts(
     texts: list[str], task: str | Sequence[str | None] | None, prompt: Any, prompt_name: Any, config: ModelConfig
 ) -> tuple[list[str], np.ndarray]:
-    """Texts behind their instructions, and the adapter of each [n], -1 = none."""
+    """Returns texts behind their instructions, and the adapter of each [n], -1 = none."""
     tasks = _tasks(task, len(texts))
     names = {*tasks, task if isinstance(task, str) else None}  # a wrong one is an error for no texts, too
     indices = {name: -1 if name is None else config.task_index(name) for name in names}
@@ -40,24 +102,29 @@ def with_prompts(
 
 
 def resolve_truncate_dim(truncate_dim: int | None, config: ModelConfig) -> int:
-    """Leading dimensions to keep."""
+    """Returns how many leading dimensions to keep: any from 1 to all. One that the model does not list is logged, once."""
     d, dims = config.hidden_size, config.matryoshka_dims
     dim = config.truncate_dim if truncate_dim is None else truncate_dim
     if dim is None:
         return d
-    if dims and dim not in dims:
-        raise ValueError(f"truncate_dim {dim!r} is not one of the model's dimensions {list(dims)}")
     if not is_int(dim) or not 1 <= dim <= d:
         raise ValueError(f"truncate_dim must be an integer in 1..{d}, not {dim!r}")
+    if dims and dim not in dims:
+        _say_unlisted(int(dim), dims)
     return int(dim)
 
 
-def resolve_max_length(max_length: int | None, most: int) -> int:
-    """Most tokens of a text, of those that the model takes."""
+@cache
+def _say_unlisted(dim: int, dims: tuple[int, ...]) -> None:
+    logger.warning("truncate_dim %d is not one of the dimensions that the model was trained at: %s", dim, list(dims))
+
+
+def resolve_max_length(max_length: int | None, limit: int) -> int:
+    """Returns how many tokens of a text to keep at most; `limit` is the model's."""
     if max_length is None:
-        return most
-    if not is_int(max_length) or not 2 <= max_length <= most:
-        raise ValueError(f"max_length must be an integer in 2..{most}, not {max_length!r}")
+        return limit
+    if not is_int(max_length) or not 2 <= max_length <= limit:
+        raise ValueError(f"max_length must be an integer in 2..{limit}, not {max_length!r}")
     return int(max_length)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings as bytes or bits, with the values of sentence-transformers' `quantize_embeddings`."""
+"""Quantises embeddings to bytes or bits, as sentence-transformers' `quantize_embeddings` does."""
 
 import logging
 from typing import Literal, get_args
@@ -15,8 +15,13 @@ _FEW_EMBEDDINGS = 100
 
 
 def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision) -> Num[np.ndarray, "n _"]:
-    """float32 [n, d] as is; int8 and uint8 [n, d] in 256 steps between each dimension's least and greatest value in
-    `embeddings`; binary (int8) and ubinary (uint8) [n, ceil(d / 8)], the signs packed into bits.
+    """Quantises embeddings.
+
+    Returns:
+        float32: [n, d], unchanged.
+        int8 and uint8: [n, d], in 256 steps between each dimension's minimum and maximum in
+            `embeddings`.
+        binary (int8) and ubinary (uint8): [n, ceil(d / 8)], the signs packed into bits.
 
     Raises:
         ValueError: an unknown precision, or a single embedding to take int8 or uint8 ranges from.

@@ -18,5 +18,15 @@ def cosine_similarity(
     embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
 ) -> Float[np.ndarray, "n m"]:
     """Returns the cosine of every row of one with every row of the other; a vector counts as one row."""
-    first, second = (normalize(np.atleast_2d(np.asarray(x, np.float32))) for x in (embeddings1, embeddings2))
-    return first @ second.T
+    return _unit_rows(embeddings1) @ _unit_rows(embeddings2).T
+
+
+def pairwise_cosine_similarity(
+    embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "n d"] | Float[Any, " d"]
+) -> Float[np.ndarray, " n"]:
+    """Returns the cosine of each row of one with the same row of the other."""
+    return np.einsum("nd,nd->n", _unit_rows(embeddings1), _unit_rows(embeddings2))
+
+
+def _unit_rows(embeddings: Any) -> np.ndarray:
+    return normalize(np.atleast_2d(np.asarray(embeddings, np.float32)))

@@ -14,9 +14,13 @@ LARGEST_CHUNK = 4096
 """Texts that are tokenised, and may wait for others, at most: enough to fill rows well."""
 
 
+Tokenize = Callable[[Sequence[str]], tuple[list[list[int]], list[bool]]]
+"""From texts to the token ids of each, and whether it was cut."""
+
+
 def packed_batches(
     texts: Sequence[str],
-    tokenize: Callable[[Sequence[str]], list[list[int]]],
+    tokenize: Tokenize,
     pad_id: int,
     budget: int,
     devices: int = 1,
@@ -31,13 +35,13 @@ def packed_batches(
         pad_id: token of empty slots.
         budget, devices: as in `packing.plan_batches`.
     """
-    waiting: list[tuple[int, list[int]]] = []  # indices of texts, and their tokens
+    waiting: list[tuple[int, list[int], bool]] = []  # index of a text, its tokens, whether it was cut
     start = 0
-    for chunk, is_last in _tokenized(texts, tokenize):
-        waiting += enumerate(chunk, start)
-        start += len(chunk)
-        token_ids = [ids for _, ids in waiting]
-        indices = np.array([index for index, _ in waiting])
+    for (chunk_ids, chunk_cut), is_last in _tokenized(texts, tokenize):
+        waiting += zip(range(start, start + len(chunk_ids)), chunk_ids, chunk_cut, strict=True)
+        start += len(chunk_ids)
+        token_ids = [ids for _, ids, _ in waiting]
+        indices, cut = np.array([index for index, *_ in waiting]), np.array([cut for *_, cut in waiting], bool)
         if not is_last and len(waiting) < LARGEST_CHUNK:
             plan_now = plan_full_batches
         else:  # a small row is for a small call: for what is left of a larger one it would be a program more to compile
@@ -45,14 +49,13 @@ def packed_batches(
         batches = plan_now([len(ids) for ids in token_ids], budget, devices)
         for batch in batches:
             rows = lay_out(token_ids, batch, pad_id)
-            yield rows._replace(texts=np.where(rows.texts < 0, -1, indices[rows.texts]))
+            truncated = int(cut[rows.texts[rows.texts >= 0]].sum())
+            yield rows._replace(texts=np.where(rows.texts < 0, -1, indices[rows.texts]), truncated=truncated)
         packed = {text for batch in batches for row in batch.rows for text in row}
         waiting = [each for i, each in enumerate(waiting) if i not in packed]
 
 
-def _tokenized(
-    texts: Sequence[str], tokenize: Callable[[Sequence[str]], list[list[int]]]
-) -> Iterator[tuple[list[list[int]], bool]]:
+def _tokenized(texts: Sequence[str], tokenize: Tokenize) -> Iterator[tuple[tuple[list[list[int]], list[bool]], bool]]:
     """Token ids of each chunk, and whether it is the last; the next one is tokenised while the caller works on it."""
     first, *others = _chunks(texts)
     token_ids = tokenize(first)

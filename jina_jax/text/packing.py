@@ -34,6 +34,10 @@ class PackedBatch(NamedTuple):
     """Counted from 0 inside each text."""
     texts: Int[np.ndarray, "b g"]
     """Index of the text in the list that was packed, -1 = none."""
+    pool_ids: Int[np.ndarray, "b t"]
+    """Which embedding of the row a token is averaged into, 0 = none: today that of its text."""
+    truncated: int = 0
+    """Texts of the batch that were longer than the limit."""
 
 
 class BatchPlan(NamedTuple):
@@ -145,6 +149,7 @@ def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, p
         segment_ids=np.zeros((b, t), np.int32),
         positions=np.zeros((b, t), np.int32),
         texts=np.full((b, max_texts(t)), -1, np.int32),
+        pool_ids=np.zeros((b, t), np.int32),
     )
     for row, texts in enumerate(batch.rows):
         start = 0
@@ -152,6 +157,7 @@ def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, p
             end = start + len(token_ids[text])
             rows.tokens[row, start:end] = token_ids[text]
             rows.segment_ids[row, start:end] = index_in_row + 1
+            rows.pool_ids[row, start:end] = index_in_row + 1
             rows.positions[row, start:end] = np.arange(end - start)
             rows.texts[row, index_in_row] = text
             start = end

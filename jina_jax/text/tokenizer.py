@@ -1,4 +1,4 @@
-"""The tokenizer: always from `tokenizer.json`, never from remote code."""
+"""Loads the tokenizer, always from `tokenizer.json` and never from remote code, and applies it."""
 
 import os
 from collections.abc import Sequence
@@ -13,18 +13,19 @@ from .unicode import lone_surrogate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
-    Tokenizer = Any  # transformers is imported at first use: it takes longer than all else
+    Tokenizer = Any  # transformers is imported at first use: it takes longer than all others
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _XLM_R_SPECIAL = dict(zip(_SPECIAL, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory.
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
-        CheckpointError: it is damaged, or it is not the model's (more pieces than the vocabulary, another padding id).
+        CheckpointError: the file is damaged, or is not the model's tokenizer (more pieces than the
+            vocabulary, another padding id).
     """
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -48,7 +49,7 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _fast_tokenizer_class() -> type["Tokenizer"]:
-    """Imports transformers' class, without its advice to install PyTorch."""
+    """Imports transformers' class without its advice to install PyTorch."""
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(quiet)
     os.environ[quiet] = "1"
@@ -63,22 +64,27 @@ def _fast_tokenizer_class() -> type["Tokenizer"]:
 
 
 def max_tokens(tokenizer: Tokenizer, config: ModelConfig) -> int:
-    """Most tokens of a text, special tokens included: what both the tokenizer and the positions allow."""
+    """Maximum number of tokens of a text, special tokens included.
+
+    It is the lower of the limits of the tokenizer and of the positions.
+    """
     return min(int(tokenizer.model_max_length), config.max_tokens)
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
-    """Token ids of each text with its special tokens, and how many texts were over the limit and have been cut."""
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], limit: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Returns the token ids of each text with its special tokens, at most `limit`, and whether the text was cut."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-    cut = sum(len(text) > limit for text in ids)
-    return [text if len(text) <= limit else text[: limit - 1] + text[-1:] for text in ids], cut
+    cut = [len(text) > limit for text in ids]
+    return [text[: limit - 1] + text[-1:] if is_cut else text for text, is_cut in zip(ids, cut, strict=True)], cut
 
 
 def check_unicode(texts: Sequence[str]) -> None:
-    """ValueError with the index of a text that holds lone surrogates, which are no Unicode text."""
+    """Raises ValueError with the index of a text that holds a lone surrogate, which is not valid Unicode."""
     for index, text in enumerate(texts):
         if (position := lone_surrogate(text)) is not None:
             raise ValueError(
@@ -87,5 +93,5 @@ def check_unicode(texts: Sequence[str]) -> None:
 
 
 def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its content."""
+    """String of a special token, which is written as a string or as an object with its content."""
     return token.get("content") if isinstance(token, dict) else token

@@ -368,7 +368,7 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
         ({"process": 2, "processes": 2}, "must be in 0..1, not 2"),
         ({"process": 0, "processes": 0}, "at least 1 process, not 0"),
         ({"task": "translation"}, "unknown task 'translation'"),
-        ({"dim": 24}, "truncate_dim 24"),
+        ({"dim": 65}, "truncate_dim must be an integer in 1..64, not 65"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"shard_rows": 0}, "shard_rows must be at least 1, not 0"),
         ({"precision": "int8"}, "int8 takes its ranges from all embeddings"),

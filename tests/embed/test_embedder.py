@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jina_jax import Embedder
-from jina_jax.embed.forward import text_embeddings
+from jina_jax.embed.forward import text_embeddings, token_states
 from jina_jax.embed.quantize import quantize
+from jina_jax.text import packing
 from jina_jax.text.tokenizer import tokenize
 
 VALUES = ("sentence_embedding", "token_embeddings")
@@ -205,7 +206,8 @@ def test_sequences_other_than_lists(embedder, unchecked):
         ({"task": 3}, "task must be a name, or one for each text, not int"),
         ({"task": ["classification", 3]}, "a task is a name or None, not 3"),
         ({"task": "translation", "sentences": []}, "unknown task 'translation'"),
-        ({"truncate_dim": 24}, r"truncate_dim 24.*\[8, 16, 32, 64\]"),
+        ({"truncate_dim": 65}, r"truncate_dim must be an integer in 1..64, not 65"),
+        ({"truncate_dim": 0}, r"truncate_dim must be an integer in 1..64, not 0"),
         ({"precision": "int4"}, "unknown precision 'int4'.*ubinary"),
         ({"output_value": "logits"}, "unknown output_value 'logits'.*token_embeddings"),
         ({"output_value": "token_embeddings", "precision": "int8"}, "float32 only"),
@@ -291,3 +293,35 @@ def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):
 def test_another_models_configuration_is_refused(encoder, make_encoder, tokenizer):
     with pytest.raises(ValueError, match="not that of the encoder"):
         Embedder(encoder, make_encoder().config, tokenizer)
+
+
+def test_a_dimension_that_the_model_does_not_list_is_valid_and_said_once(embedder, caplog):
+    raw = embedder.encode(TEXTS, normalize_embeddings=False)
+    for _ in range(2):
+        np.testing.assert_array_equal(embedder.encode(TEXTS, truncate_dim=24, normalize_embeddings=False), raw[:, :24])
+    said = [record.message for record in caplog.records if "truncate_dim 24" in record.message]
+    assert said == ["truncate_dim 24 is not one of the dimensions that the model was trained at: [8, 16, 32, 64]"]
+
+
+def test_the_names_of_sentence_transformers(embedder):
+    assert embedder.max_seq_length == embedder.max_length
+    assert embedder.prompts == dict(embedder.config.prompts)
+    assert embedder.get_sentence_embedding_dimension() == embedder.encode("a").shape[0] == 64
+    first, second = embedder.encode(TEXTS), embedder.encode(TEXTS[::-1])
+    got = embedder.similarity_pairwise(first, second)
+    np.testing.assert_allclose(got, np.diag(embedder.similarity(first, second)), atol=1e-6)
+    assert got.shape == (len(TEXTS),) and embedder.similarity_pairwise(first[0], second[0]).shape == (1,)
+
+
+def test_what_is_pooled_may_differ_from_what_attends(encoder, tokenizer):
+    """Two chunks of one text: they attend to each other, and each has a mean of its own."""
+    ids = tokenizer("one text of two chunks, which attend to one another")["input_ids"]
+    batch = packing.lay_out([ids], packing.BatchPlan([[0]], (1, 32)), 1)
+    chunks = np.where(batch.segment_ids, 1 + (np.arange(32) >= len(ids) // 2)[None], 0).astype(np.int32)
+    arrays = batch.tokens, batch.segment_ids, batch.positions
+    got = np.asarray(text_embeddings(encoder, *arrays, None, chunks))[0]
+    states = np.asarray(token_states(encoder, *arrays, None))[0]
+    for chunk in (1, 2):
+        np.testing.assert_allclose(got[chunk - 1], states[chunks[0] == chunk].mean(0), atol=1e-5)
+    whole = np.asarray(text_embeddings(encoder, *arrays, None, batch.pool_ids))[0, 0]
+    np.testing.assert_array_equal(whole, np.asarray(text_embeddings(encoder, *arrays, None))[0, 0])

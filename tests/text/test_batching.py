@@ -14,16 +14,16 @@ from jina_jax.text.packing import plan_batches, plan_full_batches
 BUDGET = 1024
 
 
-def of_length(texts: list[str]) -> list[list[int]]:
-    """A text is its number of tokens, and so is each of its tokens."""
-    return [[int(text)] * int(text) for text in texts]
+def of_length(texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+    """A text is its number of tokens, and so is each of its tokens. Those of an odd number count as cut."""
+    return [[int(text)] * int(text) for text in texts], [int(text) % 2 == 1 for text in texts]
 
 
-def recorded() -> tuple[list[int], Callable[[list[str]], list[list[int]]]]:
+def recorded() -> tuple[list[int], Callable]:
     """`of_length`, and the number of texts of each of its calls."""
     seen: list[int] = []
 
-    def tokenize(texts: list[str]) -> list[list[int]]:
+    def tokenize(texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         seen.append(len(texts))
         return of_length(texts)
 
@@ -51,6 +51,7 @@ def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devic
                 np.testing.assert_array_equal(own, [lengths[text]] * lengths[text])
                 found.append(text)
             assert (rows.tokens[rows.segment_ids == 0] == 0).all()
+            assert rows.truncated == sum(lengths[text] % 2 for text in rows.texts[rows.texts >= 0])
     assert sorted(found) == list(range(len(lengths)))
 
 
@@ -66,10 +67,13 @@ def test_full_batches_are_those_of_the_plan_that_others_could_not_fill(lengths, 
 
 def test_the_corpus_in_pieces_takes_no_more_slots_than_together(corpus, tokenizer):
     def tokenize(texts):
-        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        return ids, [False] * len(ids)
 
     for texts in (corpus[:512], corpus[:2000], sorted(corpus[:2000], key=len)):
-        together = sum(b * t for b, t in (batch.shape for batch in plan_batches([len(ids) for ids in tokenize(texts)], 8192)))
+        together = sum(
+            b * t for b, t in (batch.shape for batch in plan_batches([len(ids) for ids in tokenize(texts)[0]], 8192))
+        )
         in_pieces = sum(rows.tokens.size for rows in packed_batches(texts, tokenize, 1, 8192))
         assert in_pieces <= 1.02 * together
 
