@@ -1,1 +1,1 @@
-"""What the numbers in README come from; each module is a program."""
+"""Programs that measure the numbers in README, and the modules they share."""

@@ -1,14 +1,16 @@
-"""Embedding on CPU with a full-size model, beside sentence-transformers with the same random weights.
+"""Embedding on CPU with a full-size model, compared with sentence-transformers on the same weights.
 
     python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
     python -m benchmarks.cpu_inference long --json benchmarks/results/cpu_long_text.json
 
-`long` embeds one text of 8,192 tokens, with four layers in place of 24: they all take the same time. Its systems take turns
-three times, and the fastest time of each counts: on a machine with neighbours a single one may be off by a quarter.
+`long` embeds one text of 8,192 tokens, with four layers in place of 24: all layers take the same
+time. Its systems take turns three times, and the fastest time of each counts: on a machine with
+neighbours a single time may be off by a quarter.
 
-Every system runs in a process of its own, one after the other: load, first embedding, then the texts. The model has the size
-of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16 weights, written once in a layout that both
-libraries read; the texts are descriptions from the corpus' test split in all languages.
+Every system runs in a separate process, one after the other: load, first embedding, then the texts.
+The model has the size of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16
+weights, written once in a layout that both libraries read; the texts are descriptions from the
+corpus' test split in all languages.
 """
 
 import json
@@ -34,7 +36,7 @@ LONG_LAYERS = 4
 LONG_ROUNDS = 3
 QUERY = "how do I edit a photo?"
 SYSTEMS = [
-    # (name, library, dtype, whether a former run has filled the compilation cache)
+    # (name, library, dtype, whether an earlier run has filled the compilation cache)
     ("jina-jax, cold", "jina-jax", "float32", False),
     ("jina-jax", "jina-jax", "float32", True),
     ("sentence-transformers", "sentence-transformers", "float32", False),
@@ -59,7 +61,8 @@ def main(context: click.Context, texts: int, out: Path | None, model: Path | Non
             subprocess.run([sys.executable, "-m", "benchmarks.cpu_inference", "make", str(directory)], check=True)
         results = []
         for name, library, dtype, warm in SYSTEMS:
-            # A cold run only looks at the first embedding: the texts would cost as much as in the warm one.
+            # A cold run measures only the first embedding: the texts would cost as much as in the
+            # warm run.
             count = texts if warm or library != "jina-jax" else 0
             cache = Path(scratch) / "compiled" / dtype
             results.append({"system": name, "dtype": dtype} | _measured(library, directory, dtype, count, cache))
@@ -111,7 +114,7 @@ def long(out: Path | None) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("dtype")
 def long_worker(library: str, directory: Path, dtype: str) -> None:
-    """Seconds of one text of 8,192 tokens, the second time."""
+    """Measure the seconds of one text of 8,192 tokens, the second time it is embedded."""
     encode, tokenizer = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
     text = " ".join(corpus_sample(400))
     ids = tokenizer([text])["input_ids"][0]
@@ -134,7 +137,10 @@ def make(directory: Path, layers: int) -> None:
 
 
 def write_model(directory: Path, layers: int = 24) -> None:
-    """A model of jina-embeddings-v3's size with random bfloat16 weights, in a layout that both libraries read."""
+    """Writes a model of jina-embeddings-v3's size with random bfloat16 weights.
+
+    The layout is one that both libraries read.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx

@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu_training --json benchmarks/results/cpu_training.json
 
-What is trained: `pair_training.py`. Each system runs in a process of its own, in turns, and each turn counts the steps behind
-the first ones, which compile. Needs the peer's trainer: pip install -e '.[bench]'
+`pair_training.py` says which training. Each system runs in a separate process, in turns, and each
+turn counts the steps after the first ones, which compile. Needs the peer's trainer:
+pip install -e '.[bench]'
 """
 
 import json

@@ -1,12 +1,14 @@
-"""What the embedder does beside the encoder, as a share of a call; and how many programs it compiles.
+"""Overhead of the embedder as a fraction of a call, and the number of programs it compiles.
 
     python -m benchmarks.embedder_overhead --json benchmarks/results/embedder_overhead.json
 
-A call of 512 descriptions of the corpus is timed with a device in place of the compiled program that computes nothing and takes
-its time: of a TPU the estimate of benchmarks/results/tpu_estimate.json, batch after batch, beside the host, as a real one does.
-What the call takes beyond that is the embedder's: tokens of the first texts, packing, and putting the vectors in their places.
-On CPU host and device are one, and all the host's work counts, beside the time in benchmarks/results/cpu_inference.json.
-Programs are counted with a tiny encoder over all texts of the test split.
+A call of 512 descriptions of the corpus is timed with a stand-in for the compiled program: a device
+that computes nothing and takes the program's time. For a TPU this time is the estimate of
+benchmarks/results/tpu_estimate.json, and passes batch after batch, while the host works on, as on a
+real TPU. The time of the call beyond that is the embedder's: tokenizing the first texts, packing,
+and putting the vectors in their places. On CPU host and device are one: all of the host's work
+counts, and is added to the time in benchmarks/results/cpu_inference.json. Programs are counted with
+a tiny encoder over all texts of the test split.
 """
 
 import json
@@ -39,7 +41,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TEXTS = 512
 TINY = ModelConfig(vocab_size=16_000, hidden_size=8, num_heads=1, num_layers=1, mlp_size=8)
 WIDE = ModelConfig(vocab_size=16_000, num_layers=1, mlp_size=8)
-"""Its vectors have the published size. It is never computed."""
+"""Model whose vectors have the published size; it is never computed."""
 
 
 @click.command()
@@ -54,7 +56,7 @@ def main(out: Path | None) -> None:
 
 
 class Pending(NamedTuple):
-    """Vectors that a device has ready at a point of `time.perf_counter`."""
+    """Vectors that a device has ready at a point in time of `time.perf_counter`."""
 
     ready: float
     vectors: np.ndarray
@@ -65,7 +67,7 @@ class Pending(NamedTuple):
 
 
 def overhead(runs: int = 25) -> dict[str, Any]:
-    """Seconds of the host's work for a call, and of a call beside each device; medians."""
+    """Median seconds of the host's work for a call, and of a call beside each device."""
     embedder, texts = _embedder(WIDE), corpus_sample(TEXTS)
     limit = embedder.max_length
     host, slots = _call(embedder, texts, 0.0, runs)
@@ -85,8 +87,12 @@ def overhead(runs: int = 25) -> dict[str, Any]:
 
 
 def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> tuple[float, int]:
-    """Median seconds of a call beside a device that takes `per_slot` seconds for a token slot, and the slots of a call."""
-    vectors = lru_cache(partial(np.ones, dtype=np.float32))  # made once for each shape: the device's work, not the embedder's
+    """Median seconds of a call, and the token slots of a call.
+
+    The call is made beside a device that takes `per_slot` seconds for a token slot.
+    """
+    # Made once for each shape: this is the device's work, not the embedder's.
+    vectors = lru_cache(partial(np.ones, dtype=np.float32))
     slots, free_at = 0, 0.0
 
     def compute(encoder: Encoder, ids: np.ndarray, *_: Any, **__: Any) -> Pending:
@@ -101,7 +107,10 @@ def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> t
 
 
 def programs() -> dict[str, int]:
-    """Compiled by a first pass over all texts of the test split, and by a second one in another order."""
+    """Numbers of programs compiled by two passes over all texts of the test split.
+
+    The second pass has the texts in another order.
+    """
     embedder = _embedder(TINY)
     texts = [text.body for package in read_corpus(BUNDLED, "test") for text in package.text.values()]
     counts = [text_embeddings._cache_size()]  # type: ignore[attr-defined]
@@ -132,7 +141,7 @@ def _on_cpu(tokens: float) -> dict[str, float]:
 
 
 def _on_tpus() -> dict[str, float]:
-    """Seconds of a token slot."""
+    """Seconds per token slot of each TPU, from the estimate of a forward pass."""
     estimated = json.loads((RESULTS / "tpu_estimate.json").read_text("utf-8"))["results"]
     return {
         f"{each['topology'].partition(':')[0]}, one chip": 1e6

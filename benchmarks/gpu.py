@@ -1,14 +1,20 @@
-"""Embedding and training on a GPU with a full-size model, beside sentence-transformers with its fastest attention, in bfloat16.
+"""Embedding and training on a GPU with a full-size model in bfloat16, compared with a peer.
 
     python -m benchmarks.gpu --json benchmarks/results/gpu.json
-    python -m benchmarks.gpu --small   # two layers and few texts, on whatever JAX finds: tries the benchmark, measures nothing
+    python -m benchmarks.gpu --small   # two layers and few texts, on any backend of JAX: tries the
+                                       # benchmark, measures nothing
 
-Every system runs in a process of its own, one after the other, and does each work twice: the second time counts.
+The peer is sentence-transformers with its fastest attention. Every system runs in a separate
+process, one after the other, and does each work twice: the second time counts.
 
-  * titles, bodies: those of the corpus' test split, in all languages. 8,192 tokens: bodies joined, one text after the other.
-  * training: steps of 128 pairs of up to 192 tokens, seven Matryoshka dimensions, nothing computed twice to save memory.
-  * attention alone, forward and backward: the kernel for GPUs beside XLA's forms, on rows of bodies.
-  * the matmul ceiling: 8,192 x 8,192 x 8,192, measured, since the data sheet's number is not what a device reaches.
+  * titles, bodies: those of the corpus' test split, in all languages. 8,192 tokens: bodies joined,
+    one text after the other.
+  * training: steps of 128 pairs of up to 192 tokens, seven Matryoshka dimensions, nothing
+    recomputed to save memory.
+  * attention alone, forward and backward: the kernel for GPUs beside XLA's forms, on rows of texts
+    of 150 tokens on average, and on rows of one text.
+  * the matmul ceiling: 8,192 x 8,192 x 8,192, measured, since a device does not reach the number of
+    its data sheet.
 
 The peer uses flash_attn where it is installed, else PyTorch's own attention.
 Needs: pip install -e '.[bench,convert,cuda]'
@@ -44,7 +50,7 @@ from .pair_training import EVERY, train_ours, train_peer, write_pairs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "sentence-transformers", "transformers", "torch")
 SYSTEMS = ("jina-jax", "sentence-transformers")
 WORKS = {"titles": 8192, "bodies": 4096, "8,192 tokens": 32}
-"""Number of texts."""
+"""Kinds of text to embed, and the number of texts of each."""
 ROWS = {"64 rows of 512": (64, 512), "4 rows of 8,192": (4, 8192)}
 CEILING = 8192
 
@@ -76,7 +82,7 @@ def main(context: click.Context, small: bool, out: Path | None) -> None:
         out.write_text(json.dumps(report | results, indent=2) + "\n", "utf-8")
 
 
-# ---- one measurement, in a process of its own
+# ---- one measurement, in a separate process
 
 
 @main.command()
@@ -95,7 +101,7 @@ def make(model: Path, pairs: Path, small: bool) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--small", is_flag=True)
 def embed(system: str, model: Path, small: bool) -> None:
-    """Seconds and tokens of each work."""
+    """Measure the seconds and tokens of each kind of text."""
     encode, tokenizer = (_load_ours if system == SYSTEMS[0] else _load_peer)(model, small)
     found = {}
     for work, texts in _texts(tokenizer, small).items():
@@ -112,7 +118,7 @@ def embed(system: str, model: Path, small: bool) -> None:
 @click.argument("pairs", type=click.Path(path_type=Path))
 @click.option("--small", is_flag=True)
 def train_pairs(system: str, pairs: Path, small: bool) -> None:
-    """Seconds of a training step."""
+    """Measure the seconds of a training step."""
     model, stage = _sizes(small), _stage(small)
     if system == SYSTEMS[0]:
         seconds = train_ours(model, stage, pairs, "bfloat16")
@@ -125,7 +131,7 @@ def train_pairs(system: str, pairs: Path, small: bool) -> None:
 @main.command()
 @click.option("--small", is_flag=True)
 def attention(small: bool) -> None:
-    """Seconds of attention, forward and backward, in each form."""
+    """Measure the seconds of attention, forward and backward, in each form."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -145,7 +151,7 @@ def attention(small: bool) -> None:
         b, t = (1, 256) if small else (b, t)
         rng = np.random.default_rng(0)
         qkv = jnp.asarray(rng.standard_normal((3, b, t, model.hidden_size)), jnp.bfloat16)
-        cuts = rng.random((b, t)) < 1 / 150  # texts of 150 tokens in the mean
+        cuts = rng.random((b, t)) < 1 / 150  # texts of 150 tokens on average
         segment_ids = jnp.asarray(1 + cuts.cumsum(1) if t < 8192 else np.ones((b, t)), jnp.int32)
         tables = rotary_tables(jnp.broadcast_to(jnp.arange(t), (b, t)), model.head_dim, model.rope_theta)
         for name, form in forms.items():
@@ -163,7 +169,7 @@ def attention(small: bool) -> None:
 
 @main.command()
 def backend() -> None:
-    """What JAX would run on; asked in a process of its own, since it takes the GPU's memory."""
+    """Print the backend of JAX; asked in a separate process, since JAX takes the GPU's memory."""
     import jax
 
     _print({"name": jax.default_backend()})
@@ -172,7 +178,7 @@ def backend() -> None:
 @main.command()
 @click.option("--small", is_flag=True)
 def device(small: bool) -> None:
-    """The device, and operations per second of a large product."""
+    """Print the device, and its operations per second in a large matrix product."""
     import jax
     import jax.numpy as jnp
 
@@ -183,7 +189,10 @@ def device(small: bool) -> None:
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any, runs: int = 10) -> float:
-    """Of a run, among several whose results are waited for together, after two that compile and warm up."""
+    """Mean seconds of a run, after two runs that compile and warm up.
+
+    The results of all timed runs are waited for together.
+    """
     import jax
 
     for _ in range(2):
@@ -239,7 +248,10 @@ def _load_peer(model: Path, small: bool) -> tuple[Callable[[list[str]], Any], An
 
 
 def _encode_peer(peer: Any, texts: list[str]) -> Any:
-    """In batches of texts of like length, which sentence-transformers makes itself; few at once where they are long."""
+    """Embeds texts with sentence-transformers, few at once where they are long.
+
+    The library itself makes batches of texts of similar length.
+    """
     return peer.encode(texts, batch_size=8 if max(map(len, texts)) > 20_000 else 128)
 
 
@@ -251,7 +263,8 @@ def _peer_attention(small: bool) -> str:
 
 
 def _run(*arguments: str) -> dict[str, Any]:
-    # JAX takes three quarters of the memory at its start unless it is told not to; the peer has a process of its own.
+    # JAX takes three quarters of the memory at its start unless it is told not to; the peer runs in
+    # a separate process.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

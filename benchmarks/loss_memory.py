@@ -1,9 +1,9 @@
-"""Memory of the pair loss by the compiler's own analysis; nothing is run.
+"""Memory of the pair loss, by the compiler's analysis; nothing is run.
 
     python -m benchmarks.loss_memory --json benchmarks/results/loss_memory.json
 
-The loss and its gradient at the published width of 1,024, all seven Matryoshka dimensions, both directions, in float32:
-1,024 rows of logits at a time, beside all rows at once.
+The loss and its gradient at the published width of 1,024, with all seven Matryoshka dimensions and
+both directions, in float32: 1,024 rows of logits at a time, compared with all rows at once.
 """
 
 import json

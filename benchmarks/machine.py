@@ -1,4 +1,4 @@
-"""What a result has to say about where it was measured."""
+"""The machine and the versions of packages that every result states."""
 
 import importlib.metadata
 import os

@@ -1,8 +1,9 @@
-"""One contrastive training by this project, and by sentence-transformers' trainer: what cpu_training.py and gpu.py time.
+"""One contrastive training, by this project and by sentence-transformers' trainer.
 
-The same pairs of the bundled corpus, batch, cut, model size, optimizer and loss: InfoNCE in both directions at some Matryoshka
-dimensions. Both initialise their own random weights; the peer's has a table of absolute positions where ours is rotary.
-The peer's trainer needs: pip install -e '.[bench]'
+`cpu_training.py` and `gpu.py` time it. Both have the same pairs of the bundled corpus, batch,
+maximum length, model size, optimizer and loss: InfoNCE in both directions at some Matryoshka
+dimensions. Each initialises its own random weights; the peer's model has a table of absolute
+positions where ours is rotary. The peer's trainer needs: pip install -e '.[bench]'
 """
 
 import itertools
@@ -22,7 +23,7 @@ from train.run.metrics import read_metrics
 
 TOKENIZER = "data/tokenizer"
 EVERY = 10
-"""Steps that are timed together: between them both trainers may run ahead of the device."""
+"""Steps that are timed together: within them both trainers may run ahead of the device."""
 
 
 def write_pairs(file: Path) -> None:
@@ -30,7 +31,7 @@ def write_pairs(file: Path) -> None:
 
 
 def train_ours(model: ModelConfig, stage: Stage, pairs: Path, dtype: str) -> list[float]:
-    """Seconds of a step of `python -m train`, in each ten."""
+    """Mean seconds of a step of `python -m train`, for every EVERY steps."""
     config = TrainConfig(
         start=InitialModel(model=model, tokenizer=TOKENIZER),
         stages=(replace(stage, datasets=(DatasetConfig(str(pairs), "pair"),), warmup_steps=0),),
@@ -46,11 +47,11 @@ def train_ours(model: ModelConfig, stage: Stage, pairs: Path, dtype: str) -> lis
 def train_peer(
     model: ModelConfig, stage: Stage, pairs: Path, dtype: str, *, device: str = "cpu", attention: str | None = None
 ) -> list[float]:
-    """Seconds of a step of sentence-transformers' trainer, in each ten.
+    """Mean seconds of a step of sentence-transformers' trainer, for every EVERY steps.
 
     Args:
         device: "cpu" or "cuda".
-        attention: transformers' name of an implementation; None = its choice.
+        attention: transformers' name of an attention implementation; None = its choice.
     """
     import datasets  # type: ignore[import-not-found]
     import torch
@@ -110,7 +111,7 @@ def train_peer(
 
 
 def _write_peer(directory: Path, model: ModelConfig, stage: Stage) -> Path:
-    """XLM-RoBERTa of the same sizes with the bundled tokenizer, under a mean."""
+    """Writes an XLM-RoBERTa of the same sizes with the bundled tokenizer and mean pooling."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import XLMRobertaConfig, XLMRobertaModel

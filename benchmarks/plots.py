@@ -35,7 +35,7 @@ class Bar(NamedTuple):
     label: str
     ours: float
     peer: float
-    """Work per second of both, in the same unit."""
+    """Work per second of the peer; `ours` is in the same unit."""
 
 
 @click.command()
@@ -46,13 +46,14 @@ def main(results: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plots: dict[str, Callable[[Path], Figure]] = {"tpu_estimate.svg": tpu_estimate, "cpu.svg": cpu}
     for name, plot in plots.items():
-        with matplotlib.rc_context({"svg.hashsalt": name}), atomic_write(out / name) as target:  # the same bytes at each run
+        # The fixed salt, and no date, give the same bytes at each run.
+        with matplotlib.rc_context({"svg.hashsalt": name}), atomic_write(out / name) as target:
             plot(results).savefig(target, format="svg", metadata={"Date": None})
         click.echo(out / name)
 
 
 def tpu_estimate(results: Path) -> Figure:
-    """Estimated cycles of a forward pass by kind of work, a panel for each chip."""
+    """Estimated cycles of a forward pass by kind of work, with one panel for each chip."""
     found = _read(results / "tpu_estimate.json")["results"]
     of = {(each["topology"], each["program"]): each["mcycles_by_kind"] for each in found}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -71,7 +72,10 @@ def tpu_estimate(results: Path) -> Figure:
 
 
 def cpu(results: Path) -> Figure:
-    """Speed on CPU over that of sentence-transformers in the same run; each kind of work and dtype a bar."""
+    """Speed on CPU relative to sentence-transformers in the same run.
+
+    Each kind of work and dtype has one bar.
+    """
     bars = cpu_bars(results)
     figure = Figure(figsize=(7, 0.45 * len(bars) + 1), layout="constrained")
     panel = figure.subplots()
@@ -85,7 +89,7 @@ def cpu(results: Path) -> Figure:
 
 
 def cpu_bars(results: Path) -> list[Bar]:
-    """Of each kind of work and dtype, what both systems do in a second."""
+    """Work per second of both systems, for each kind of work and dtype."""
     work: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
         "512 descriptions": ("cpu_inference.json", lambda row: row["tokens_per_s"]),
         "one query": ("cpu_inference.json", lambda row: 1 / row["query_s"]),
@@ -101,7 +105,7 @@ def cpu_bars(results: Path) -> list[Bar]:
 
 
 def _share(cycles: dict[str, float], kind: str) -> float:
-    """Of one of KINDS; those that have no name there are the others."""
+    """Cycles of one of KINDS; "others" is the sum of all kinds without a name there."""
     if kind == "others":
         return sum(value for name, value in cycles.items() if name not in KINDS)
     return cycles.get(kind, 0.0)

@@ -1,11 +1,13 @@
-"""What the TPU compiler says of every configuration of the paper on four slices: the tables of docs/scaling.md.
+"""The TPU compiler's estimates for every configuration of the paper on four slices.
 
-    python -m benchmarks.scaling                     # every program that is not in the results yet: a minute or more for each
-    python -m benchmarks.scaling pairs_short@v5e-16  # again
+    python -m benchmarks.scaling                     # every program without a result yet: a minute
+                                                     # or more for each
+    python -m benchmarks.scaling pairs_short@v5e-16  # this program once more
     python -m benchmarks.scaling --table             # compile nothing, write the tables
 
-Each program is compiled ahead of time by `python -m train.compile`, in a process of its own; no TPU is needed. Results are
-kept after each one. Needs: pip install -e '.[train,tpu]'
+Writes the tables of docs/scaling.md. Each program is compiled ahead of time by
+`python -m train.compile`, in a separate process; no TPU is needed. Results are saved after each
+program. Needs: pip install -e '.[train,tpu]'
 """
 
 import json
@@ -31,19 +33,22 @@ BEGIN, END = "<!-- tables of benchmarks/scaling.py -->", "<!-- end of tables -->
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 STAGES = ("mlm_short", "mlm_long", "pairs_short", "pairs_long", "retrieval", "text_matching", "classification", "separation")
-"""In the order of the recipe. configs/adapters.py runs the programs of the last four."""
+"""Configurations in the order of the recipe.
+
+configs/adapters.py runs the programs of the last four.
+"""
 
 SLICES = {"v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-128": "v5p:4x4x4", "v6e-256": "v6e:16x16"}
 
 SMALLER = {"mlm_long": "8x8", "retrieval": "8x16"}
-"""Part of 16 x 16 chips that the batch divides by: of 64 texts, and of 128 tuples."""
+"""Sub-slices of 16 x 16 chips whose size divides the batch: of 64 texts, and of 128 tuples."""
 
 
 class Row(NamedTuple):
     config: str
     slice: str
     settings: tuple[str, ...] = ()
-    """Fields that differ from the configuration's."""
+    """Overrides of fields of the configuration, as PATH=VALUE."""
 
     @property
     def name(self) -> str:
@@ -56,11 +61,11 @@ class Row(NamedTuple):
 
 
 AT_ONCE = "stages.0.encode_chunk_rows=None"
-"""No gradient caching, where so many chips share the batch that each has memory for its rows."""
+"""Setting without gradient caching, for enough chips that each has memory for all its rows."""
 
 FEW = Row("pairs_short", "v5e-16")
 FEW_SHARE = Row("pairs_short", "v5e-16", (AT_ONCE, "stages.0.batch_size=1024"))
-"""64 pairs a chip, as MANY has."""
+"""Batch of 64 pairs a chip, as in MANY."""
 MANY = Row("pairs_short", "v5e-256", (AT_ONCE,))
 
 ROWS = (
@@ -91,7 +96,10 @@ def main(names: tuple[str, ...], table: bool) -> None:
 
 
 def tables(rows: dict[str, Any]) -> str:
-    """Markdown of the results: one table of programs, one of the recipe's hours, and how steps scale."""
+    """Markdown of the results.
+
+    One table of programs, one of the recipe's hours, and lines on how steps scale.
+    """
     lines = [
         "| program | slice | rows at once | HBM peak, GB | step, s | sending, s | tokens/s | share of peak |",
         "|---|---|---|---|---|---|---|---|",
@@ -139,7 +147,10 @@ def _steps(config: str) -> int:
 
 
 def _hours(rows: dict[str, Any], config: str, slice_: str) -> float | None:
-    """Of all steps, kinds of records counting the same; with gradient caching or without, whichever is faster."""
+    """Hours of all steps, with gradient caching or without, whichever is faster.
+
+    Kinds of records count the same. None where there is no result that fits.
+    """
     found = [rows.get(row.name) for row in (Row(config, slice_), Row(config, slice_, (AT_ONCE,)))]
     means = [
         sum(program["seconds"] for program in row["programs"]) / len(row["programs"])
@@ -154,7 +165,7 @@ def _shown(hours: Sequence[float | None]) -> str:
 
 
 def _scaling(rows: dict[str, Any]) -> list[str]:
-    """From 16 to 256 chips: with 64 pairs on each chip, and with the paper's batch on either."""
+    """Lines on 16 and 256 chips: with 64 pairs on each chip, and with the paper's batch on both."""
     config_rows = (FEW, FEW_SHARE, MANY)
     fixed, weak, many = (rows.get(row.name, {"programs": [{}]})["programs"][0].get("seconds") for row in config_rows)
     return [

@@ -1,12 +1,13 @@
-"""What the TPU compiler makes of the encoder: estimated cycles of its programs on several chips, beside a naive port.
+"""Estimated cycles of the encoder on several TPUs, beside a naive port.
 
     python -m benchmarks.tpu_estimate --json benchmarks/results/tpu_estimate.json
 
-Needs no TPU: the programs are compiled ahead of time, and their cycles are the compiler's estimates, loops counted as often as
-they turn, and the schedules of the Pallas kernels (`train.aot.compiler`). Nothing is run, so waits for memory inside a kernel
-and stalls of the matrix unit are not seen. The naive port has the same products and the same mask, in bfloat16 and in a loop
-over layers: separate q, k and v, XLA's attention, rotation by halves, a float32 stream, LayerNorm in two passes, and
-`jax.nn.gelu`. Needs libtpu: pip install -e '.[train,tpu]'
+Needs no TPU: the programs are compiled ahead of time, and their cycles are the TPU compiler's
+estimates, with loops counted once per iteration, and the schedules of the Pallas kernels
+(`train.aot.compiler`). Nothing is run, so waits for memory inside a kernel and stalls of the matrix
+unit are not seen. The naive port has the same matmuls and the same mask, in bfloat16 and in a loop
+over layers: separate q, k and v, XLA's attention, rotation by halves, a float32 residual stream,
+LayerNorm in two passes, and `jax.nn.gelu`. Needs libtpu: pip install -e '.[train,tpu]'
 """
 
 import json
@@ -40,7 +41,7 @@ TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification",
 KERNEL_ROWS = 16
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
-"""A function, and the shapes of its arguments."""
+"""Function, and the shapes of its arguments."""
 
 
 @click.command()
@@ -48,7 +49,10 @@ Program = tuple[Callable[..., Any], tuple[Any, ...]]
 @click.option("--program", "chosen", multiple=True, help="These alone; other results in the JSON file stay.")
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(names: tuple[str, ...], chosen: tuple[str, ...], out: Path | None) -> None:
-    """Compile every program for one device of each topology, print a table, and write the numbers as JSON."""
+    """Compile every program for one device of each topology.
+
+    Print a table, and write the numbers as JSON.
+    """
     programs = {
         "forward 16 x 512": forward(16, 512),
         "naive port 16 x 512": naive_forward(16, 512),
@@ -82,7 +86,7 @@ def _estimate(program: Program, part: Slice) -> dict[str, Any]:
     """Cycles of one run on one device, by kind of work, and of each call of a kernel."""
     mesh = Mesh(np.array(part.devices)[:1], ("data",))
     function, shapes = program
-    # Inside a shard_map the mesh says what the program is compiled for.
+    # Inside a shard_map, the mesh determines the device that the program is compiled for.
     whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
@@ -97,7 +101,7 @@ def _estimate(program: Program, part: Slice) -> dict[str, Any]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """Mcycles of whole programs, and of the attention the cycles of a row and head."""
+    """Table of Mcycles of each program; of attention alone, of cycles per row and head."""
     cycles = {(each["program"], each["topology"]): each["mcycles"] for each in results}
     topologies = list(dict.fromkeys(each["topology"] for each in results))
     lines = [f"{'':55}" + "".join(f"{name:>12}" for name in topologies)]
@@ -118,13 +122,13 @@ def forward(b: int, t: int) -> Program:
 
 
 def folded_forward(b: int, t: int) -> Program:
-    """With the adapter of one task in the kernels, and beside the embedding table."""
+    """The encoder with one task's adapter folded into the kernels; the table's stays beside it."""
     one = jax.ShapeDtypeStruct((), jnp.int32)
     return _program(lambda: fold_adapter(_encoder(tasks=TASKS), TASKS[0]), b, t, one)
 
 
 def mixed_forward(b: int, t: int, *, unroll: bool = False) -> Program:
-    """With adapters of five tasks, any of them for each text of a row."""
+    """The encoder with adapters of five tasks, any of them for each text of a row."""
     return _program(lambda: _encoder(unroll=unroll, tasks=TASKS), b, t, jax.ShapeDtypeStruct((b, max_texts(t)), jnp.int32))
 
 
@@ -152,7 +156,7 @@ def attention_gradient(t: int) -> Program:
 
 
 def naive_forward(b: int, t: int) -> Program:
-    """The layers alone, as one would write them from the PyTorch model."""
+    """The layers alone, as a direct port of the PyTorch model."""
     d, f = CONFIG.hidden_size, CONFIG.mlp_size
     kernels = {"q": (d, d), "k": (d, d), "v": (d, d), "out": (d, d), "up": (d, f), "down": (f, d)}
     vectors = {f"{name}_bias": shape[1:] for name, shape in kernels.items()} | {

@@ -35,7 +35,10 @@ def main() -> None:
 @pickle_option
 @click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
 def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
-    """Write SRC (a PyTorch checkpoint in any layout: directory or hub id) as the native checkpoint DST."""
+    """Write SRC, a PyTorch checkpoint, as the native checkpoint DST.
+
+    SRC is a directory or a hub id, in any layout.
+    """
     check_free(dst)
     directory = find_model(src, revision)
     if checkpoint_format(directory) == "native":
@@ -53,7 +56,10 @@ def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revisi
 @dtype_option
 @click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
 def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
-    """Write SRC (a native checkpoint, or any other that this library reads) as a PyTorch checkpoint DST."""
+    """Write SRC as a PyTorch checkpoint DST.
+
+    SRC is a native checkpoint, or any other that this library reads.
+    """
     check_free(dst)
     if task and layout != "sentence-transformers":
         raise ValueError(f"--task goes with --layout sentence-transformers; {layout} holds all tasks")
@@ -80,7 +86,10 @@ def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | Non
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the report. Default: standard output.")
 @click.pass_context
 def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: Path | None) -> None:
-    """Compare DST with the PyTorch checkpoint SRC, per layer and per task. Exit 1 above the tolerance."""
+    """Compare DST with the PyTorch checkpoint SRC, per layer and per task.
+
+    The exit status is 1 if a difference is above its tolerance.
+    """
     report = compare(find_model(src), dst, allow_pickle=allow_pickle)
     text = json.dumps(report, indent=2)
     if out is None:
@@ -94,7 +103,7 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
 @main.command("seal")
 @click.argument("directory", type=click.Path(path_type=Path))
 def seal(directory: Path) -> None:
-    """Accept the files of a native checkpoint as they are now: write its manifest anew."""
+    """Accept the current files of a native checkpoint: write a new manifest."""
     if not native.is_checkpoint(directory):
         raise ValueError(f"{directory} has no {MANIFEST}; it is no native checkpoint")
     sealed_directory.seal(directory)

@@ -1,4 +1,4 @@
-"""The PyTorch side of `convert verify`: hidden states of a checkpoint as transformers' own classes compute them."""
+"""PyTorch side of `convert verify`: hidden states of a checkpoint by transformers' classes."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,7 +23,10 @@ _NATIVE_NAMES = {
 
 
 class TorchReference:
-    """A checkpoint in PyTorch, float32. The original's stacked adapters are folded into the weights, one task at a time."""
+    """A checkpoint as a PyTorch model in float32.
+
+    The original's stacked adapters are folded into the weights, one task at a time.
+    """
 
     def __init__(self, directory: Path, config: ModelConfig, *, allow_pickle: bool = False):
         self._config = config
@@ -39,7 +42,12 @@ class TorchReference:
         self._model = self._build()
 
     def hidden_states(self, tokens: Tensor, mask: Tensor, task: str | None) -> list[Tensor]:
-        """Input of the first layer and output of each, [b, t, d]."""
+        """Returns the input of the first layer and the output of each layer, all [b, t, d].
+
+        Args:
+            tokens, mask: [b, t]; the mask is 1 at tokens and 0 at padding.
+            task: the adapter; None = the base model.
+        """
         with torch.no_grad(), self._active(task) as model:
             return list(model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states)
 
@@ -57,7 +65,10 @@ class TorchReference:
         return model.eval().float()
 
     def _hf_config(self) -> dict:
-        """Only what the class needs: it ignores `rotary_emb_base`, so the base goes in as it wants it."""
+        """Fields of `config.json` that the class needs.
+
+        The class ignores `rotary_emb_base`, so the rotary base is given in `rope_parameters`.
+        """
         config = self._config
         return {
             "vocab_size": config.vocab_size,
@@ -74,7 +85,7 @@ class TorchReference:
 
     @contextmanager
     def _active(self, task: str | None) -> Iterator[PreTrainedModel]:
-        """The model with one task's adapter, whichever way the layout has it."""
+        """Yields the model with one task's adapter, however the layout stores adapters."""
         if task is None:
             yield self._model
         elif self._stacked:
@@ -82,10 +93,10 @@ class TorchReference:
             yield self._model
             self._load(self._model, None)
         else:
-            name = adapter_folder(task)  # PyTorch wants names of modules without dots
+            name = adapter_folder(task)  # names of PyTorch modules must not contain dots
             if name not in getattr(self._model, "peft_config", {}):
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that there are several adapters is meant
+                    warnings.simplefilter("ignore")  # several adapters are intended
                     folder = {"subfolder": self._folders[task]}
                     self._model.load_adapter(str(self._directory), adapter_name=name, adapter_kwargs=folder)
             self._model.set_adapter(name)
@@ -94,7 +105,12 @@ class TorchReference:
             self._model.disable_adapters()
 
     def _load(self, model: torch.nn.Module, task: int | None) -> None:
-        """Fills the native class from the original's tensors, W + alpha / rank B A."""
+        """Loads the original's tensors into transformers' class.
+
+        Args:
+            model: an instance of the class.
+            task: index of the adapter, folded in as W + alpha / rank B A; None = the base model.
+        """
         assert self._state is not None
         native = {}
         for name, tensor in self._state.items():

@@ -17,8 +17,12 @@ from jina_jax.model.layers import DeferredLayerNorm
 from jina_jax.text import packing
 
 TOLERANCES = {"layer": 1e-5, "states": 1e-4, "embedding": 1e-5}
-"""Largest differences in float32. `layer`: output of one layer given the reference's input, `states`: of all layers in turn,
-both relative to the largest reference value where that exceeds 1; `embedding`: normalised mean, absolute."""
+"""Largest differences allowed in float32.
+
+`layer`: output of one layer, given the reference's input. `states`: output of all layers in turn.
+Both are relative to the largest reference value where that exceeds 1. `embedding`: normalised mean,
+absolute.
+"""
 
 TEXTS = (
     "",
@@ -32,10 +36,13 @@ TEXTS = (
 
 
 def verify(source: Path, target: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """A report of the differences between `source` (PyTorch) and `target`, both computed in float32.
+    """Compares `target` with its PyTorch source, both computed in float32.
 
     Returns:
-        `ok`, the tolerances, and for the base and each task the largest differences.
+        A report: `ok`, the tolerances, and the largest differences for the base and each task.
+
+    Raises:
+        ValueError: `source` is a native checkpoint or `target` itself, or their tasks differ.
     """
     from .torch_reference import TorchReference
 
@@ -79,7 +86,10 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
 
 
 def _layer_outputs(encoder: Encoder, rows: packing.PackedBatch, tasks: np.ndarray | None, expected: list[np.ndarray]):
-    """(ours, the reference's) output of the embedding and of each layer, each given the reference's input."""
+    """Yields (ours, the reference's) output of the embedding and of each layer.
+
+    Each layer is given the reference's input.
+    """
     task = None if tasks is None else token_adapter_ids(jnp.asarray(tasks), jnp.asarray(rows.segment_ids))
     tables = encoder.rotary_tables(jnp.asarray(rows.positions))
     tokens, positions = jnp.asarray(rows.tokens), jnp.asarray(rows.positions)

@@ -1,10 +1,10 @@
-"""Train the tokenizer for small models: Unigram, 16,000 pieces, XLM-R's special ids and conventions.
+"""Train the tokenizer of small models: Unigram, 16,000 pieces, XLM-R's special ids and conventions.
 
     python data/train_tokenizer.py
 
-writes `data/tokenizer/` from the titles and bodies of the bundled corpus' train split, all languages together, and
-prints how the test split fares with it. Takes three minutes; the same corpus and release of `tokenizers` give the same
-files.
+writes `data/tokenizer/` from the titles and bodies of the bundled corpus' train split, all
+languages together, and prints statistics of the test split. Takes three minutes; the same corpus
+and release of `tokenizers` give the same files.
 """
 
 import json
@@ -44,7 +44,8 @@ def texts(corpus: Path, split: str) -> Iterator[str]:
 
 def unigram_tokenizer(model: models.Unigram) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    # The rules that XLM-R's compiled table was made from; WhitespaceSplit collapses runs of whitespace.
+    # The rules that XLM-R's compiled table was made from; WhitespaceSplit collapses runs of
+    # whitespace.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
@@ -52,11 +53,15 @@ def unigram_tokenizer(model: models.Unigram) -> Tokenizer:
 
 
 def learn_pieces(corpus: Path, size: int) -> list[tuple[str, float]]:
-    """The `size` best pieces and their log probabilities, independent of the order of the trainer's hash tables."""
+    """The `size` best pieces and their log probabilities.
+
+    They do not depend on the order of the trainer's hash tables.
+    """
     draft = unigram_tokenizer(models.Unigram())
     draft.train_from_iterator(texts(corpus, "train"), trainers.UnigramTrainer(vocab_size=size))
     scores: dict[str, float] = dict(json.loads(draft.to_str())["model"]["vocab"])
-    # The trainer gives the i-th of the rarest characters floor + 0.0001 i, in a hash table's order: give all the floor.
+    # The trainer gives the i-th of the rarest characters floor + 0.0001 i, in a hash table's order:
+    # give all of them the floor.
     characters = [piece for piece in scores if len(piece) == 1]
     floor = min(scores.values())
     for character in characters:

@@ -1,5 +1,8 @@
-"""jina-embeddings-v3 in JAX: a packed-row XLM-RoBERTa encoder with native task adapters, and an embedder for every layout of
-its checkpoints."""
+"""jina-embeddings-v3 in JAX.
+
+An XLM-RoBERTa encoder of packed batches with native task adapters, and an embedder that loads every
+layout of its checkpoints.
+"""
 
 from . import adapters as adapters
 from . import losses as losses

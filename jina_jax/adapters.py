@@ -1,4 +1,4 @@
-"""Operations on the adapters of a finished model, see `model.adapters`."""
+"""Operations on the adapters of a finished model; see `model.adapters`."""
 
 from .model.adapters import Adapter as Adapter
 from .model.adapters import add_adapter as add_adapter

@@ -53,9 +53,9 @@ def main() -> None:
 def embed(files: Sequence[str], model: str, output: str, num_processes: int, process_id: int | None, **options: Any) -> None:
     """Embed the lines of one file (UTF-8, one text each), or of standard input with -.
 
-    With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz, and
-    .parquet) as Parquet shards.
-    Started again, after whatever end, it goes on. Several processes, each with its own --process-id, share the shards.
+    With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz,
+    and .parquet) as Parquet shards. However a run ended, it resumes when it is started again.
+    Several processes, each with its own --process-id, share the shards.
     """
     if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
         _embed_files(files, model, output, num_processes, process_id, options)

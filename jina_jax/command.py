@@ -1,4 +1,4 @@
-"""What all commands of this project share: one-line errors, and compiled programs kept between runs."""
+"""Behaviour that all commands share: one-line errors, and a compilation cache kept between runs."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,10 @@ MAX_CACHE_BYTES = 10 * 2**30
 
 
 class Command(click.Command):
-    """A command: compiled programs are kept between runs, and an error of the user is one line, without traceback."""
+    """Click command with a compilation cache and one-line errors.
+
+    Compiled programs are kept between runs. A user's error is one line, without traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         use_compilation_cache()
@@ -36,7 +39,10 @@ def use_compilation_cache() -> None:
 
 
 def _remove_half_written(cache: Path) -> None:
-    """Entries that a killed program left without their time of use: with one of them there, JAX writes no other."""
+    """Removes cache entries that a killed program left without their access time.
+
+    While the cache holds one of them, JAX writes no other entry.
+    """
     for entry in cache.glob("*-cache"):
         if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
             entry.unlink(missing_ok=True)

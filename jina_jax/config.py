@@ -1,4 +1,7 @@
-"""The model's configuration, and its translation from and to the `config.json` files of published checkpoints."""
+"""Configuration of the model.
+
+`checkpoints.hf_config` translates it from and to the `config.json` of published checkpoints.
+"""
 
 import dataclasses
 import math
@@ -15,20 +18,28 @@ PUBLISHED_INSTRUCTIONS = {
     "classification": "",
     "text-matching": "",
 }
-"""The five tasks of jina-embeddings-v3, in the order of its adapters, each with the text put before every input."""
+"""Instructions of the five tasks of jina-embeddings-v3, in the order of its adapters.
+
+The instruction of a task is put before every input.
+"""
 
 SERVING_ROPE_THETA = 20_000.0
 """Rotary base of the released model. The paper trains at 10,000 and serves at 20,000."""
 
 PositionType = Literal["rope", "absolute"]
 Remat = Literal["none", "except_attention", "full"]
-"""What of a layer the gradient computes again, in place of keeping it: nothing; all but attention's result; or everything, from
-the layer's input."""
+"""Activations of a layer that the backward pass recomputes instead of keeping them.
+
+none: nothing. except_attention: all but attention's result. full: everything, from the layer's
+input.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and conventions of one encoder. Hashable, so that it can be a static part of a compiled program.
+    """Sizes and conventions of one encoder.
+
+    It is hashable, so that it can be a static part of a compiled program.
 
     The defaults are the published jina-embeddings-v3 without its adapters.
     """
@@ -42,7 +53,7 @@ class ModelConfig:
     type_vocab_size: int = 1
     position_type: PositionType = "rope"
     rope_theta: float = 20_000.0
-    """Base of the rotary angles in use now: the paper trains at 10,000 and serves at 20,000."""
+    """Rotary base currently in use: the paper trains at 10,000 and serves at 20,000."""
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     pad_id: int = 1
@@ -50,20 +61,23 @@ class ModelConfig:
     """Names of the adapters, in the order of their index."""
     lora_rank: int = 4
     lora_alpha: float = 1.0
-    """Scale of a fresh adapter is lora_alpha / lora_rank; a loaded adapter brings its own."""
+    """Numerator of a fresh adapter's scale, lora_alpha / lora_rank; a loaded one has its scale."""
     separate_qkv_adapters: bool = False
-    """Whether q, k and v have a down-projection each (PEFT) or share one (the original)."""
+    """Whether q, k and v have separate down-projections (PEFT) or share one (the original)."""
     pooler: bool = False
-    """Whether the checkpoint holds the dense pooler. Embeddings never use it; it is kept so that nothing is lost."""
+    """Whether the checkpoint holds the dense pooler.
+
+    Embeddings never use it; it is kept so that nothing is lost.
+    """
     mlm_head: bool = False
     prompts: tuple[tuple[str, str], ...] = ()
-    """(task or prompt name, text put before the input)."""
+    """Pairs of (task or prompt name, text put before the input)."""
     default_prompt: str | None = None
     """Name of the prompt for a call that names neither task nor prompt."""
     matryoshka_dims: tuple[int, ...] = ()
     truncate_dim: int | None = None
     unroll: bool = False
-    """Unroll the loop over layers: faster inference on TPU v5e, longer compilation."""
+    """Whether the loop over layers is unrolled: faster inference on TPU v5e, longer compilation."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -107,14 +121,17 @@ class ModelConfig:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a text, special tokens included. Absolute positions start behind the padding id."""
+        """Maximum number of tokens of a text, special tokens included.
+
+        Absolute positions start after the padding id.
+        """
         return self.max_position_embeddings - (self.pad_id + 1 if self.position_type == "absolute" else 0)
 
     def prompt(self, name: str) -> str | None:
         return dict(self.prompts).get(name)
 
     def task_index(self, task: str) -> int:
-        """Index of a task's adapter; ValueError listing the valid names."""
+        """Index of a task's adapter; raises ValueError listing the valid names."""
         if task not in self.tasks:
             raise ValueError(f"unknown task {task!r}; this model has {list(self.tasks) or 'no adapters'}")
         return self.tasks.index(task)
@@ -124,7 +141,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Inverse of `to_dict`, also after a trip through JSON."""
+        """Inverse of `to_dict`, also after a round trip through JSON."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
@@ -132,7 +149,14 @@ class ModelConfig:
 
 
 def _from_file(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of values that may be of any type; JSON has neither tuples nor a difference between 1 and 1.0."""
+    """ModelConfig from values that may be of any type.
+
+    Lists become tuples, and integers floats where the field is one: JSON has neither tuples nor a
+    difference between 1 and 1.0.
+
+    Raises:
+        ConfigError: names every field of the wrong type.
+    """
     values = {name: _tuples(value) for name, value in fields.items()}
     types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     if wrong := {name: value for name, value in values.items() if not _fits(value, types[name])}:
@@ -147,7 +171,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; an integer passes for a float, a truth value for no number."""
+    """True if a value is of a field's type; an integer passes for a float, a bool for no number."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return value in arguments

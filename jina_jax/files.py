@@ -1,4 +1,4 @@
-"""Files that appear under their name whole or not at all."""
+"""Writes files atomically, reads and compares JSON, and hashes files."""
 
 import contextlib
 import hashlib
@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, JinaJaxError
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A file that appears under its name only when it has been written to the end; nothing is left on failure."""
-    # Random, not the process id: in containers that one repeats.
+    """Yields a temporary path that replaces `path` when the block ends without an error.
+
+    Nothing is left on failure.
+    """
+    # Random, not the process id: process ids repeat in containers.
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         yield partial
@@ -24,11 +27,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def check_output_file(path: Path) -> None:
-    """Raises, before long work begins, where no file can be written at `path`.
+    """Raises, before long work begins, if no file can be written at `path`.
 
     Raises:
         FileNotFoundError: its directory does not exist.
-        IsADirectoryError: it is a directory itself.
+        IsADirectoryError: `path` is a directory.
     """
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent}")
@@ -37,11 +40,12 @@ def check_output_file(path: Path) -> None:
 
 
 def dump_json(fields: Mapping[str, Any]) -> str:
+    """Formats a JSON object as it is written to files."""
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 def json_diff(saved: Any, now: Any, place: str = "") -> list[str]:
-    """Where two JSON values differ, as "stages.0.steps: 100 -> 200"."""
+    """Differences between two JSON values, as "stages.0.steps: 100 -> 200"."""
     saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
     if isinstance(saved, list) and isinstance(now, list):
         saved, now = dict(enumerate(saved)), dict(enumerate(now))
@@ -51,30 +55,30 @@ def json_diff(saved: Any, now: Any, place: str = "") -> list[str]:
     return [line for key in keys for line in json_diff(saved.get(key), now.get(key), f"{place}.{key}".strip("."))]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError where the file is none."""
-    return _read_json(path, dict)
+def read_json(path: Path, error: type[JinaJaxError] = CheckpointError) -> dict[str, Any]:
+    """Reads a JSON object; raises `error` where the file holds something else."""
+    return _read_json(path, dict, error)
 
 
-def read_json_list(path: Path) -> list[Any]:
-    """A JSON array; CheckpointError where the file is none."""
-    return _read_json(path, list)
+def read_json_list(path: Path, error: type[JinaJaxError] = CheckpointError) -> list[Any]:
+    """Reads a JSON array; raises `error` where the file holds something else."""
+    return _read_json(path, list, error)
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def _read_json(path: Path, kind: type, error: type[JinaJaxError]) -> Any:
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except ValueError as reason:
+        raise error(f"{path} is not JSON: {reason}") from reason
     if not isinstance(value, kind):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
+        raise error(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")
     return value
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """What a small file says; nothing where it is missing or damaged, since it can be made again."""
+    """Reads a JSON object that can be made again; {} if the file is missing or damaged."""
     try:
         return read_json(path) if path.exists() else {}
     except ValueError:
@@ -82,10 +86,12 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON object atomically."""
     with atomic_write(path) as partial:
         partial.write_text(dump_json(fields), "utf-8")
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

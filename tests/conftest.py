@@ -1,4 +1,7 @@
-"""What the tests share: JAX settings, the bundled tokenizer and corpus, and small models of which every parameter is random."""
+"""JAX settings and fixtures of all tests.
+
+The fixtures are the bundled tokenizer and corpus, and small models with every parameter random.
+"""
 
 import json
 import lzma
@@ -7,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# These programs compile for longer than they run, six times as long with JAX's defaults. Processes that tests start inherit it.
+# These programs compile for longer than they run, six times as long with JAX's defaults. Processes
+# that tests start inherit the settings.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
@@ -34,7 +38,7 @@ SIZES = {"vocab_size": 300, "hidden_size": 64, "num_layers": 2, "num_heads": 4, 
 
 @pytest.fixture
 def unchecked():
-    """Without the types that tests check, as a user calls it."""
+    """Disables the type checks of the tests, so that the code runs as a user calls it."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -42,7 +46,10 @@ def unchecked():
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """Programs are compiled as a user's are: for what reads off a compiled program, or runs for longer than it compiles."""
+    """Compiles programs as a user's are compiled.
+
+    For tests that read a compiled program, or that run for longer than they compile.
+    """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
@@ -52,7 +59,10 @@ def optimized(monkeypatch):
 
 @pytest.fixture(scope="session")
 def make_encoder() -> Callable[..., Encoder]:
-    """A small model in which every parameter is random: zeros and ones hide mistakes. `fields` are those of ModelConfig."""
+    """Maker of small models in which every parameter is random: zeros and ones hide mistakes.
+
+    Its `fields` are those of ModelConfig.
+    """
 
     def make(seed: int = 0, **fields) -> Encoder:
         config, rng = ModelConfig(**(SIZES | fields)), np.random.default_rng(seed)
@@ -63,7 +73,10 @@ def make_encoder() -> Callable[..., Encoder]:
 
 
 def random_array(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> jax.Array:
-    """A parameter by its path; activations stay near 1, and an adapter's update near a fifth of its weight."""
+    """Random values of the parameter at a path.
+
+    Activations stay near 1, and an adapter's update near a fifth of its weight.
+    """
     leaf, noise = path.rpartition(".")[2], rng.standard_normal(shape)
     inputs = shape[1] if path.startswith("layers.") else shape[0]
     match leaf:
@@ -78,7 +91,7 @@ def random_array(path: str, shape: tuple[int, ...], rng: np.random.Generator) ->
         case "scale" if "norm" in path:
             values = 1 + 0.2 * noise
         case "scale":
-            values = rng.uniform(0.3, 0.7, shape)  # another for each task and part
+            values = rng.uniform(0.3, 0.7, shape)  # differs for each task, and for q, k and v
         case _:
             values = 0.2 * noise
     return jnp.asarray(values, jnp.float32)
@@ -86,7 +99,7 @@ def random_array(path: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 @pytest.fixture(scope="session")
 def encoder(make_encoder) -> Encoder:
-    """Three tasks, rotary positions, a pooler, and the vocabulary of the bundled tokenizer."""
+    """A model with three tasks, rotary positions, a pooler and the bundled vocabulary."""
     prompts = tuple((task, PUBLISHED_INSTRUCTIONS[task]) for task in TASKS) + (("note", "Note: "),)
     return make_encoder(vocab_size=16_000, tasks=TASKS, prompts=prompts, matryoshka_dims=(8, 16, 32, 64), pooler=True)
 
@@ -103,7 +116,7 @@ def embedder(encoder, tokenizer) -> Embedder:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """Titles and bodies of the corpus' test split, in all its languages, in the order of the file."""
+    """Titles and bodies of the corpus' test split, in all languages, in the order of the file."""
     with lzma.open(ROOT / "data" / "debian_packages.jsonl.xz", "rt", encoding="utf-8") as lines:
         packages = [package for package in map(json.loads, lines) if package["split"] == "test"]
     return [text for package in packages for pair in package["text"].values() for text in (pair["title"], pair["body"])]

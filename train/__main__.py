@@ -1,4 +1,4 @@
-"""python -m train CONFIG --workdir DIR"""
+"""Trains a configuration: python -m train CONFIG --workdir DIR"""
 
 import logging
 from pathlib import Path
@@ -15,13 +15,14 @@ from .run.loop import train
 
 @click.command(cls=Command)
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--workdir", required=True, help="The run's directory; an old run goes on.")
+@click.option("--workdir", required=True, help="The run's directory; an interrupted run resumes.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Another value for a field: stages.0.steps=100")
 def main(config: Path, workdir: str, overrides: tuple[str, ...]) -> None:
-    """Train what CONFIG, a Python file of configs/, describes."""
+    """Train the run that CONFIG, a Python file of configs/, describes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy, level in (("absl", logging.CRITICAL), ("orbax", logging.CRITICAL), ("jax", logging.WARNING)):
-        logging.getLogger(noisy).setLevel(level)  # Orbax logs, with tracebacks, what it raises as well
+        # Orbax logs every exception, with its traceback, that it raises as well.
+        logging.getLogger(noisy).setLevel(level)
     loaded = load_config(config, overrides)
     if is_remote(workdir):
         raise ValueError(f"--workdir must be a directory that all processes see as a local one, not {workdir}")

@@ -1,4 +1,9 @@
-"""python -m train.compile CONFIG --topology T: will a step fit a slice of TPUs, and how long is it? No TPU is needed."""
+"""Compiles a training step for a slice of TPUs: does it fit, and how long does it take?
+
+python -m train.compile CONFIG --topology T
+
+No TPU is needed.
+"""
 
 import logging
 from pathlib import Path
@@ -23,7 +28,9 @@ from .config import load_config
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the numbers there.")
 @click.option("--hlo", type=click.Path(path_type=Path), help="Write the text of the compiled program there; one file for each.")
 def main(config: Path, topology: str, overrides: tuple[str, ...], inference: bool, out: Path | None, hlo: Path | None) -> None:
-    """Compile the step of CONFIG, a Python file of configs/, with the TPU compiler, and say what it needs."""
+    """Compile the step of CONFIG, a Python file of configs/, with the TPU compiler, and report what
+    it needs.
+    """
     logging.getLogger("jax").setLevel(logging.ERROR)
     loaded = load_config(config, overrides)
     directory = Path(str(config).partition(":")[0]).parent

@@ -1,4 +1,4 @@
-"""What a run is: the model it starts from, its stages, and how it runs. Presets are in `configs/`."""
+"""Configuration of a run: initial model, stages, and execution. Presets are in `configs/`."""
 
 import ast
 import dataclasses
@@ -42,48 +42,53 @@ _STRICT = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
 @dataclass(frozen=True, config=_STRICT)
 class DatasetConfig:
-    """Records of one kind. A batch comes from one dataset."""
+    """Records of one kind. All records of a batch come from one dataset."""
 
     path: str
-    """A TFDS directory (`python -m train.prepare`), or a file of records: .jsonl, .csv, .tsv, .parquet
-    or .txt, also as .gz or .xz."""
+    """TFDS directory (`python -m train.prepare`), or file of records: .jsonl, .csv, .tsv or .txt,
+    also as .gz or .xz, or .parquet."""
     kind: RecordKind
     split: str = "train"
     weight: AboveZero = 1.0
-    """Share of the stage's batches, relative to the other datasets."""
+    """Fraction of the stage's batches, relative to the weights of its other datasets."""
     by_language: bool = False
-    """Whether a batch holds one language."""
+    """True if a batch holds one language."""
     language_exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """With `by_language`, a language of n records has a share of n to this power: 1 = in proportion, 0 = all the same."""
+    """Exponent of a language's sampling weight with `by_language`: a language of n records weighs n
+    to this power; 1 = in proportion, 0 = equal weights."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Stage:
-    """One objective on some datasets. It trains the whole base model, or the adapters it names and nothing else."""
+    """One objective on some datasets. It trains the base model, or only the adapters it names."""
 
     name: str
     objective: Objective
     datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
     steps: Positive
     batch_size: Positive
-    """Records of a step, over all devices: texts, pairs, tuples."""
+    """Records of a step over all devices (the global batch): texts, pairs or tuples."""
     max_length: Annotated[int, Field(ge=8)]
-    """Most tokens of a text, special tokens included; a longer one is cut."""
+    """Maximum tokens of a text, special tokens included; a longer text is cut."""
     learning_rate: AboveZero
-    """The highest, reached after `warmup_steps` and falling linearly to zero at the last step."""
+    """Peak learning rate, reached after `warmup_steps` and falling linearly to zero at the last
+    step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     adapters: tuple[str, ...] = ()
-    """Tasks whose adapters are trained; for retrieval that of the query, then that of the passage. () = the base model."""
+    """Tasks whose adapters are trained; for retrieval the query's, then the passage's. () = the
+    base model."""
     temperature: AboveZero = 0.05
     dims: tuple[Positive, ...] = ()
-    """Matryoshka dimensions of the loss; () = the full one alone."""
+    """Matryoshka dimensions of the loss; () = only the full dimension."""
     dim_weights: tuple[AboveZero, ...] = ()
-    """How much the loss at each of `dims` counts; () = 1 each."""
+    """Weight of the loss at each of `dims`; () = 1 each."""
     num_negatives: Annotated[int, Field(ge=0)] = 0
-    """Negatives of each record: drawn from those of a triplet, or from other classes (classification)."""
+    """Negatives per record: drawn from those of a triplet, or from other classes
+    (classification)."""
     same_class: Literal["suffix", "excluded"] = "suffix"
-    """What keeps tuples of one class from being negatives of one another (classification): a number that ends all texts of a
-    tuple, which the model learns to read, as in the paper; or the loss, which leaves them out."""
+    """Method that keeps tuples of one class from being negatives of one another (classification).
+    "suffix": one number ends all texts of a tuple, and the model learns to read it, as in the
+    paper. "excluded": the loss leaves such tuples out."""
     mask_rate: Share = 0.3
     weight_decay: NotNegative = 0.01
     betas: tuple[Share, Share] = (0.9, 0.98)
@@ -92,15 +97,17 @@ class Stage:
     row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
     num_row_counts: Positive = 1
-    """How many row counts a batch may have, evenly spaced up to the most it can need. Each is compiled once: more of them
-    waste less on padding."""
+    """Number of row counts that a batch may have, evenly spaced up to the most it can need. Each is
+    compiled once; more of them waste less on padding."""
     encode_chunk_rows: Positive | None = None
-    """Rows of each device encoded at once (gradient caching, for which masked words have no need); None = all."""
+    """Rows of each device encoded at once (gradient caching; MLM has no need of it, and accumulates
+    gradients); None = all."""
     logit_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
     remat: Remat = "none"
-    """What of each layer the backward pass computes again, in place of keeping it: nothing; all except attention's result; or
-    everything, from the layer's input."""
+    """Activations of each layer that the backward pass recomputes instead of keeping them. "none":
+    none of them; "except_attention": all except attention's result; "full": all, from the layer's
+    input."""
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:
@@ -124,20 +131,22 @@ class Stage:
 
 @dataclass(frozen=True, config=_STRICT)
 class InitialModel:
-    """The model that a run begins with."""
+    """Model that a run starts from."""
 
     source: str | None = None
-    """Directory, `gs://` directory or hub id in any layout that Embedder.load reads; None = random weights."""
+    """Directory, `gs://` directory or hub id in any layout that `Embedder.load` reads; None =
+    random weights."""
     model: ModelConfig | None = None
     """Sizes of a model with random weights."""
     tokenizer: str | None = None
-    """Directory with tokenizer.json; None = that of the source."""
+    """Directory with tokenizer.json; None = the source's."""
     rope_theta: AboveZero | None = None
-    """Rotary base in training; None = as the source has it. A model with absolute positions becomes a rotary one."""
+    """Rotary base in training; None = the source's. A model with absolute positions becomes a
+    rotary one."""
     max_position_embeddings: Positive | None = None
     matryoshka_dims: tuple[Positive, ...] | None = None
     instructions: tuple[tuple[str, str], ...] = ()
-    """(task, text put before every input) for adapters that the source lacks."""
+    """Pairs (task, text put before every input), for adapters that the source lacks."""
     lora_rank: Positive | None = None
     lora_alpha: AboveZero | None = None
 
@@ -150,27 +159,28 @@ class InitialModel:
 
 @dataclass(frozen=True, config=_STRICT)
 class MeshConfig:
-    """Devices of the run: `data` times `fsdp` of them. The batch is split over both."""
+    """Devices of the run: `data` times `fsdp` of them. The batch is split over both axes."""
 
     data: Positive | None = None
-    """Copies of the parameters. None = as many as there are devices for."""
+    """Replicas of the parameters. None = as many as there are devices for."""
     fsdp: Positive = 1
-    """Devices that share a copy. Above 1, layers are computed again in the backward pass, as with `remat="full"`."""
+    """Devices over which a replica is sharded. Above 1, layers are recomputed in the backward pass:
+    `remat="none"` acts as "full"."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
-    """One run. Several stages are trained side by side, each on its own adapters."""
+    """One run. Several stages are trained side by side, each with adapters that no other trains."""
 
     start: InitialModel
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the computation; master weights and optimizer are float32."""
+    """Compute dtype; master weights and optimizer state are float32."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept: the newest ones."""
     log_every: Positive = 10
     read_threads: Annotated[int, Field(ge=0)] = 4
     """Threads that read, tokenise and pack ahead of the step."""
@@ -191,12 +201,13 @@ class TrainConfig:
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration that a Python file's `get_config()` returns, with `path=value` overrides.
+    """Loads the configuration of a Python file's `get_config()`, with `path=value` overrides.
 
     Args:
-        file: such as configs/pairs_short.py; with a name behind it, configs/quickstart.py:mlm, that function is called.
-        overrides: such as "stages.0.steps=100" or "start.source=runs/mlm/model"; values are Python literals, and what is
-            none is text.
+        file: such as configs/pairs_short.py; with a function's name behind it, as in
+            configs/quickstart.py:mlm, that function is called instead.
+        overrides: such as "stages.0.steps=100" or "start.source=runs/mlm/model"; values are Python
+            literals, and anything else is text.
 
     Raises:
         ConfigError: unknown field, wrong type or contradiction; the message names the field.
@@ -219,9 +230,14 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(fields: Any) -> TrainConfig:
-    """Inverse of `to_dict`; ConfigError that names every wrong field."""
+    """Builds a configuration from its fields; the inverse of `to_dict`.
+
+    Raises:
+        ConfigError: wrong fields; the message names every one.
+    """
     try:
-        return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))  # strict, and JSON has no tuples
+        # Through JSON: validation is strict, and only from JSON does it take a list for a tuple.
+        return TypeAdapter(TrainConfig).validate_json(json.dumps(fields, default=repr))
     except ValidationError as error:
         raise ConfigError(f"the configuration is not valid: {_listed(error)}") from error
 
@@ -249,7 +265,7 @@ def _call_config(file: Path, function: str) -> TrainConfig:
 
 
 def _listed(error: ValidationError) -> str:
-    """Every wrong field with what is wrong about it, and its present name where it has an old one."""
+    """Lists every wrong field with its fault, and the new name of a field that has an old one."""
     lines = []
     for wrong in error.errors():
         place = ".".join(map(str, wrong["loc"])) or "config"
@@ -265,7 +281,7 @@ def _literal(value: str) -> Any:
 
 
 def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
-    """`node`, of dictionaries and tuples, with another value at one place that exists."""
+    """Returns `node`, nested dicts and tuples, with another value at one place that exists."""
     if not keys:
         return value
     key, *rest = keys

@@ -1,4 +1,6 @@
-"""Measures a model on the corpus: base and adapters, at each Matryoshka dimension, beside BM25 and an untrained model.
+"""Measures a model on the corpus, beside BM25 and an untrained model.
+
+Base and adapters are measured, at each Matryoshka dimension.
 
 python -m train.evaluate MODEL --corpus data/debian_packages.jsonl.xz --split test --json test.json
 """
@@ -24,7 +26,9 @@ from .evaluation.evaluate import evaluate, untrained
 @click.option("--every-adapter", is_flag=True, help="Also measure adapters on the tasks that they were not trained for.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="In texts; bounds memory.")
 def main(model: str, corpus: Path, split: str, output: Path | None, every_adapter: bool, batch_size: int) -> None:
-    """Measure MODEL (directory or hub id, in any layout) on retrieval, classification, clustering and similarity."""
+    """Measure MODEL (directory or hub id, in any layout) on retrieval, classification, clustering
+    and similarity.
+    """
     if output is not None:
         report.check_writable(output)
     packages, train_packages = read_corpus(corpus, split), read_corpus(corpus, "train")

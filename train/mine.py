@@ -1,4 +1,4 @@
-"""Hard negatives for pairs: python -m train.mine PAIRS --out FILE.jsonl (--bm25 | --model DIR)."""
+"""Mines hard negatives: python -m train.mine PAIRS --out FILE.jsonl (--bm25 | --model DIR)."""
 
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ def main(
     seed: int,
     **numbers: Any,
 ) -> None:
-    """Write the pairs of PAIRS (.jsonl, .csv, .tsv or .parquet; also .gz, .xz) as triplets with hard negatives.
+    """Write the pairs of PAIRS (.jsonl, .csv or .tsv, also as .gz or .xz, or .parquet) as triplets with
+    hard negatives.
 
-    Candidates are the positives of all pairs. Never a negative of an anchor: its own positives, an equal text, and texts of its
-    group.
+    Candidates are the positives of all pairs. An anchor's negatives never include its own
+    positives, an equal text, or texts of its group.
     """
     config = MiningConfig(**numbers)
     _check_output(out)

@@ -1,6 +1,9 @@
-"""Datasets for training: python -m train.prepare records FILES... --kind KIND --out DIR, or corpus NAME --out DIR.
+"""Prepares datasets for training.
 
-Both print the directory that a configuration's `Dataset` takes, and how many records it holds.
+python -m train.prepare records FILES... --kind KIND --out DIR
+python -m train.prepare corpus NAME --out DIR
+
+Both print the directory that a configuration's `DatasetConfig` takes, and its number of records.
 """
 
 import contextlib
@@ -32,7 +35,7 @@ def main() -> None:
 @click.option("--split", default="train", show_default=True, help="Name of the split that the records become.")
 @click.option("--drop-overlapping", is_flag=True, help="Leave out pairs whose texts say the same words, as the paper does.")
 def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_overlapping: bool) -> None:
-    """Prepare the records of FILES (.jsonl, .csv, .tsv, .parquet or .txt; also .gz, .xz)."""
+    """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or .parquet)."""
     with _new(out):
         dataset = prepare_records({split: list(files)}, kind, out, drop_overlapping=drop_overlapping)
     _tell(dataset, kind, (split,))
@@ -51,7 +54,7 @@ def corpus(name: str, out: Path, file: Path) -> None:
 
 @contextlib.contextmanager
 def _new(out: Path) -> Iterator[None]:
-    """Nothing is left of `out` on failure."""
+    """Checks that `out` is new or empty, and removes it on failure."""
     check_free(out)
     try:
         yield

@@ -1,6 +1,9 @@
-"""A small model from raw text to five adapters: python -m train.quickstart --workdir runs/quickstart
+"""Trains a small model from raw text to five adapters.
 
-Every step leaves its result in the working directory and is skipped where that is there, so an interrupted quickstart goes on.
+python -m train.quickstart --workdir runs/quickstart
+
+Every step leaves its result in the working directory and is skipped if that exists, so an
+interrupted quickstart resumes.
 """
 
 import logging
@@ -27,14 +30,15 @@ from .run.metrics import FILE
 PRESETS = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 HOME = "runs/quickstart"
-"""The working directory that the presets name."""
+"""Working directory that the presets name."""
 
 SEARCHES = (
     "edit photos and pictures",
     "Programm zum Herunterladen von Dateien aus dem Internet",
     "音楽プレーヤー",
 )
-"""In English, German (a program that downloads files from the internet) and Japanese (a music player)."""
+"""Queries in English, German (a program that downloads files from the internet) and Japanese (a
+music player)."""
 
 
 @click.command(cls=Command)
@@ -46,7 +50,7 @@ def main(workdir: Path, corpus: Path) -> None:
     for name in CORPUS_RECORDS:
         _say(f"Data: the corpus as {name}")
         prepare_corpus(name, workdir / "datasets", corpus)
-    _train("Masked words", "mlm", workdir / "mlm", workdir)
+    _train("MLM", "mlm", workdir / "mlm", workdir)
     _train("Pairs", "pairs", workdir / "pairs", workdir)
     _train("Adapters", "adapters", workdir / "adapters", workdir)
     if not (workdir / "model").exists():
@@ -65,11 +69,11 @@ def _train(title: str, preset: str, directory: Path, workdir: Path) -> None:
     config = load_config(f"{PRESETS}:{preset}", list(_moved_paths(config, workdir)))
     model = train(config, directory, progress=True)
     if model is None:
-        sys.exit("stopped; start it again to go on")
+        sys.exit("stopped; start it again to resume")
 
 
 def _moved_paths(config: TrainConfig, workdir: Path) -> Iterator[str]:
-    """Yields overrides, as of `--set`, that put `workdir` in the place of the directory that a preset names."""
+    """Yields overrides, as for `--set`, that put `workdir` in place of the preset's directory."""
     paths = {"start.source": config.start.source}
     for i, stage in enumerate(config.stages):
         paths |= {f"stages.{i}.datasets.{j}.path": dataset.path for j, dataset in enumerate(stage.datasets)}
@@ -79,7 +83,7 @@ def _moved_paths(config: TrainConfig, workdir: Path) -> Iterator[str]:
 
 
 def _evaluate(workdir: Path, corpus: Path) -> None:
-    """Measures the model of each stage, and writes the report."""
+    """Measures the finished model and that of the first stage, and writes the report."""
     if (workdir / "report.md").exists():
         return
     train_packages = read_corpus(corpus, "train")
@@ -97,7 +101,7 @@ def _evaluate(workdir: Path, corpus: Path) -> None:
 
 
 def _search(model: Path, corpus: Path) -> None:
-    """Three searches in the test split, in three languages."""
+    """Prints the results of three searches in the test split, in three languages."""
     embedder, packages = Embedder.load(model), read_corpus(corpus, "test")
     bodies = embedder.encode_document([package.text["en"].body for package in packages], batch_size=256)
     for query in SEARCHES:

@@ -1,5 +1,8 @@
-"""Names of fields and values that older runs and configurations have. What a run saved is read through this table, silently;
-in what a user writes an old name is an error that says the new one."""
+"""Old names of fields and values, as older runs and configurations have them.
+
+Saved runs are read through these tables, silently. An old name that a user writes is an error that
+gives the new one.
+"""
 
 from typing import Any
 
@@ -13,17 +16,17 @@ FIELDS = {
 }
 
 VALUES = {"same_class": {"numbered": "suffix", "masked": "excluded"}}
-"""Values of a field, by its present name."""
+"""New values of a field by its old ones; the field goes by its new name."""
 
 CLASSES = {"Dataset": "DatasetConfig", "Mesh": "MeshConfig", "Start": "InitialModel"}
-"""Of `train.config`."""
+"""New names of the classes of `train.config`, by their old ones."""
 
 METRICS = {"peak_share": "mfu", "padding": "padding_fraction"}
-"""Of `metrics.jsonl`."""
+"""New names of the fields of `metrics.jsonl`, by their old ones."""
 
 
 def with_new_names(saved: Any) -> Any:
-    """Returns the configuration of a saved run with the present names of its fields and values."""
+    """Returns the configuration of a saved run with the new names of its fields and values."""
     if isinstance(saved, list):
         return [with_new_names(each) for each in saved]
     if not isinstance(saved, dict):
@@ -33,7 +36,12 @@ def with_new_names(saved: Any) -> Any:
 
 
 def hint(name: str, *values: Any) -> str:
-    """Returns what to write in place of an old name, or of an old value of a field, as the end of an error; else nothing."""
+    """Returns the end of an error message that gives the new name for an old one, else "".
+
+    Args:
+        name: name of a field or class.
+        values: values of the field, which may be old as well.
+    """
     for old_names in (FIELDS, CLASSES):
         if name in old_names:
             return f"; {name} is now called {old_names[name]}"

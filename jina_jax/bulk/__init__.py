@@ -1,1 +1,1 @@
-"""Embedding of many files to Parquet shards, restartable and by any number of processes."""
+"""Embeds many files to Parquet shards, restartable and with any number of processes."""

@@ -1,7 +1,7 @@
-"""The shards of a bulk run on disk: each appears whole, and its hash beside it tells at a restart whether it still is.
+"""Shards of a bulk run on disk: atomic writes, and a hash of each that a restart verifies.
 
 OUTPUT/part-00000.parquet     rows of the input, in its order: id, embedding
-OUTPUT/_run/part-00000.json   its rows, size and hash; written behind it
+OUTPUT/_run/part-00000.json   its row count, size and hash; written after it
 """
 
 import logging
@@ -21,7 +21,7 @@ RUN = "_run"
 
 
 class Shard(NamedTuple):
-    """Rows first..end of all rows of the input."""
+    """Rows `first` to `end`, exclusive, of all rows of the input."""
 
     number: int
     first: int
@@ -43,19 +43,19 @@ class Shard(NamedTuple):
 
 
 def split_into_shards(rows: int, shard_rows: int) -> list[Shard]:
-    """All shards of so many rows; the last may have fewer than `shard_rows`."""
+    """Splits `rows` rows into shards; the last may have fewer than `shard_rows`."""
     return [Shard(i, first, min(first + shard_rows, rows)) for i, first in enumerate(range(0, rows, shard_rows))]
 
 
 def embedding_column(embeddings: np.ndarray) -> Any:
-    """Arrow's array of vectors: embeddings [rows, dim] as lists of fixed size."""
+    """Arrow array of embeddings [rows, dim], as lists of fixed size."""
     import pyarrow as pa
 
     return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
 
 
 def shard_schema(ids: str, embeddings: np.ndarray) -> Any:
-    """Arrow's schema of a shard: ids of the type named, and vectors like those of `embeddings`."""
+    """Arrow schema of a shard: ids of the type named, and vectors like those of `embeddings`."""
     parquet()
     import pyarrow as pa
 
@@ -64,11 +64,11 @@ def shard_schema(ids: str, embeddings: np.ndarray) -> Any:
 
 
 def write_shard(output: Path, shard: Shard, schema: Any, batches: Iterable[tuple[Sequence[str | int], np.ndarray]]) -> None:
-    """Writes a shard and then its record, each whole or not at all.
+    """Writes a shard and then its record, each atomically.
 
     Args:
         output: the run's directory.
-        shard: which.
+        shard: the shard to write.
         schema: from `shard_schema`.
         batches: ids and embeddings [rows, dim] of its rows.
 
@@ -91,7 +91,7 @@ def write_shard(output: Path, shard: Shard, schema: Any, batches: Iterable[tuple
 
 
 def is_finished(output: Path, shard: Shard) -> bool:
-    """Whether a shard is there as it was written. The record of a damaged one is removed."""
+    """True if a shard matches its recorded hash; removes the record of a damaged one."""
     record = record_if_there(output, shard)
     if not record:
         return False
@@ -103,19 +103,19 @@ def is_finished(output: Path, shard: Shard) -> bool:
 
 
 def record_if_there(output: Path, shard: Shard) -> dict[str, Any]:
-    """The record of a shard whose file has the recorded size; else nothing."""
+    """Record of a shard if its file has the recorded size, else {}."""
     file, record = shard.file(output), read_json_or_empty(shard.record(output))
     return record if file.exists() and file.stat().st_size == record.get("bytes") else {}
 
 
 def rows_done(output: Path, shards: Iterable[Shard]) -> int:
-    """Rows of the shards that have a record, whichever process wrote it."""
+    """Number of rows in the shards that have a record, whichever process wrote it."""
     there = {path.stem for path in (output / RUN).glob("part-*.json")}
     return sum(shard.rows for shard in shards if shard.name in there)
 
 
 def remove_unfinished(output: Path, shards: Iterable[Shard]) -> None:
-    """Removes what killed processes left of these shards."""
+    """Removes the partial files of these shards that killed processes left."""
     names = {shard.file(output).name for shard in shards}
     for partial in output.glob(".part-*.partial-*"):
         if partial.name[1:].partition(".partial-")[0] in names:

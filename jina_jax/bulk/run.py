@@ -1,11 +1,15 @@
-"""Bulk embedding: the rows of many files as Parquet shards, by any number of processes, each of which may end at any moment.
+"""Embeds the rows of many files as Parquet shards.
+
+Any number of processes work on a run, and each of them may end at any moment.
 
 OUTPUT/part-00000.parquet     a shard: rows of the input, in its order
-OUTPUT/_manifest.json         what all of it is; written last
-OUTPUT/_run/                  what a restart needs: the run, the inputs as they were counted, the hash of each finished shard
+OUTPUT/_manifest.json         description of the run and all its shards; written last
+OUTPUT/_run/                  state for a restart: identity of the run, size, row count and hash of
+                              each input, hash of each finished shard
 
-Which rows a shard has follows from the files alone, and how they are batched from the shard alone: the shards are the same
-whatever the processes, which never talk. Names with an underscore are passed over by what reads a directory of Parquet files.
+The rows of a shard depend on the files alone, and their batches on the shard alone. The shards are
+therefore the same for any number of processes, which never communicate. Readers of a directory of
+Parquet files skip names with a leading underscore.
 """
 
 import dataclasses
@@ -50,12 +54,18 @@ MANIFEST = "_manifest.json"
 
 SHARD_ROWS = 32_768
 CALL_ROWS = 4096
-"""Rows of a shard embedded in one call. It bounds memory, and is large enough to fill packed rows well."""
+"""Rows of a shard embedded in one call.
+
+The number bounds memory, and is large enough to fill packed rows well.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class BulkOptions:
-    """What the embeddings depend on beside model and input; as in `Embedder.encode` and `readers.read_texts`."""
+    """Options that the embeddings depend on, beside model and input.
+
+    See `Embedder.encode` and `readers.read_texts`.
+    """
 
     task: str | None = None
     dim: int | None = None
@@ -64,7 +74,7 @@ class BulkOptions:
     field: str = "text"
     id_field: str | None = None
     shard_rows: int = SHARD_ROWS
-    """The last shard may have fewer."""
+    """Rows of a shard; the last may have fewer."""
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
@@ -77,19 +87,20 @@ class BulkOptions:
 
 
 class BulkResult(NamedTuple):
-    """What is there when a process has done its part."""
+    """State of the output when a process has finished its shards."""
 
     rows: int
     shards: int
     complete: bool
-    """Whether all shards are there and the manifest is written, or other processes are still at work."""
+    """Whether all shards and the manifest are written; else other processes are still at work."""
 
 
 def load_on_this_host(directory: Path) -> Embedder:
-    """The model on all devices of this host.
+    """Loads the model on all devices of this host.
 
     Raises:
-        ValueError: they are part of a larger slice, which runs as one program and not as processes on their own.
+        ValueError: the devices belong to a larger slice, which runs as one program and not as
+            independent processes.
     """
     if jax.process_count() > 1:
         raise ValueError(
@@ -120,24 +131,28 @@ def embed_files(
     processes: int = 1,
     progress: bool = False,
 ) -> BulkResult:
-    """Embeds this process's shards of all rows of `files`: those of its number modulo `processes` that are not there yet.
+    """Embeds this process's shards of the rows of `files`.
+
+    They are those whose number modulo `processes` is `process`, without the finished ones.
 
     Args:
-        embedder: on this process's own devices.
-        fingerprint: of its model.
+        embedder: on this process's local devices.
+        fingerprint: `model_fingerprint` of its model.
         files: as `readers.read_texts` takes them.
-        output: a directory that all processes share, new or of this very run.
+        output: a directory that all processes share, new or of the same run.
         options: the same in all processes.
-        process: number of this one, from 0.
-        processes: how many there are. Another number than before is fine.
-        progress: show a bar.
+        process: number of this process, from 0.
+        processes: number of processes; it may differ from that of an earlier call.
+        progress: show a progress bar.
 
     Raises:
         RunError: `output` holds another run.
-        ValueError, OSError: an argument, an input or the disk. What is finished stays, and a later call goes on from there.
+        ValueError, OSError: an argument, an input or the disk is at fault. Finished shards stay,
+            and a later call resumes after them.
     """
     check_arguments(files, options, process, processes)
-    no_embeddings = _encoded(embedder, [], options)  # ValueError where an option is not valid for the model
+    # Raises ValueError if an option is not valid for the model.
+    no_embeddings = _encoded(embedder, [], options)
     _open_output(output)
     inputs = _scan_inputs(files, output, options, process, processes, progress)
     schema = shard_schema(_id_type(inputs), no_embeddings)
@@ -156,10 +171,11 @@ def embed_files(
         bar.update(rows_done(output, shards))
         for shard in todo:
             began = time.perf_counter()
-            # The first shard goes call by call: it compiles, and folds the adapter. Then one call is tokenised during another.
+            # The first shard runs one call at a time: it compiles, and folds the adapter. After it,
+            # one call is tokenised during another.
             batches = _embedded(embedder, islice(rows, shard.rows), options, bar, calls=1 if shard is todo[0] else 2)
             write_shard(output, shard, schema, batches)
-            bar.n = rows_done(output, shards)  # those of other processes, too
+            bar.n = rows_done(output, shards)  # includes those of other processes
             bar.refresh()
             speed = shard.rows / (time.perf_counter() - began)
             logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, total, speed)
@@ -167,7 +183,13 @@ def embed_files(
 
 
 def check_arguments(files: Sequence[str], options: BulkOptions, process: int, processes: int) -> None:
-    """What can be told at once, before a model is loaded."""
+    """Checks the arguments of a run, before a model is loaded.
+
+    Raises:
+        ValueError: an argument is not valid, a file is remote or of no known type, or pyarrow is
+            missing.
+        FileNotFoundError: a file does not exist.
+    """
     if not files:
         raise ValueError("there are no files to embed")
     if twice := sorted(file for file, count in Counter(files).items() if count > 1):
@@ -195,7 +217,11 @@ def _open_output(output: Path) -> None:
 def _scan_inputs(
     files: Sequence[str], output: Path, options: BulkOptions, process: int, processes: int, progress: bool
 ) -> list[dict[str, Any]]:
-    """Size, rows and hash of each file. They are kept in the output: processes that start together share the counting."""
+    """Size, row count and hash of each file.
+
+    Each process begins at a different file and keeps the results in the output, so processes that
+    start together share the counting.
+    """
     found: dict[int, dict[str, Any]] = {}
     begin = len(files) * process // processes
     with progress_bar(len(files), "Reading", "file", show=progress) as bar:
@@ -206,7 +232,10 @@ def _scan_inputs(
 
 
 def _scan_input(file: str, record: Path, options: BulkOptions) -> dict[str, Any]:
-    """What is known of a file, from the record where that is of the file as it is now. Every row is checked."""
+    """Size, row count, hash and types of the ids of an input.
+
+    Reuses the cached record if the file is unchanged, else reads and checks every row.
+    """
     stat = Path(file).stat()
     now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
     known = read_json_or_empty(record)
@@ -229,7 +258,7 @@ def _id_type(inputs: list[dict[str, Any]]) -> str:
 
 
 def _identity(embedder: Embedder, fingerprint: str, options: BulkOptions, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a restart must agree with."""
+    """Identity of the run, which a restart must match."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -240,11 +269,11 @@ def _identity(embedder: Embedder, fingerprint: str, options: BulkOptions, inputs
 
 
 def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
-    """Marks the output as this run's. RunError where it is another's."""
+    """Records the identity of the run in a new output; raises RunError if it holds another run."""
     file = output / RUN / "run.json"
     if not file.exists():
         write_json(file, identity)
-    if changed := json_diff(read_json(file), identity):
+    if changed := json_diff(read_json(file, RunError), identity):
         raise RunError(
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
             "Give the same files, model and options, or another directory"
@@ -252,7 +281,7 @@ def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
 
 
 def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: BulkOptions) -> Iterator[TextRecord]:
-    """Rows of the shards, in one pass over the files that have any."""
+    """Yields the rows of the shards, in one pass over the files that hold any of them."""
     base = 0
     for known in inputs:
         end = base + known["rows"]
@@ -268,7 +297,10 @@ def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: BulkOption
 def _embedded(
     embedder: Embedder, rows: Iterator[TextRecord], options: BulkOptions, bar: Any, *, calls: int
 ) -> Iterator[tuple[list[str | int], np.ndarray]]:
-    """Ids and embeddings of rows, a call's worth at a time and in order; so many calls are under way at once."""
+    """Yields ids and embeddings of the rows in order, CALL_ROWS at a time.
+
+    Up to `calls` calls of the embedder run at once.
+    """
     running: deque[tuple[list[str | int], Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(calls) as pool:
         while True:
@@ -295,7 +327,10 @@ def _encoded(embedder: Embedder, texts: list[str], options: BulkOptions) -> np.n
 
 
 def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:
-    """Writes the manifest if all shards are there. Whichever process comes last finds them all."""
+    """Writes the manifest and returns True if all shards are finished.
+
+    Whichever process ends last finds them all.
+    """
     records = [record_if_there(output, shard) for shard in shards]
     if not all(records):
         return False

@@ -1,1 +1,1 @@
-"""Models on disk: every layout that is read or written, and where a model is found."""
+"""Checkpoints on disk: finds models, and reads and writes every supported layout."""

@@ -1,4 +1,4 @@
-"""ModelConfig from and to the `config.json` of published checkpoints."""
+"""Translates `ModelConfig` from and to the `config.json` of published checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,9 +22,14 @@ _CONTAINERS = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a published `config.json`: jina-embeddings-v3 (original or transformers-native), XLM-R or E5.
+    """ModelConfig of a published `config.json`.
 
-    Pooler, MLM head, rank and the kind of q, k, v adapters are set from the tensors by the reader, not from here.
+    Supported are jina-embeddings-v3 (original or transformers-native), XLM-R and E5. Pooler, MLM
+    head, rank and the kind of q, k, v adapters are set from the tensors by the reader, not from
+    this file.
+
+    Raises:
+        ConfigError: a field is missing, of the wrong type, or has a value that is not supported.
     """
     for field, kind in _CONTAINERS.items():
         if not isinstance(hf.get(field), kind | None):
@@ -71,7 +76,17 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a checkpoint in a PyTorch layout; `dtype` as torch names it ("float32", "bfloat16")."""
+    """Contents of the `config.json` of a checkpoint in a PyTorch layout.
+
+    Args:
+        config: the model's configuration.
+        layout: the PyTorch layout.
+        dtype: as torch names it ("float32", "bfloat16").
+
+    Raises:
+        ConfigError: the layout is the original, which has rotary positions only, and the model has
+            absolute ones.
+    """
     rope = config.position_type == "rope"
     if layout == "original" and not rope:
         raise ConfigError("the original layout has rotary positions; write a model with absolute ones as 'transformers'")
@@ -122,7 +137,8 @@ def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
 
 
 def _rope_theta(hf: Mapping[str, Any], default: float) -> Any:
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the second is the older name
+    # `rope_scaling` is the older name.
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"rope_parameters.rope_type {kind!r} is not supported; use 'default'")

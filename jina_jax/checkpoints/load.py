@@ -1,4 +1,8 @@
-"""The one way from a source to a model: find it, recognise its format, read it, and its tokenizer."""
+"""Loads models.
+
+This is the one place that finds a source, recognises its format, and reads the encoder and its
+tokenizer.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -40,11 +44,12 @@ def load_encoder(
         param_dtype: dtype of the parameters in memory; None = as stored.
         revision: branch, tag or commit on the hub.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
-        tokenizer: directory with another tokenizer.json than the source's.
+        tokenizer: directory of another tokenizer.json to use; None = the source's.
 
     Raises:
         FileNotFoundError: the source or one of its files does not exist.
-        CheckpointError, ConfigError: it is damaged, ambiguous or not supported; the message says what and where.
+        CheckpointError, ConfigError: the source is damaged, ambiguous or not supported; the message
+            says what and where.
     """
     directory = find_model(source, revision)
     if checkpoint_format(directory) == "native":
@@ -55,6 +60,6 @@ def load_encoder(
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Reads the configuration of a model in a local directory, and no weights."""
+    """Reads the configuration of a model in a local directory, without its weights."""
     fields = read_json(directory / "config.json")
     return ModelConfig.from_dict(fields) if checkpoint_format(directory) == "native" else from_hf(fields)

@@ -1,7 +1,8 @@
-"""Native checkpoints: Orbax arrays, `config.json`, the tokenizer's files, and a manifest with the SHA-256 of every file.
+"""Native checkpoints: Orbax arrays, `config.json`, the tokenizer's files, and a manifest.
 
-Orbax returns damaged arrays without an error, so a restore first compares every file with the manifest. A checkpoint is
-written beside its place and renamed into it when it is complete: a directory with a manifest is a whole checkpoint.
+The manifest holds the SHA-256 of every file. Orbax returns damaged arrays without an error, so a
+restore first compares every file with the manifest. A checkpoint is written beside its final path
+and renamed when it is complete: a directory with a manifest is a complete checkpoint.
 """
 
 from pathlib import Path
@@ -26,16 +27,22 @@ _ARRAYS = "arrays"
 
 
 def is_checkpoint(directory: Path) -> bool:
+    """True if `directory` has a manifest."""
     return (directory / MANIFEST).exists()
 
 
 def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer | None) -> None:
-    """Writes a checkpoint; `directory`, local or remote (`gs://...`), must not exist yet, or be empty.
+    """Writes a native checkpoint.
 
-    Several processes do this together, and each has the whole encoder.
+    Several processes call this together, and each holds all parameters of the encoder.
+
+    Args:
+        directory: local or remote (`gs://...`); must not exist yet, or be empty.
+        encoder: the model to write.
+        tokenizer: its tokenizer; None = no tokenizer files are written.
 
     Raises:
-        FileExistsError: there is something already.
+        FileExistsError: `directory` exists and is not empty.
     """
     with atomic_directory(directory) as target:
         arrays = {path: np.asarray(variable.get_value()) for path, variable in variables(encoder).items()}
@@ -50,7 +57,7 @@ def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: Tokenize
 
 
 def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None) -> Encoder:
-    """The encoder of a verified checkpoint.
+    """Verifies a native checkpoint and returns its encoder.
 
     Args:
         directory: as written by `save_checkpoint`.
@@ -59,6 +66,7 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
     Raises:
         CheckpointError: a file is missing, changed or damaged; the message says which.
+        ConfigError: `config.json` contradicts the arrays.
     """
     verify(directory)
     ocp = orbax()
@@ -71,7 +79,8 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
     wrong += [path for path in expected.keys() & stored.keys() if tuple(stored[path].shape) != expected[path].shape]
     if wrong:
         raise ConfigError(f"{directory}: config.json contradicts the arrays {wrong}")
-    here = jnp.zeros(()).sharding  # that of the default device, which jax.default_device may have changed
+    # The sharding of the default device, which jax.default_device may have changed.
+    here = jnp.zeros(()).sharding
     targets = {
         path: jax.ShapeDtypeStruct(
             variable.shape,
@@ -86,14 +95,18 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
 
 def orbax() -> Any:
-    """Imports Orbax, at first use: it takes as long as JAX."""
+    """Imports Orbax at first use, since its import takes as long as that of JAX."""
     from orbax.checkpoint import v1 as ocp
 
     return ocp
 
 
 def all_processes() -> Any:
-    """Inside, Orbax's processes meet at the coordinator. Unnamed, they would meet on the devices, in between training steps."""
+    """Returns an Orbax context in which processes synchronise at the coordinator.
+
+    If `active_processes` were not set, they would synchronise on the devices, in between training
+    steps.
+    """
     context = orbax().Context()
     context.multiprocessing.active_processes = set(range(jax.process_count()))
     return context

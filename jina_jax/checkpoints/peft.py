@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 
 
 def adapter_folder(task: str) -> str:
-    """Folder of a task's adapter, which is its name in PyTorch too: letters, digits and underscores."""
+    """Folder of a task's adapter, also its name in PyTorch: letters, digits and underscores."""
     return re.sub(r"\W", "_", task)
 
 
@@ -43,11 +43,17 @@ _INERT = {
     # The others (pissa, olora, corda, loftq, lora_ga) change the base weights too.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-"""Settings of adapter_config.json that this library does not build, with the values under which they do nothing."""
+"""Settings of adapter_config.json that this library does not support.
+
+Each maps to the values with which it has no effect.
+"""
 
 
 class PeftAdapter(NamedTuple):
-    """One adapter: the task it is for, its settings, and its tensors by standard names (`torch_names.standard_module_name`)."""
+    """One adapter: its task, its folder, its settings and its tensors.
+
+    The tensors are keyed by standard names (`torch_names.standard_module_name`).
+    """
 
     task: str
     folder: Path
@@ -56,11 +62,11 @@ class PeftAdapter(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The largest rank of its modules."""
+        """Largest rank of its modules."""
         return max(tensor.shape[_rank_axis(name)] for name, tensor in self.tensors.items())
 
     def scale(self, module: str) -> float:
-        """alpha / rank of a module, 0 for one without an adapter."""
+        """Scale of a module: alpha / rank, alpha / sqrt(rank) with rsLoRA, 0 without an adapter."""
         names = [name for name in self.tensors if name.startswith(f"{module}.lora_")]
         if not names:
             return 0.0
@@ -70,9 +76,19 @@ class PeftAdapter(NamedTuple):
 
 
 def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, allow_pickle: bool = False) -> list[PeftAdapter]:
-    """The adapters in the sub-folders of `directory`: in the order of the names given, the others by name behind them.
+    """Adapters in the sub-folders of `directory`.
 
-    A folder named like a published task with underscores is that task; any other is the task of its own name.
+    A folder named like a published task with underscores is that task's; the name of any other
+    folder is its task.
+
+    Args:
+        directory: of the base model.
+        published_order: tasks in the order of their adapters, empty = the order of
+            PUBLISHED_INSTRUCTIONS; other adapters follow by name.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file.
+
+    Raises:
+        CheckpointError: an adapter lies beside the base weights, is damaged or is not supported.
     """
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(f"{directory} holds an adapter beside its weights; put each adapter in a folder of its own")
@@ -84,9 +100,19 @@ def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, all
 def matched_tensors(
     adapter: PeftAdapter, config: ModelConfig, task: int, array_shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[LazyTensor, TensorMapping]]:
-    """Every tensor of an adapter with its line of the table, or one error that lists all that do not fit.
+    """Pairs every tensor of an adapter with its line of the table.
 
-    A module without an adapter is fine, half an adapter is not. Ranks may be smaller than the model's.
+    A module without an adapter is allowed, one of `lora_A` and `lora_B` without the other is not.
+    Ranks may be smaller than the model's.
+
+    Args:
+        adapter: the adapter.
+        config: of the model.
+        task: index of the adapter in the model.
+        array_shapes: shape of each Flax array, by path.
+
+    Raises:
+        CheckpointError: lists every tensor that does not fit.
     """
     table = torch_names.peft_adapter_mappings(config, task, _name_scheme(config))
     problems = [f"unexpected: {name}" for name in adapter.tensors if name not in table]
@@ -111,7 +137,10 @@ def matched_tensors(
 
 
 def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Scales of an adapter for every adapted module of the encoder, by path: [l, c] for q, k, v, [l] in a layer, else []."""
+    """Scales of an adapter for every adapted module of the encoder, by path.
+
+    Their shapes are [l, c] for q, k, v, [l] for the other modules of a layer, and [] elsewhere.
+    """
     layers, down_projections = config.num_layers, 3 if config.separate_qkv_adapters else 1
     scales: dict[str, np.ndarray] = {}
     for name, entry in torch_names.peft_adapter_mappings(config, 0, _name_scheme(config)).items():
@@ -120,14 +149,17 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
         path = entry.path.removesuffix(".a")
         shape = () if not path.startswith("layers.") else (layers, down_projections) if path == "layers.qkv" else (layers,)
         array = scales.setdefault(path, np.zeros(shape, np.float32))
-        layer, qkv_index = entry.index[:1], entry.index[2:3]  # qkv: (layer, every, part, task)
+        layer, qkv_index = entry.index[:1], entry.index[2:3]  # qkv: (layer, EVERY, c, task)
         place = () if not shape else layer + qkv_index if path == "layers.qkv" else layer
         array[place] = adapter.scale(name.rpartition(".lora_")[0])
     return scales
 
 
-def share_down_projections(adapters: list[PeftAdapter], config: ModelConfig) -> bool:
-    """Whether q, k and v have the same down-projection and scale in every layer of every adapter, as the original has."""
+def all_share_down_projections(adapters: list[PeftAdapter], config: ModelConfig) -> bool:
+    """True if q, k and v share a down-projection and scale, as in the original.
+
+    This must hold in every layer of every adapter.
+    """
     pattern = torch_names.LAYER_PREFIXES[_name_scheme(config)]
     down_projections = [getattr(module, _name_scheme(config)) for module in torch_names.LAYER_MODULES if module.kind == "qkv"]
     for adapter in adapters:
@@ -178,7 +210,7 @@ def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _pattern_value(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    """Value for a module by PEFT's rule: the first pattern that matches the end of its name."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"roberta.{module}")):
             return value
@@ -194,5 +226,5 @@ def _rank_axis(name: str) -> int:
 
 
 def _partner(name: str) -> str:
-    """lora_A of lora_B and the other way round."""
+    """Name of the lora_B that belongs to a lora_A, and the reverse."""
     return re.sub(r"_([AB])(?=(\.weight)?$)", lambda match: "_" + {"A": "B", "B": "A"}[match[1]], name)

@@ -1,4 +1,4 @@
-"""Remote directories (`gs://...`), by way of a local copy."""
+"""Reads and writes remote directories (`gs://...`) through a local copy."""
 
 import atexit
 import shutil
@@ -9,6 +9,7 @@ from etils import epath
 
 
 def is_remote(directory: str | Path) -> bool:
+    """True if `directory` is a URL such as `gs://...`."""
     return "://" in str(directory)
 
 
@@ -16,7 +17,7 @@ def fetch(remote: str | Path) -> Path:
     """Copies a remote directory to a local one, which is removed when the process ends.
 
     Raises:
-        FileNotFoundError: there is no such directory.
+        FileNotFoundError: the directory does not exist.
     """
     source = epath.Path(remote)
     if not source.is_dir():
@@ -28,7 +29,10 @@ def fetch(remote: str | Path) -> Path:
 
 
 def publish(local: Path, remote: str | Path, last: str) -> None:
-    """Copies a local directory to a remote one, the file `last` at the end: its presence says that all is there."""
+    """Copies a local directory to a remote one, and the file `last` after all others.
+
+    Its presence marks the copy as complete.
+    """
     target = epath.Path(remote)
     _copy(epath.Path(local), target, leave_out=last)
     if (local / last).exists():

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, sealed by a manifest with the SHA-256 of every file."""
+"""Directories written atomically, and sealed by a manifest with the SHA-256 of every file."""
 
 import contextlib
 import secrets
@@ -24,10 +24,11 @@ VERSION = 1
 
 @contextlib.contextmanager
 def atomic_directory(directory: str | Path) -> Iterator[Path]:
-    """A new directory that appears under its name only when everything in it has been written; nothing is left on failure.
+    """Yields a new directory that gets its name when its content is complete.
 
-    A remote one, which cannot be renamed in one step, is copied with its manifest last. Of several processes the first makes
-    it, and gives it its name when it leaves; they all write into the same one.
+    Nothing is left on failure. A remote directory, which cannot be renamed in one step, is copied
+    with its manifest last. With several processes, the main process creates the directory and
+    renames it on exit; all of them write into the same one.
 
     Raises:
         FileExistsError: `directory` exists and is not empty.
@@ -45,7 +46,8 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
         return
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Random, not the process id: in containers that one repeats, and a killed run leaves its directory behind.
+    # Random, not the process id: process ids repeat in containers, and a killed run leaves its
+    # directory behind.
     partial = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     broadcast_from_main(f"write {directory}", lambda: str(partial.absolute()))
@@ -60,7 +62,10 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def _remove(directory: Path) -> None:
-    """Removes what a failed save has left. Orbax's writers fail one by one, and one of them may make the directory again."""
+    """Removes what a failed save has left.
+
+    It retries, since Orbax's writers fail one by one, and one of them may recreate the directory.
+    """
     for _ in range(10):
         shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.5)
@@ -69,20 +74,28 @@ def _remove(directory: Path) -> None:
 
 
 def check_free(directory: str | Path) -> None:
-    """FileExistsError where `directory` exists and is not empty."""
+    """Raises FileExistsError if `directory` exists and is not an empty directory."""
     place = epath.Path(directory)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another name or remove it")
 
 
 def seal(directory: Path) -> None:
-    """Writes the manifest over the files as they are now: the last step of a save, and the way to accept an edited file."""
+    """Writes the manifest of the current files.
+
+    This is the last step of a save, and the way to accept an edited file.
+    """
     manifest = {"format": FORMAT, "version": VERSION, "files": _hashes(directory, _files(directory))}
     write_json(directory / MANIFEST, manifest)
 
 
 def verify(directory: Path) -> None:
-    """CheckpointError that lists every file which is not as the manifest has it."""
+    """Compares every file with the manifest.
+
+    Raises:
+        CheckpointError: the manifest is not of this library or version, or files are missing or
+            differ from it; the message lists them all.
+    """
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{directory / MANIFEST} is not a manifest of this library")

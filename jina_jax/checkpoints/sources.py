@@ -1,4 +1,5 @@
-"""Where a model comes from: a directory, a remote directory, or the Hugging Face hub. And which kind of model is there."""
+"""Finds a model in a directory, a remote directory or on the Hugging Face hub, and recognises its
+format."""
 
 import re
 from pathlib import Path
@@ -13,18 +14,20 @@ from .tensor_files import INDEX_SUFFIX, PICKLES
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
-"""Patterns of the files that a model is read from, but for the arrays of a native checkpoint."""
+"""Patterns of the files from which a model is read, except the arrays of a native checkpoint."""
 
 
 def find_model(source: str | Path, revision: str | None = None) -> Path:
-    """A local directory with the files of a model.
+    """Returns a local directory with the files of a model.
 
     Args:
-        source: a directory; a remote one (`gs://...`), which is copied; or a hub id, which is downloaded to the hub's cache.
+        source: a directory; a remote directory (`gs://...`), which is copied; or a hub id, which is
+            downloaded to the hub's cache.
         revision: branch, tag or commit on the hub.
 
     Raises:
         FileNotFoundError: there is no such directory and no such model.
+        ValueError: `source` is a file.
     """
     text = str(source)
     if is_remote(source):
@@ -45,11 +48,12 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
 
 
 def checkpoint_format(directory: Path) -> Literal["native", "torch"]:
-    """Whether a directory holds a checkpoint of this library or a PyTorch one.
+    """Format of the checkpoint in a directory: this library's or PyTorch's.
 
     Raises:
-        CheckpointError: it holds both, or neither.
-        ConfigError: sentence-transformers' files beside it ask for more than a mean over tokens and a normalisation.
+        CheckpointError: the directory holds both, or neither.
+        ConfigError: sentence-transformers' files beside it ask for more than mean pooling and
+            normalisation.
     """
     weights = [path.name for pattern in ("*.safetensors", f"*{INDEX_SUFFIX}") for path in directory.glob(pattern)]
     if is_checkpoint(directory):
@@ -64,7 +68,7 @@ def checkpoint_format(directory: Path) -> Literal["native", "torch"]:
 
 
 def _check_modules(directory: Path) -> None:
-    """Refuses pipelines that this library would silently run as something else."""
+    """Raises for pipelines that this library would silently run as something else."""
     modules = directory / "modules.json"
     if not modules.exists():
         return

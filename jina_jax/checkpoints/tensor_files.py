@@ -1,4 +1,4 @@
-"""Named tensors in the files of a PyTorch checkpoint, opened without reading them."""
+"""Opens the named tensors in the files of a PyTorch checkpoint without reading them."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 
 INDEX_SUFFIX = ".index.json"
 PICKLES = "pytorch_model*.bin"
-"""Not every `.bin`: trainers leave others beside the weights."""
+"""Pattern of pickled weights: not every `.bin`, since trainers leave others beside the weights."""
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -33,7 +33,7 @@ FLOATS = (_DTYPES["F32"], _DTYPES["BF16"], _DTYPES["F16"])
 
 
 class LazyTensor(NamedTuple):
-    """A tensor in a file: what is known without reading it, and how to read it."""
+    """A tensor in a file: its shape and dtype, known without reading it, and how to read it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -41,11 +41,14 @@ class LazyTensor(NamedTuple):
 
 
 def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = False) -> dict[str, LazyTensor]:
-    """Tensors of STEM.safetensors, of its shards, or, where allowed, of pytorch_model.bin.
+    """Opens the tensors of STEM.safetensors, of its shards, or, if allowed, of a pickle.
+
+    The pickle is `pytorch_model*.bin` for the stem "model", else STEM.bin.
 
     Raises:
-        FileNotFoundError: no weights at all, or a shard is missing.
-        CheckpointError: a file is damaged or not safetensors; or there is only a pickle and it is not allowed.
+        FileNotFoundError: there are no weights, or a shard is missing.
+        CheckpointError: a file is damaged or not safetensors, or there is only a pickle and it is
+            not allowed.
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors{INDEX_SUFFIX}"
     if single.exists():
@@ -77,7 +80,8 @@ def _lazy(path: Path, name: str, header) -> LazyTensor:
         raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not supported; use {sorted(_DTYPES)}")
 
     def read() -> np.ndarray:
-        # Opened anew for each tensor: a file that stays mapped counts all pages read so far as memory of this process.
+        # Reopened for each tensor: while a file stays mapped, all pages read so far count as memory
+        # of this process.
         with safetensors.safe_open(path, framework="np") as file:
             return file.get_tensor(name)
 
@@ -112,7 +116,8 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen kinds here, among them bare RuntimeError and UnpicklingError
+    # torch raises a dozen kinds here, among them bare RuntimeError and UnpicklingError.
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged or holds more than tensors: {error}") from error
     names = {str(dtype): dtype for dtype in _DTYPES.values()}
 

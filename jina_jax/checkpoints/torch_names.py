@@ -1,13 +1,15 @@
-"""THE table: PyTorch names <-> Flax paths, for every layout and in both directions.
+"""The one table of PyTorch names <-> Flax paths, for every layout and in both directions.
 
-Three pieces make it up, and everything else is derived from them:
+It has three sources, and everything else is derived from them:
 
-  * MODULES and LAYER_MODULES: which module of a checkpoint is which module of the encoder, in each scheme of names;
+  * MODULES and LAYER_MODULES: each module of the encoder and its name in each name scheme;
   * TENSORS: the tensors of a module of each kind, and how their axes change;
-  * STACKED_ADAPTERS and PEFT_ADAPTERS: the same for adapters, stacked over tasks (the original) or a folder a task (PEFT).
+  * STACKED_ADAPTERS and PEFT_ADAPTERS: the same for adapters, stacked over tasks (the original) or
+    in one folder per task (PEFT).
 
-The functions below write the table out for a configuration: for each tensor name a `TensorMapping`: a place in a Flax array
-and an invertible change of axes. Nothing here opens a file.
+The functions below expand the table for a configuration. They map each tensor name to a
+`TensorMapping`: a place in a Flax array and an invertible change of axes. Nothing here opens a
+file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +20,22 @@ import numpy as np
 from ..config import ModelConfig
 
 NameScheme = Literal["fused", "split", "bert"]
-"""fused: files of jina-embeddings-v3, the original's and transformers'. split: the names transformers gives the modules of
-jina-embeddings-v3 in memory, which some files and all PEFT adapters use. bert: XLM-RoBERTa and multilingual-E5."""
+"""Scheme of tensor names.
+
+fused: files of jina-embeddings-v3, the original's and transformers'. split: transformers' names for
+the modules of jina-embeddings-v3 in memory, which some files and all PEFT adapters use. bert:
+XLM-RoBERTa and multilingual-E5.
+"""
 
 Kind = Literal["dense", "fused", "qkv", "embedding", "norm", "bias"]
-"""fused: q, k and v in one matrix. qkv: one of q, k, v, a third of the fused array here."""
+"""Kind of a module.
+
+fused: q, k and v in one matrix. qkv: one of q, k, v, a third of the fused array in Flax.
+"""
 
 
 class Module(NamedTuple):
-    """A module of the encoder and its name in each scheme, "" where a layout has none."""
+    """A module of the encoder and its name in each scheme, "" if the scheme has none."""
 
     path: str
     kind: Kind
@@ -77,7 +86,7 @@ IGNORED = {
     "lm_head.decoder.weight": "a copy of the tied embedding table; an error where it differs",
     "lm_head.decoder.bias": "a copy of lm_head.bias; an error where it differs",
 }
-"""Tensors that are left out on purpose, with the reason. TIED are compared before they are left out."""
+"""Tensors left out on purpose, with the reason. Those in TIED are compared first."""
 
 TIED = {
     "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
@@ -100,9 +109,12 @@ FUSED_KERNEL = Transform(  # [3 o, i] <-> [i, 3, o]
     lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
 )
 FUSED_BIAS = Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1))  # [3 o] <-> [3, o]
-TASKS_SECOND = Transform(lambda x: x.transpose(1, 0, 2), lambda x: x.transpose(1, 0, 2))  # [k, v, r] <-> [v, k, r]
-TASKS_INNER = Transform(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))  # [k, r, i] <-> [i, k, r]
-RANK_SECOND = Transform(lambda x: x.transpose(0, 2, 1), lambda x: x.transpose(0, 2, 1))  # [k, o, r] <-> [k, r, o]
+# [k, v, r] <-> [v, k, r]
+TASKS_SECOND = Transform(lambda x: x.transpose(1, 0, 2), lambda x: x.transpose(1, 0, 2))
+# [k, r, i] <-> [i, k, r]
+TASKS_INNER = Transform(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))
+# [k, o, r] <-> [k, r, o]
+RANK_SECOND = Transform(lambda x: x.transpose(0, 2, 1), lambda x: x.transpose(0, 2, 1))
 FUSED_UP = Transform(  # [k, 3 o, r] <-> [k, r, 3, o]
     lambda x: x.reshape(x.shape[0], 3, -1, x.shape[2]).transpose(0, 3, 1, 2),
     lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]),
@@ -118,7 +130,8 @@ TENSORS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
     "bias": (("bias", "bias", IDENTITY),),
 }
 
-# The update of an embedding is A @ B, that of a dense layer B @ A. The ".0." is the number of the parametrization, not a task.
+# The update of an embedding is A @ B, that of a dense layer B @ A. The ".0." in their names is the
+# index of the parametrization, not of a task.
 STACKED_ADAPTERS: dict[Kind, tuple[tuple[str, str, Transform], ...]] = {
     "dense": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", RANK_SECOND)),
     "fused": (("lora_A", "a", TASKS_INNER), ("lora_B", "b", FUSED_UP)),
@@ -135,30 +148,37 @@ EVERY = slice(None)
 
 
 class TensorMapping(NamedTuple):
-    """One line of the table: a tensor, after `transform`, is `array[index]` of the Flax array at `path`."""
+    """One line of the table.
+
+    The tensor, after `transform`, is `array[index]` of the Flax array at `path`.
+    """
 
     path: str
     index: Index
     transform: Transform
 
     def tensor_shape(self, array_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the PyTorch tensor, given that of the whole Flax array."""
+        """Shape of the PyTorch tensor, given the shape of the full Flax array."""
         return self.transform.to_torch(np.broadcast_to(np.zeros(()), array_shape)[self.index]).shape
 
     def fill(self, array: np.ndarray, tensor: np.ndarray) -> None:
-        """Writes the tensor to its place; an adapter of a smaller rank fills the leading part of it."""
+        """Writes the tensor to its place; an adapter of smaller rank fills the leading entries."""
         value, place = self.transform.to_flax(tensor), array[self.index]
         place[tuple(slice(size) for size in value.shape)] = value
 
     def extract(self, array: np.ndarray) -> np.ndarray:
-        """The tensor, contiguous."""
+        """Returns the PyTorch tensor, contiguous."""
         return np.ascontiguousarray(self.transform.to_torch(array[self.index]))
 
 
 def base_mappings(config: ModelConfig, scheme: NameScheme, *, parametrized: bool = False) -> dict[str, TensorMapping]:
-    """Every tensor of the base model, by its name without a `roberta.` prefix.
+    """Mappings of every tensor of the base model, by tensor name without a `roberta.` prefix.
 
-    `parametrized`: adapted weights are called `parametrizations.weight.original`, as in the original with adapters.
+    Args:
+        config: of the model.
+        scheme: scheme of the names.
+        parametrized: adapted weights are named `parametrizations.weight.original`, as in the
+            original with adapters.
     """
     entries = {}
     for module, name, layer in _modules(config, scheme):
@@ -171,7 +191,7 @@ def base_mappings(config: ModelConfig, scheme: NameScheme, *, parametrized: bool
 
 
 def stacked_adapter_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
-    """Adapters of the original layout: one tensor for all tasks, q, k and v sharing one `lora_A`."""
+    """Mappings of the original's adapters: one tensor for all tasks; q, k, v share a `lora_A`."""
     entries = {}
     for module, name, layer in _modules(config, "fused"):
         if not module.adapted:
@@ -184,7 +204,7 @@ def stacked_adapter_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
 
 
 def peft_adapter_mappings(config: ModelConfig, task: int, scheme: NameScheme) -> dict[str, TensorMapping]:
-    """Tensors of one task's PEFT adapter, by their names without the `base_model.model.` prefix."""
+    """Mappings of one task's PEFT adapter, by tensor name without `base_model.model.`."""
     entries = {}
     for module, name, layer in _modules(config, scheme):
         if not module.adapted:
@@ -201,9 +221,10 @@ def peft_adapter_mappings(config: ModelConfig, task: int, scheme: NameScheme) ->
 
 
 def standard_module_name(name: str) -> str:
-    """A module's name in the split (or bert) scheme, from any mixture of schemes, as published adapters have it.
+    """Name of a module in the split (or bert) scheme, given in any mixture of schemes.
 
-    `encoder.layers.3.mixer.out_proj` -> `layers.3.self_attn.o_proj`. Names that are not of a layer are returned as they are.
+    Published adapters have such mixtures: `encoder.layers.3.mixer.out_proj` ->
+    `layers.3.self_attn.o_proj`. Names outside the layers are returned unchanged.
     """
     for scheme in ("fused", "split"):
         prefix, _, suffix = LAYER_PREFIXES[scheme].partition("{l}")
@@ -219,7 +240,7 @@ def standard_module_name(name: str) -> str:
 
 
 def _modules(config: ModelConfig, scheme: NameScheme) -> Iterator[tuple[Module, str, Index]]:
-    """(module, its name, index of its layer) of every module that this configuration and scheme have."""
+    """Yields (module, its name, index of its layer) for a configuration and a scheme."""
     present = {"positions": config.position_type == "absolute", "pooler": config.pooler, "mlm_head": config.mlm_head}
     for module in MODULES:
         if (name := getattr(module, scheme)) and present.get(module.path.split(".")[0], True):
@@ -231,5 +252,5 @@ def _modules(config: ModelConfig, scheme: NameScheme) -> Iterator[tuple[Module, 
 
 
 def _qkv_place(leaf: str, qkv_index: int) -> Index:
-    """Place of q, k or v in kernel [i, 3, o] and bias [3, o]."""
+    """Index of q, k or v in the kernel [i, 3, o] or the bias [3, o]."""
     return (EVERY, qkv_index) if leaf == "kernel" else (qkv_index,)

@@ -1,8 +1,9 @@
 """Reads a PyTorch checkpoint directory, in any published layout, into an Encoder.
 
-The layout is recognised by its tensor names; `config.json` must agree with the tensors. Conversion is total: a tensor that is
-missing, unexpected or of the wrong shape or dtype is an error, and one error lists them all. Tensors are read one at a time
-and one Flax array is completed before the next is begun.
+The layout is recognised by its tensor names; `config.json` must agree with the tensors. Conversion
+is total: a tensor that is missing, unexpected or of the wrong shape or dtype is an error, and one
+error lists them all. Tensors are read one at a time, and one Flax array is completed before the
+next is begun.
 """
 
 import logging
@@ -26,7 +27,7 @@ from ..model.lora import AdapterParam, AdapterScale
 from ..model.parameters import abstract_variables, from_arrays
 from . import torch_names
 from .hf_config import from_hf
-from .peft import PeftAdapter, find_peft_adapters, matched_tensors, module_scales, share_down_projections
+from .peft import PeftAdapter, all_share_down_projections, find_peft_adapters, matched_tensors, module_scales
 from .tensor_files import FLOATS, LazyTensor, open_tensors
 from .torch_names import NameScheme, TensorMapping
 
@@ -36,7 +37,7 @@ _STACKED = ".parametrizations.weight.0.lora_A"
 
 
 class _Source(NamedTuple):
-    """A tensor of the checkpoint and its line of the table."""
+    """A tensor of the checkpoint, its name and its line of the table."""
 
     name: str
     tensor: LazyTensor
@@ -50,17 +51,18 @@ def read_torch_checkpoint(
     param_dtype: DTypeLike | None = None,
     allow_pickle: bool = False,
 ) -> Encoder:
-    """The encoder of a checkpoint; its configuration is `encoder.config`.
+    """Reads the encoder of a checkpoint; its configuration is `encoder.config`.
 
     Args:
         directory: holds `config.json`, the weights, and PEFT adapters in sub-folders if it has any.
         dtype: compute dtype; None = that of the parameters.
-        param_dtype: dtype of the parameters; None keeps each file's own, bit for bit.
+        param_dtype: dtype of the parameters; None = as stored, bit for bit.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
 
     Raises:
-        CheckpointError: the files are damaged, or the tensors are not those of a model that this library knows.
-        ConfigError: `config.json` asks for what is not built, or contradicts the tensors.
+        CheckpointError: the files are damaged, or the tensors are not those of a model that this
+            library knows.
+        ConfigError: `config.json` asks for something unsupported, or contradicts the tensors.
         FileNotFoundError: a file is missing.
     """
     hf = read_json(directory / "config.json")
@@ -80,7 +82,7 @@ def read_torch_checkpoint(
         )
     if adapters:
         rank = max(adapter.rank for adapter in adapters)
-        separate = not share_down_projections(adapters, config)
+        separate = not all_share_down_projections(adapters, config)
         tasks = tuple(adapter.task for adapter in adapters)
         config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
     config = _with_prompts(config, directory)
@@ -92,7 +94,11 @@ def read_torch_checkpoint(
 
 
 def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
-    """Which layout the tensor names (without `roberta.`) are written in."""
+    """Scheme of the tensor names, which are given without `roberta.`.
+
+    Raises:
+        CheckpointError: the names are of several schemes, or of none.
+    """
     marks: dict[str, NameScheme] = {"mixer.Wqkv": "fused", "self_attn.q_proj": "split", "attention.self.query": "bert"}
     names = list(names)
     found: set[NameScheme] = {scheme for mark, scheme in marks.items() for name in names if mark in name}
@@ -119,7 +125,11 @@ def _without_prefix(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[
 def _checked_config(
     config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], scheme: NameScheme, stacked: bool
 ) -> ModelConfig:
-    """The configuration with what only the tensors know; ConfigError names every field that contradicts them."""
+    """Completes the configuration with what only the tensors state.
+
+    Raises:
+        ConfigError: names every field that contradicts the tensors.
+    """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found = _sizes(shapes, scheme, stacked)
     position_type = "absolute" if "embeddings.position_embeddings.weight" in tensors else "rope"
@@ -145,7 +155,7 @@ def _checked_config(
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], scheme: NameScheme, stacked: bool) -> dict[str, int]:
-    """Sizes that the tensors themselves state, by their name in `config.json`. A missing tensor states nothing."""
+    """Sizes that the tensors state, by field of `config.json`; a missing tensor states nothing."""
     prefix, _, suffix = torch_names.LAYER_PREFIXES[scheme].partition("{l}")
     up = {"fused": "mlp.fc1", "split": "mlp.fc1", "bert": "intermediate.dense"}[scheme]
     weight = "parametrizations.weight.original" if stacked else "weight"
@@ -166,7 +176,11 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], scheme: NameScheme, stacked: b
 
 
 def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
-    """Instructions from `config.json`, else from sentence-transformers' file, else, for published task names, the published."""
+    """Adds the prompts to the configuration.
+
+    Each is taken from `config.json`, else from sentence-transformers' file, else, for the name of a
+    published task, from the published instructions.
+    """
     published = {task: PUBLISHED_INSTRUCTIONS[task] for task in config.tasks if task in PUBLISHED_INSTRUCTIONS}
     path = directory / "config_sentence_transformers.json"
     library = read_json(path) if path.exists() else {}
@@ -180,7 +194,11 @@ def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
 def _match(
     table: Mapping[str, TensorMapping], tensors: Mapping[str, LazyTensor], config: ModelConfig, directory: Path
 ) -> list[_Source]:
-    """Pairs every tensor with its line of the table, or raises one error that lists all that do not fit."""
+    """Pairs every tensor with its line of the table.
+
+    Raises:
+        CheckpointError: lists every tensor that does not fit.
+    """
     arrays = {path: variable.shape for path, variable in abstract_variables(config).items()}
     for name, partner in torch_names.TIED.items():
         if name in tensors and partner in tensors and not np.array_equal(tensors[name].read(), tensors[partner].read()):
@@ -235,7 +253,10 @@ def _fill(
 def _assemble(
     path: str, variable: nnx.Variable, sources: list[_Source], dtype: DTypeLike | None, not_finite: list[str]
 ) -> np.ndarray:
-    """One Flax array from its tensors. What no tensor fills (a smaller rank, a module without adapter) is zero."""
+    """Assembles one Flax array from its tensors.
+
+    Entries that no tensor fills (a smaller rank, a module without adapter) are zero.
+    """
     found = sorted({str(source.tensor.dtype) for source in sources})
     if len(found) > 1 and dtype is None and not isinstance(variable, AdapterParam):
         raise CheckpointError(f"the tensors of {path} have different dtypes {found}; choose one with dtype")
@@ -250,7 +271,7 @@ def _assemble(
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros at an address that jax takes over on CPU without a copy (a multiple of 64)."""
+    """Zeros at an address that is a multiple of 64, which jax takes over on CPU without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     buffer = np.zeros(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -258,6 +279,7 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _finite(values: np.ndarray) -> bool:
-    if values.dtype == ml_dtypes.bfloat16:  # five times faster than ml_dtypes' own: an exponent of all ones
+    # The test for an exponent of all ones is five times faster than that of ml_dtypes.
+    if values.dtype == ml_dtypes.bfloat16:
         return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(values).all())

@@ -1,4 +1,7 @@
-"""Writes an encoder as a PyTorch checkpoint, in the original's, transformers' or sentence-transformers' layout."""
+"""Writes an encoder as a PyTorch checkpoint.
+
+The layout is the original's, transformers' or sentence-transformers'.
+"""
 
 import json
 import logging
@@ -44,9 +47,10 @@ PEFT_TARGETS = {
 
 
 def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
-    """The layout of the released jina-embeddings-v3: adapters stacked over tasks, names with the prefix `roberta.`.
+    """Writes the layout of the released jina-embeddings-v3.
 
-    Adapters with a down-projection for each of q, k and v are written exactly, as shared ones of three times the rank.
+    Adapters are stacked over tasks, and names have the prefix `roberta.`. Adapters with separate
+    down-projections for q, k and v are written exactly, as shared ones of three times the rank.
     """
     config, arrays = encoder.config, _on_host(base_arrays(encoder), dtype)
     table = torch_names.base_mappings(config, "fused", parametrized=bool(config.tasks))
@@ -67,7 +71,7 @@ def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer
 
 
 def write_transformers(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
-    """The layout of transformers' own classes, and for each task a folder with a PEFT adapter."""
+    """Writes the layout of transformers' classes, and a PEFT adapter folder for each task."""
     with atomic_directory(directory) as target:
         _write_transformers(target, encoder, tokenizer, dtype)
         _write_prompts(target, encoder.config)
@@ -82,9 +86,10 @@ def write_sentence_transformers(
     task: str | None = None,
     max_length: int,
 ):
-    """A model that sentence-transformers loads without remote code: the base, or one task merged into it.
+    """Writes a model that sentence-transformers loads without remote code.
 
-    The task's instruction becomes the default prompt, so that `encode(texts)` there is `encode(texts, task)` here.
+    The model is the base, or one task merged into it. The task's instruction becomes the default
+    prompt, so that `encode(texts)` in sentence-transformers is `encode(texts, task)` here.
     """
     config = encoder.config
     instruction = (config.prompt(task) or "") if task else ""
@@ -112,16 +117,18 @@ def write_sentence_transformers(
 
 
 def share_down_projections(adapters: Arrays) -> Arrays:
-    """Adapters whose q, k and v share one down-projection of rank 3 r, equal to those with one of rank r each.
+    """Converts adapters with separate q, k and v down-projections to a shared one.
 
-    The three are laid side by side along the rank, and each part of the up-projection reads its own third.
+    The shared one, of rank 3 r, equals the separate ones of rank r: the three are concatenated
+    along the rank, and each of q, k and v in the up-projection reads its third.
     """
     a, b, scale = (adapters[f"layers.qkv.{name}"] for name in ("a", "b", "scale"))
     layers, inputs, c, k, r = a.shape
     shared = a.transpose(0, 1, 3, 2, 4).reshape(layers, inputs, 1, k, c * r)
     own = np.eye(c, dtype=b.dtype)[None, None, :, None, :, None]  # [l, k, c, r, c, o]
     wide = (own * b[:, :, None]).reshape(layers, k, c * r, c, -1)
-    largest = np.abs(scale).max(axis=1, keepdims=True)  # scales of [l, c, k]; where they differ the ratio goes into b
+    # The scales are [l, c, k]; where they differ, the ratio is multiplied into b.
+    largest = np.abs(scale).max(axis=1, keepdims=True)
     ratio = np.divide(scale, largest, out=np.zeros_like(scale), where=largest > 0).transpose(0, 2, 1)
     wide = wide if (ratio == 1).all() else (wide.astype(np.float32) * ratio[:, :, None, :, None]).astype(b.dtype)
     out = {"layers.qkv.a": shared, "layers.qkv.b": wide, "layers.qkv.scale": largest}
@@ -137,9 +144,9 @@ def share_down_projections(adapters: Arrays) -> Arrays:
 
 
 def with_one_scale(adapters: Arrays) -> tuple[Arrays, float]:
-    """Adapters that all have one scale, as these layouts want it, and that scale.
+    """Converts adapters to one common scale, as these layouts require; returns them and the scale.
 
-    Where a module's scale is another, the ratio is multiplied into its `b`, which rounds.
+    Where a module's scale differs, the ratio is multiplied into its `b`, which rounds.
     """
     scales = {path: array for path, array in adapters.items() if path.endswith(".scale")}
     target = max(float(np.abs(scale).max()) for scale in scales.values()) or 1.0
@@ -200,7 +207,7 @@ def _adapter_config(config: ModelConfig, scale: float) -> dict[str, Any]:
 
 
 def _on_host(arrays: Mapping[str, Array], dtype: DTypeLike | None) -> Arrays:
-    """Arrays in host memory, parameters in `dtype` (None = as they are), scales as they are."""
+    """Arrays in host memory: parameters in `dtype` (None = unchanged), scales unchanged."""
     keep = {path for path in arrays if path.removesuffix("scale") + "b" in arrays}
     host = {path: np.asarray(array) for path, array in arrays.items()}
     return {path: a if dtype is None or path in keep else a.astype(jnp.dtype(dtype)) for path, a in host.items()}
@@ -221,7 +228,7 @@ def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: Toke
 
 
 def _write_prompts(target: Path, config: ModelConfig) -> None:
-    """Prompts that are no task's instruction, which `config.json` has no place for."""
+    """Writes the prompts that are no task's instruction, for which `config.json` has no place."""
     prompts = {name: text for name, text in config.prompts if name not in config.tasks}
     if prompts or config.default_prompt:
         library = {"prompts": prompts, "default_prompt_name": config.default_prompt}
@@ -243,6 +250,9 @@ def _torch_dtype(arrays: Arrays) -> str:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """alpha of a float32 scale alpha / rank: the short number it came from, where that gives the same scale."""
+    """alpha of a float32 scale alpha / rank.
+
+    It is the short number from which the scale came, if that gives the same scale.
+    """
     short = float(f"{scale * rank:.6g}")
     return short if np.float32(short / rank) == np.float32(scale) else scale * rank

@@ -37,7 +37,7 @@ def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision
             return _steps(embeddings, precision).astype(np.uint8)
         case "int8":
             return (_steps(embeddings, precision) - 128).astype(np.int8)
-    raise ValueError(f"unknown precision {precision!r}; use one of {list(PRECISIONS)}")
+    raise ValueError(f"unknown precision {precision!r}; use one of {list(EMBEDDING_PRECISIONS)}")
 
 
 def _steps(embeddings: np.ndarray, precision: str) -> np.ndarray:

@@ -4,15 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
 from .matryoshka import prefixes, unit
-from .rows import AxisName, all_gather_rows, check_positive, check_rows, zero_where_invalid
-
-NEVER = np.finfo(np.float32).min
-"""Exponent of a pair that is in order. Finite: a row of -inf alone would have NaN gradients."""
+from .rows import NEVER, AxisName, all_gather_rows, check_positive, check_rows, zero_where_invalid
 
 
 @partial(jax.jit, static_argnames=("temperature", "dims", "weights", "axis_name"))
@@ -27,26 +23,30 @@ def cosent(
     valid: Bool[Array, "n"] | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, ""]:
-    """CoSENT (section 4.3): log(1 + sum of exp((s_i - s_j) / temperature) over rows with score_i < score_j).
+    """CoSENT loss (section 4.3), which ranks rows by the cosine of their two texts.
 
-    s_i is the cosine of a_i and b_i. Zero, with zero gradient, where no two valid rows have different scores. It holds one
-    number for each pair of rows, [n, n].
+    It is log(1 + sum of exp((s_i - s_j) / temperature)) over the pairs of rows with
+    score_i < score_j, where s_i is the cosine of a_i and b_i. It is zero, with zero gradient, where
+    no two valid rows have different scores. Memory holds one element per pair of rows, [n, n].
 
     Args:
         a, b: embeddings of the two texts of each row.
-        score: how similar they are; only the order of scores matters.
+        score: similarity of the two texts; only the order of scores matters.
         temperature: differences of cosines are divided by it.
-        valid: rows that count; what the others hold, be it NaN, has no effect.
-        axis_name: pairs are formed over the rows of all shards. The logarithm does not split over rows: each shard computes the
-            whole loss from the gathered cosines, and its share is an equal part.
+        dims, weights: Matryoshka prefixes and their weights, see `jina_jax.losses`.
+        valid: rows that count; the contents of all other rows, even NaN, have no effect.
+        axis_name: pairs are formed over the rows of all shards. The logarithm does not split over
+            rows, so each shard computes the global loss from the gathered cosines and returns an
+            equal fraction of it.
 
     Returns:
-        This shard's share of the loss, a float32 scalar.
+        The loss, a float32 scalar. With `axis_name` it is the per-shard term: the terms of all
+        shards add up to the global loss.
 
     Raises:
-        ValueError: arrays whose shapes do not fit one another, or a number out of range.
+        ValueError: array shapes do not match, or a number is out of range.
 
-    A pair of cosine 1 above one of cosine 0, as the scores ask, log(1 + exp(-1)):
+    A pair of cosine 1 with a higher score than a pair of cosine 0 gives log(1 + exp(-1)):
 
     >>> a, b = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.eye(2)
     >>> print(f"{cosent(a, b, jnp.array([5.0, 2.0]), temperature=1.0):.4f}")

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..model.matmul import matmul
 from .matryoshka import prefixes, unit_prefix
 from .rows import (
+    NEVER,
     AxisName,
     all_gather_rows,
     check_chunk,
@@ -21,9 +21,6 @@ from .rows import (
     map_chunks,
     zero_where_invalid,
 )
-
-NEVER = np.finfo(np.float32).min
-"""Logit of what is no candidate. Finite: a row of -inf alone would have NaN gradients."""
 
 
 @partial(jax.jit, static_argnames=("temperature", "bidirectional", "dims", "weights", "chunk", "axis_name"))
@@ -41,28 +38,34 @@ def info_nce(
     chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, ""]:
-    """InfoNCE over in-batch negatives: the mean over valid rows of -log of the positive's share, q -> p plus p -> q.
+    """InfoNCE with in-batch negatives, q -> p plus p -> q.
 
-    With `negatives` it is the triplet loss of section 4.3. Without any valid row it is zero, and so is its gradient.
+    Each direction is the mean over valid rows of -log of the softmax probability of the positive.
+    With `negatives` it is the triplet loss of section 4.3. Without any valid row the loss and its
+    gradient are zero.
 
     Args:
         q, p: embeddings of the two sides; row i of one is the positive of row i of the other.
-        negatives: further candidates of every query, of all rows and shards; in q -> p only.
-        temperature: the cosine is divided by it.
-        bidirectional: without it, q -> p alone.
-        valid: a row that is not valid is neither anchor nor candidate, its negatives do not count, and what it holds, be it
-            NaN, has no effect.
-        group: rows of the same group are no negatives of one another; explicit negatives always count.
-        chunk: rows whose logits exist at a time, so that memory grows linearly with the rows. None = all, for small batches.
-        axis_name: the candidates are those of all shards; each shard scores its own rows.
+        negatives: further candidates of every query, from all rows and shards; in q -> p only.
+        temperature: cosines are divided by it.
+        bidirectional: False computes q -> p only.
+        dims, weights: Matryoshka prefixes and their weights, see `jina_jax.losses`.
+        valid: an invalid row is neither anchor nor candidate, its negatives do not count, and its
+            contents, even NaN, have no effect.
+        group: rows of the same group are not negatives of one another; explicit negatives always
+            count.
+        chunk: rows whose logits exist at a time, so that memory grows linearly with the rows.
+            None = all, for small batches.
+        axis_name: the candidates are those of all shards; each shard scores its local rows.
 
     Returns:
-        This shard's share of the loss, a float32 scalar.
+        The loss, a float32 scalar. With `axis_name` it is the per-shard term: the terms of all
+        shards add up to the global loss.
 
     Raises:
-        ValueError: arrays whose shapes do not fit one another, or a number out of range.
+        ValueError: array shapes do not match, or a number is out of range.
 
-    Two pairs at right angles to one another, each direction log(1 + exp(-1)):
+    Two pairs at right angles to one another; each direction gives log(1 + exp(-1)):
 
     >>> pairs = jnp.eye(2)
     >>> print(f"{info_nce(pairs, pairs, temperature=1.0):.4f}")
@@ -91,7 +94,7 @@ def info_nce(
 
 
 class Candidates(NamedTuple):
-    """What anchors are scored against, of all shards: one embedding of each row, and its explicit negatives."""
+    """Rows that anchors are scored against, from all shards: embeddings and explicit negatives."""
 
     embeddings: Array
     negatives: Array | None
@@ -110,7 +113,7 @@ def _row_losses(
     chunk: int | None,
 ) -> Array:
     """Loss of each anchor [n], summed over Matryoshka prefixes."""
-    # A loop and not one program for each prefix: seven of them take the compiler as long as the encoder does.
+    # A loop, not one program per prefix: seven of those take as long to compile as the encoder.
     dims, weights = (jnp.array(column) for column in zip(*prefixes, strict=True))
 
     def chunk_losses(*rows: Array) -> Array:
@@ -123,10 +126,10 @@ def _row_losses(
     return map_chunks(chunk_losses, (anchors, positives, group), chunk)
 
 
-# Each prefix is checkpointed by itself: its logits are dropped before those of the next one are computed.
+# A checkpoint per prefix: its logits are dropped before those of the next one are computed.
 @partial(jax.checkpoint, static_argnums=(4,))
 def _contrast(anchors: Array, positives: Array, group: Array, candidates: Candidates, temperature: float, dim: Array) -> Array:
-    """-log of the positive's share for each anchor, on prefixes of length `dim`."""
+    """Negative log-probability of each anchor's positive, on prefixes of length `dim`."""
     anchors = unit_prefix(anchors, dim) / temperature
     in_batch = candidates.valid[None] & (group[:, None] != candidates.group[None])
     others = _log_sum(anchors, unit_prefix(candidates.embeddings, dim), in_batch)
@@ -134,10 +137,10 @@ def _contrast(anchors: Array, positives: Array, group: Array, candidates: Candid
         n, m, d = candidates.negatives.shape
         explicit = jnp.repeat(candidates.valid, m)[None]
         others = jnp.logaddexp(others, _log_sum(anchors, unit_prefix(candidates.negatives.reshape(n * m, d), dim), explicit))
-    # log(1 + exp(x)) keeps the digits of small losses, which the difference of a log-sum and the positive would lose.
+    # log(1 + exp(x)) keeps the digits of small losses, which a log-sum minus the positive loses.
     return jax.nn.softplus(others - (anchors * unit_prefix(positives, dim)).sum(-1))
 
 
 def _log_sum(anchors: Array, candidates: Array, allowed: Array) -> Array:
-    """log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
+    """Log of the sum of exp(anchor . candidate) over the allowed candidates of each anchor."""
     return jax.nn.logsumexp(jnp.where(allowed, matmul(anchors, candidates.T), NEVER), axis=1)

@@ -1,4 +1,4 @@
-"""Cross-entropy of masked tokens over the vocabulary, with a gradient that is made in the forward pass."""
+"""MLM loss: cross-entropy over the vocabulary, with a gradient computed in the forward pass."""
 
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -15,14 +15,14 @@ from .rows import AxisName, check_chunk, check_positive, map_chunks, split_rows
 
 @runtime_checkable
 class MaskedLMHead(Protocol):
-    """What stands between the encoder's states and the token table: a pytree with these two."""
+    """MLM head between the encoder's states and the token table: a pytree with these two."""
 
     @property
     def bias(self) -> Any:
-        """Of each word, an array or a variable [v]."""
+        """Bias of each vocabulary entry, an array or a variable [v]."""
 
     def transform(self, states: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Returns what is multiplied with the table."""
+        """Returns the states that are multiplied with the token table."""
         ...
 
 
@@ -38,28 +38,31 @@ def masked_lm(
     axis_name: AxisName = None,
     total: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of the masked tokens (section 4.1). Zero, with zero gradient, where there are none.
+    """Mean cross-entropy of the masked tokens (section 4.1).
 
-    Only masked positions are projected on the vocabulary.
+    Only masked positions are projected on the vocabulary. Where there are none, the loss and its
+    gradient are zero.
 
     Args:
         states: token states of the encoder.
-        labels: the token that was masked, or -1 where none was.
+        labels: the original token of each masked position, -1 at all others.
         embedding: the token table.
-        head: what is computed of a state before it is compared with the table.
-        max_masked: positions of this shard that are computed. The first ones in the order of `labels` are taken; those beyond
-            are ignored and do not count in the mean either.
+        head: transform of the states before their product with the table, and bias of the logits.
+        max_masked: number of positions that this shard computes, the first ones in the order of
+            `labels`. Those beyond are ignored and do not count in the mean either.
         chunk: positions whose logits exist at a time. None = all.
         axis_name: the mean is over the masked tokens of all shards.
-        total: masked tokens of the mean, where these are a part of them: the parts' results add up to it.
+        total: number of masked tokens in the mean, where one call sees only some of them: the
+            results of all calls add up to the mean.
 
     Returns:
-        This shard's share of the loss, a float32 scalar.
+        The loss, a float32 scalar. With `axis_name` it is the per-shard term: the terms of all
+        shards add up to the global loss.
 
     Raises:
-        ValueError: arrays whose shapes do not fit one another, or a number out of range.
+        ValueError: array shapes do not match, or a number is out of range.
 
-    With a head that does nothing, over three words, two of them at right angles to the state:
+    A head that changes nothing, and three words, two of them at right angles to the state:
 
     >>> from typing import NamedTuple
     >>> class Head(NamedTuple):
@@ -85,7 +88,8 @@ def masked_lm(
         count = total
     elif axis_name is not None:
         count = jax.lax.psum(count, axis_name)
-    # The share of each in the mean, from the start: so the gradients that are made on the way are the final ones.
+    # The weights in the mean are applied from the start, so that the gradients computed in the
+    # forward pass are the final ones.
     shares = (labels >= 0) / jnp.maximum(count, 1).astype(jnp.float32)
     states, bias = head.transform(states[None])[0], head.bias[...].astype(jnp.float32)
     return _cross_entropy(states, jnp.maximum(labels, 0), shares, embedding, bias, chunk)
@@ -100,7 +104,7 @@ def _cross_entropy(
     bias: Float[Array, "v"],
     chunk: int | None,
 ) -> Float[Array, ""]:
-    """The sum over rows of weight times -log of the target's share in exp(x . table + bias). The weights have no gradient."""
+    """Sum over rows of weight * -log softmax(x . table + bias)[target]; no gradient of `weight`."""
 
     def log_sums(x: Array, weight: Array) -> Array:
         return weight * jax.nn.logsumexp(matmul_transposed(x, table) + bias[None], axis=1)
@@ -110,9 +114,10 @@ def _cross_entropy(
 
 
 def _cross_entropy_forward(x: Array, targets: Array, weight: Array, table: Array, bias: Array, chunk: int | None):
-    """The gradient is made while a chunk's logits are there: later they would take their product and exponentials once more.
+    """Computes the loss, and its gradient while the logits of a chunk exist.
 
-    Each row's share is multiplied to its [d] numbers and not to its [v] exponentials, which so are written once.
+    A backward pass would have to recompute their matmul and exponentials. The factor `share` of a
+    row multiplies its [d] elements and not its [v] exponentials, which are thus written only once.
     """
 
     def chunk_gradients(sums: tuple[Array, Array], rows: tuple[Array, Array]):
@@ -122,7 +127,8 @@ def _cross_entropy_forward(x: Array, targets: Array, weight: Array, table: Array
         powers = jnp.exp(logits - highest)
         total = powers.sum(-1, keepdims=True)
         share = weight[:, None] / total
-        powers = jax.lax.optimization_barrier(powers.astype(x.dtype))  # or every product makes them anew
+        # Without the barrier every matmul recomputes them.
+        powers = jax.lax.optimization_barrier(powers.astype(x.dtype))
         d_table += matmul(powers.T, (share * x).astype(x.dtype))
         # A tile of equal rows, as in `matmul.add_bias`.
         d_bias += matmul(jnp.broadcast_to(share.T, (8, len(x))).astype(x.dtype), powers)[0]
@@ -132,7 +138,7 @@ def _cross_entropy_forward(x: Array, targets: Array, weight: Array, table: Array
     own, weighted = _table_rows(table, targets, x.dtype), weight[:, None] * x.astype(jnp.float32)
     d_table = jnp.zeros(table.shape, jnp.float32).at[targets].add(-weighted)
     d_bias = jnp.zeros(bias.shape, jnp.float32).at[targets].add(-weight)
-    operand = table.astype(x.dtype)  # once, and not in each chunk
+    operand = table.astype(x.dtype)  # once, not in each chunk
     (d_table, d_bias), (values, d_x) = jax.lax.scan(chunk_gradients, (d_table, d_bias), split_rows((x, weight), chunk))
     value = values.sum() - (weighted * own).sum() - (weight * jnp.take(bias, targets)).sum()
     d_x = d_x.reshape(-1, x.shape[1])[: len(x)] - weight[:, None] * own
@@ -148,5 +154,5 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _table_rows(table: Float[Array, "v d"], indices: Int[Array, "n"], dtype: DTypeLike) -> Float[Array, "n d"]:
-    """Rows of a table in float32, rounded as a product in `dtype` rounds them."""
+    """Looks up rows of a table; returns float32, rounded as a matmul in `dtype` rounds them."""
     return jnp.take(table.astype(dtype), indices, axis=0).astype(jnp.float32)

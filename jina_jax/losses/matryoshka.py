@@ -1,4 +1,4 @@
-"""Matryoshka representation learning (Kusupati et al., 2022): a loss is summed over prefixes of the embeddings."""
+"""Matryoshka representation learning (Kusupati et al., 2022): a loss summed over prefixes."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 
 SMALLEST_SQUARE = 1e-24
-"""Vectors of a smaller squared norm count as zero: the gradient of their direction would overflow."""
+"""Squared norm up to which a vector counts as zero: its direction's gradient would overflow."""
 
 
 def prefixes(d: int, dims: tuple[int, ...] | None, weights: Sequence[float] | None) -> list[tuple[int, float]]:
-    """Returns (dimensions, weight) of each prefix of embeddings of width d; ValueError for others than 1..d.
+    """Returns (dimensions, weight) of each prefix of embeddings of width d.
+
+    Raises:
+        ValueError: no dims, one that is not in 1..d, or not one weight for each.
 
     >>> prefixes(8, (2, 8), None)
     [(2, 1.0), (8, 1.0)]
@@ -26,11 +29,11 @@ def prefixes(d: int, dims: tuple[int, ...] | None, weights: Sequence[float] | No
 
 
 def unit_prefix(x: Array, dim: Array) -> Array:
-    """Normalises the prefix of length `dim` of the last axis, and puts zeros behind it."""
+    """Normalises the first `dim` elements of the last axis, and sets the rest to zero."""
     return unit(jnp.where(jnp.arange(x.shape[-1]) < dim, x, 0))
 
 
 def unit(x: Array) -> Array:
-    """Normalises the last axis; a zero vector stays zero, and gets no gradient."""
+    """Normalises the last axis; a zero vector stays zero and gets no gradient."""
     square = jnp.square(x).sum(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.where(square > SMALLEST_SQUARE, square, jnp.inf))

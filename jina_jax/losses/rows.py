@@ -1,4 +1,4 @@
-"""Rows of a batch: which of them count, those of all shards, and some of them at a time."""
+"""Rows of a batch: validity, gathering over shards, chunks and checks; shared by the losses."""
 
 from collections.abc import Callable
 from math import inf
@@ -6,33 +6,44 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 AxisName = str | tuple[str, ...] | None
 Tree = TypeVar("Tree")
 Rows = TypeVar("Rows", bound=tuple[Array, ...])
 
+NEVER = np.finfo(np.float32).min
+"""Logit of what does not count. Finite: a row of -inf alone would have NaN gradients."""
+
 
 def zero_where_invalid(x: Array, valid: Array) -> Array:
-    """Returns x in float32, with zeros in rows that are not valid: a masked NaN would still make NaN gradients."""
+    """Zeroes invalid rows, in float32: a NaN that is only masked would still make NaN gradients."""
     return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x.astype(jnp.float32), 0)
 
 
 def global_row_numbers(n: int, axis_name: AxisName) -> Array:
-    """Numbers the n rows of this shard so that no two rows of all shards share a number."""
+    """Numbers the n rows of this shard so that no two rows of all shards have the same number."""
     return jnp.arange(n) + (0 if axis_name is None else n * jax.lax.axis_index(axis_name))
 
 
 def all_gather_rows(rows: Tree, axis_name: AxisName) -> Tree:
-    """Gathers the rows of all shards. Float arrays have to be float32: gradients are reduced over shards in their dtype."""
+    """Gathers the rows of all shards.
+
+    Float arrays must be float32: gradients are reduced over shards in their dtype.
+    """
     if axis_name is None:
         return rows
     gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
-    return jax.lax.optimization_barrier(gathered)  # or XLA gathers again in each step of a loop over chunks
+    # Without the barrier XLA gathers again in each step of a loop over chunks.
+    return jax.lax.optimization_barrier(gathered)
 
 
 def map_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: int | None) -> Array:
-    """Computes function(*rows), [n], for `chunk` rows at a time. What is large in it has to be under `jax.checkpoint`."""
+    """Computes function(*rows), [n], for `chunk` rows at a time.
+
+    Large intermediates of `function` must be under `jax.checkpoint`.
+    """
     n = rows[0].shape[0]
     if chunk is None or chunk >= n:
         return function(*rows)
@@ -40,10 +51,10 @@ def map_chunks(function: Callable[..., Array], rows: tuple[Array, ...], chunk: i
 
 
 def split_rows(rows: Rows, chunk: int | None) -> Rows:
-    """Splits rows [n, ...] into as few chunks of at most `chunk` rows as there can be, [chunks, rows, ...].
+    """Splits rows [n, ...] into the fewest chunks of at most `chunk` rows, [chunks, rows, ...].
 
-    Zeros fill the last one. Chunks are of about equal size, so that little is added: a tile of 8 rows each at most, where
-    there is room for it.
+    Chunks are of about equal size, a multiple of 8 rows (a tile) where `chunk` allows it, so that
+    at most 8 rows are added per chunk. Zeros fill the last chunk.
     """
     n = rows[0].shape[0]
     chunks = -(-n // (chunk or n))
@@ -57,7 +68,7 @@ def split_rows(rows: Rows, chunk: int | None) -> Rows:
 
 
 def check_rows(like: Array, axes: int = 2, **arrays: Array | None) -> None:
-    """Raises ValueError where embeddings are not [n, d], or another array does not have their first `axes` axes."""
+    """Raises ValueError unless `like` is [n, d] and other arrays have its first `axes` axes."""
     if like.ndim != 2 or 0 in like.shape:
         raise ValueError(f"embeddings are {like.shape}, should be [n, d] with at least one row")
     for name, array in arrays.items():

@@ -1,6 +1,8 @@
-"""Operations on the adapters of a finished model. Each returns a new encoder that shares the arrays it did not change.
+"""Operations on the adapters of a model: add, drop, extract, replace, merge and fold.
 
-An adapter on its own is a mapping of paths to arrays with one task: what `extract_adapter` gives and `add_adapter` takes.
+Those that return an encoder return a new one, which shares the arrays that they did not change. An
+adapter outside a model is a mapping of paths to arrays with one task: `extract_adapter` returns it
+and `add_adapter` takes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +33,24 @@ def add_adapter(
     instruction: str = "",
     rngs: nnx.Rngs | None = None,
 ) -> Encoder:
-    """The model with one more task, behind those it has.
+    """Adds a task behind the tasks that the model has.
 
     Args:
         encoder: a model with or without adapters.
         task: a name that the model does not have yet.
-        adapter: as from `extract_adapter`; None for a fresh one, which changes nothing until it is trained.
-        rank, alpha: of a fresh adapter; None = those of the configuration. Different ranks are padded to the largest, exactly.
+        adapter: arrays from `extract_adapter`; None for a fresh adapter, which changes nothing
+            until it is trained.
+        rank, alpha: LoRA sizes of a fresh adapter; None = those of the configuration. Adapters of
+            different ranks are padded to the largest, exactly.
         instruction: text put before the inputs of this task.
-        rngs: for a fresh adapter.
+        rngs: random keys, needed for a fresh adapter only.
+
+    Returns:
+        A new encoder with one more task.
 
     Raises:
-        ValueError: the task exists, or the adapter is not one for this model.
+        ValueError: the task exists, the adapter does not fit this model, or a fresh adapter has no
+            rngs.
     """
     config = encoder.config
     if task in config.tasks:
@@ -73,7 +81,7 @@ def add_adapter(
 
 
 def drop_adapter(encoder: Encoder, task: str) -> Encoder:
-    """The model without one of its tasks; without its last one it has no adapter parameters at all."""
+    """Drops one task; without its last task the model has no adapter parameters at all."""
     config, index = encoder.config, encoder.config.task_index(task)
     others = jnp.array([i for i in range(len(config.tasks)) if i != index], jnp.int32)
     arrays = _select_tasks(encoder, others) if len(others) else {}
@@ -84,19 +92,19 @@ def drop_adapter(encoder: Encoder, task: str) -> Encoder:
 
 
 def extract_adapter(encoder: Encoder, task: str) -> dict[str, Array]:
-    """One task's adapter on its own, by path."""
+    """Adapter of one task, as arrays by path."""
     return _select_tasks(encoder, jnp.array([encoder.config.task_index(task)], jnp.int32))
 
 
 def extract_adapters(encoder: Encoder, tasks: Sequence[str] | None = None) -> dict[str, Array]:
-    """Adapter arrays by path: those of some tasks, in the order given, or all."""
+    """Adapter arrays by path: those of the given tasks, in that order, or of all tasks."""
     if tasks is not None:
         return _select_tasks(encoder, jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32))
     return {path: variable.get_value() for path, variable in variables(encoder).items() if _is_adapter(variable)}
 
 
 def replace_adapters(encoder: Encoder, tasks: Sequence[str], adapters: Adapter) -> Encoder:
-    """The model with other arrays for some of its tasks; the inverse of `extract_adapters(encoder, tasks)`."""
+    """Replaces the arrays of some tasks; the inverse of `extract_adapters(encoder, tasks)`."""
     indices = jnp.array([encoder.config.task_index(task) for task in tasks], jnp.int32)
     arrays = extract_adapters(encoder)
     for path, variable in abstract_variables(encoder.config).items():
@@ -108,13 +116,15 @@ def replace_adapters(encoder: Encoder, tasks: Sequence[str], adapters: Adapter) 
 
 
 def base_arrays(encoder: Encoder) -> dict[str, Array]:
-    """All other arrays of a model, by path."""
+    """Arrays of the base model, by path: all those that belong to no adapter."""
     return {path: variable.get_value() for path, variable in variables(encoder).items() if not _is_adapter(variable)}
 
 
 def merge_adapter(encoder: Encoder, task: str) -> Encoder:
-    """The model of one task without adapters: the adapter is added to the base weights, in float32. The others are left out,
-    since they were trained beside the old base."""
+    """Merges the adapter of one task into the base weights, in float32, and drops all adapters.
+
+    The other tasks are left out, since their adapters were trained beside the old base.
+    """
     index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
     arrays = base_arrays(encoder) | _folded_kernels(encoder, index)
     arrays["tokens.table"] = _folded_table(encoder.tokens, index)
@@ -123,9 +133,12 @@ def merge_adapter(encoder: Encoder, task: str) -> Encoder:
 
 
 def fold_adapter(encoder: Encoder, task: str) -> Encoder:
-    """The model of one task, for inference: its adapter folded into the kernels, and kept beside the embedding table, which
-    stays as it is and is shared with `encoder`. Its only task has index 0 and no name of its own, so that all tasks share
-    their compiled programs."""
+    """Folds the adapter of one task into the dense kernels, for inference.
+
+    The embedding tables stay unchanged and are shared with `encoder`; their adapter is kept beside
+    them. The only task of the result has index 0 and the name "folded", whichever task it was, so
+    that all tasks share their compiled programs.
+    """
     index = jnp.asarray(encoder.config.task_index(task), jnp.int32)
     folded = nnx.eval_shape(lambda: Encoder(_with_one_task(encoder.config, "folded"), dtype=encoder.dtype, rngs=nnx.Rngs(0)))
     for module in _dense_modules(folded).values():
@@ -150,7 +163,10 @@ def _fresh_adapter(encoder: Encoder, sizes: Mapping[str, Any], rngs: nnx.Rngs) -
 
 
 def _widened(path: str, array: Array, expected: nnx.Variable) -> Array:
-    """An adapter array at the model's rank and parts: zeros for further ranks, a shared down-projection for each of q, k, v."""
+    """Pads an adapter array to the model's rank with zeros.
+
+    A shared down-projection of q, k and v is repeated for each where the model has separate ones.
+    """
     task_axis = expected.get_metadata("task_axis") % len(expected.shape)
     if path in ("layers.qkv.a", "layers.qkv.scale") and array.shape[task_axis - 1] < expected.shape[task_axis - 1]:
         array = jnp.repeat(array, expected.shape[task_axis - 1], axis=task_axis - 1)
@@ -180,7 +196,7 @@ def _is_adapter(variable: nnx.Variable) -> bool:
 
 
 def _dense_modules(encoder: Encoder) -> dict[str, AdaptedDense]:
-    """The dense modules that have adapters, by path."""
+    """Dense modules that can have adapters, by path."""
     layers = {f"layers.{name}": getattr(encoder.layers, name) for name in ("qkv", "out", "up", "down")}
     return layers | ({} if encoder.pooler is None else {"pooler": encoder.pooler})
 
@@ -199,7 +215,8 @@ def _fold(module: AdaptedDense, task: Int[Array, ""]) -> Array:
 
 @jax.jit
 def _fold_layers(module: AdaptedDense, task: Int[Array, ""]) -> Array:
-    return jax.lax.map(lambda layer: layer.folded_kernel(task), module)  # one layer's float32 update at a time
+    # One layer's float32 update at a time.
+    return jax.lax.map(lambda layer: layer.folded_kernel(task), module)
 
 
 @jax.jit

@@ -1,8 +1,9 @@
-"""Rotary positions and attention by segments.
+"""Attention within segments: the choice of an implementation, and the plain ones.
 
-`attention` takes the fused projection [3, b, t, n*h] of packed rows and is the one place that chooses how it is computed. Every
-form gives the same result as `plain_attention`: a token attends to all tokens of its own segment, in both directions, and to
-nothing else. Padding is a segment of its own (0), so no token is ever without a key and the result is finite everywhere.
+`attention` takes the fused projection [3, b, t, n*h] of packed rows and is the one place that
+chooses the implementation. All of them give the result of `plain_attention`: a token attends to all
+tokens of its segment, in both directions, and to no others. Padding is a segment too (0), so every
+token has a key and the result is finite everywhere.
 """
 
 import jax
@@ -23,13 +24,16 @@ from .matmul import einsum
 from .rotary import RotaryTables, rotated_heads
 
 LONGEST_PLAIN_ROW = 1024
-"""Up to this many tokens the [b, n, t, t] scores of a row are built; longer rows are computed in blocks."""
+"""Longest row, in tokens, whose [n, t, t] scores are built; longer rows are computed in blocks."""
 
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")
-"""Kinds of device that have too little memory on the chip for the kernel of long rows: 16 or 32 MiB."""
+"""Kinds of device with too little on-chip memory for the kernel of long rows: 16 or 32 MiB."""
 
 MOST_PLAIN_SCORES = 2**21
-"""Scores of one row, over all heads, from which on a CPU computes row by row: those of all rows would leave its caches."""
+"""Scores of one row, over all heads, above which a CPU computes row by row.
+
+Those of all rows would leave its caches.
+"""
 
 
 def attention(
@@ -37,16 +41,17 @@ def attention(
 ) -> Float[Array, "b t d"]:
     """Softmax attention within segments over `num_heads` heads, scaled by 1 / sqrt(h).
 
-    On TPU, heads of 64 numbers and of an even count go to a kernel: rows of up to 1,024 tokens to `kernels/rows.py`, of up to
-    16,384 (8,192 in float32) to `kernels/long_rows.py`, which needs a v5e or later. On GPU, heads of 16 to 128 numbers go to
-    `kernels/gpu_blocks.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once (large ones on CPU one by
-    one), longer ones in blocks. The kernels for TPU have no gradient by the tables.
+    On TPU, an even number of heads of 64 elements goes to a kernel: rows of up to 1,024 tokens to
+    `kernels/tpu_short.py`, of up to 16,384 (8,192 in float32) to `kernels/tpu_long.py`, which needs
+    a v5e or later. On GPU, heads of 16, 32, 64 or 128 elements in half precision go to
+    `kernels/gpu.py`. Everything else is computed by XLA: rows of up to 1,024 tokens at once (large
+    ones on CPU one by one), longer ones in blocks. The TPU kernels give the tables no gradient.
 
     Args:
-        qkv: the fused projection before rotation; its dtype is that of the products, softmax is in float32.
-        segment_ids: 0 = padding; tokens of equal segment see each other.
+        qkv: the fused projection before rotation; matmuls are in its dtype, softmax in float32.
+        segment_ids: 0 = padding; tokens with equal segment ids attend to each other.
         tables: rotary angles, or None for a model with absolute positions.
-        num_heads: d = n * h.
+        num_heads: n, with d = n * h.
     """
     on_tpu = platform() == "tpu"
     if on_tpu and supports(qkv, num_heads):
@@ -67,7 +72,7 @@ def attention(
 def plain_attention(
     qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
-    """The definition: all scores at once."""
+    """Reference implementation: all scores at once."""
     q, k, v = (x.swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
     out = jax.vmap(_attend_row)(q, k, v, segment_ids).swapaxes(1, 2)
     return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENTION_RESIDUALS)
@@ -76,14 +81,14 @@ def plain_attention(
 def rowwise_attention(
     qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
-    """The same with the scores of one row at a time."""
+    """`plain_attention` with the scores of one row at a time."""
     heads = (x.swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
     out = jax.lax.map(lambda row: _attend_row(*row), (*heads, segment_ids)).swapaxes(1, 2)
     return checkpoint_name(out.astype(qkv.dtype).reshape(qkv.shape[1:]), ATTENTION_RESIDUALS)
 
 
 def _attend_row(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """All heads of one row, [n, t, h]."""
+    """Attention over one row, all heads: [n, t, h]."""
     own = segment_ids[:, None] == segment_ids[None]
     scores = jnp.where(own[None], einsum("nth,nsh->nts", q, k), MASK_VALUE)
     return einsum("nts,nsh->nth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
@@ -97,5 +102,5 @@ def gpu_attention(
     num_heads: int,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
-    """The same by a kernel for GPUs. XLA rotates, in one pass with the bias of the projection."""
+    """`plain_attention` by the Triton kernel; XLA rotates, in one pass with the qkv bias."""
     return gpu_flash_attention(*rotated_heads(qkv, tables, num_heads), segment_ids, interpret=interpret).reshape(qkv.shape[1:])

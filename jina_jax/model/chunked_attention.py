@@ -1,4 +1,7 @@
-"""Blockwise (flash) attention in XLA: a running softmax over blocks of keys, forward and backward in memory linear in t."""
+"""Blockwise (flash) attention in XLA: an online softmax over blocks of keys.
+
+Forward and backward take memory linear in t.
+"""
 
 from functools import partial
 
@@ -14,24 +17,29 @@ from .matmul import einsum
 from .rotary import RotaryTables, rotated_heads
 
 KEYS_PER_BLOCK = 512
-"""Keys in a block of the chunked form, about."""
+"""Approximate number of keys in a block."""
 
 MAX_QUERIES_PER_BLOCK = 2048
-"""In a block of the chunked form, about: the more, the fewer passes over the keys. Scores of both stay in a CPU's cache."""
+"""Approximate number of queries in the largest block.
+
+More queries mean fewer passes over the keys; the scores of such a block and a block of keys stay in
+a CPU's cache.
+"""
 
 
 def blockwise_attention(
     qkv: Float[Array, "3 b t d"], segment_ids: Int[Array, "b t"], tables: RotaryTables | None, *, num_heads: int
 ) -> Float[Array, "b t d"]:
-    """The same in blocks of queries and keys with a running softmax; forward and backward in memory linear in t.
+    """`plain_attention` in blocks of queries and keys, with an online softmax.
 
-    Pairs of blocks without a text in common are left out.
+    Forward and backward take memory linear in t. Pairs of blocks without a common text are skipped.
     """
     t = segment_ids.shape[1]
     queries, keys = _block_sizes(t)
     padded = -t % queries
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0))).swapaxes(1, 2) for x in rotated_heads(qkv, tables, num_heads))
-    # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
+    # The added slots are a separate segment, so that the row's padding, too, comes out as in
+    # `plain_attention`.
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded)), constant_values=-1)
     form = _per_head if platform() == "cpu" else _batched
     out = form(q, k, v, segment_ids, *block_ranges(segment_ids, queries, keys), keys)
@@ -39,7 +47,10 @@ def blockwise_attention(
 
 
 def _block_sizes(t: int) -> tuple[int, int]:
-    """Queries and keys in a block: as queries a quarter of the row, for most of a long row is its longest text."""
+    """Numbers of queries and of keys in a block.
+
+    The queries are about a quarter of the row, because most of a long row is its longest text.
+    """
     keys_of_queries = min(max(1, round(t / 4 / KEYS_PER_BLOCK)), MAX_QUERIES_PER_BLOCK // KEYS_PER_BLOCK)
     queries = -(-t // max(1, round(t / KEYS_PER_BLOCK / keys_of_queries)))
     queries += -queries % (8 * keys_of_queries)
@@ -47,9 +58,10 @@ def _block_sizes(t: int) -> tuple[int, int]:
 
 
 def _per_head(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
-    """Row by row and head by head: what the cores of a CPU work on stays in their caches, and a row visits its own texts alone.
+    """Computes row by row and head by head, for CPUs.
 
-    A CPU without instructions for bfloat16 multiplies float32 twice as fast.
+    The data that the cores work on stays in their caches, and a row visits only the blocks of its
+    texts. A CPU without instructions for bfloat16 multiplies float32 twice as fast.
     """
     if q.dtype == jnp.bfloat16 and not cpu_multiplies_bfloat16():
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -62,19 +74,22 @@ def _per_head(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, st
 
 
 def _batched(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
-    """All rows and heads in step, so that a block visits what any row needs."""
+    """Computes all rows and heads in step, so that a block visits all that any row needs."""
     attend = partial(_blockwise, first=first.min(0), stop=stop.max(0), keys=keys)
     return jax.vmap(jax.vmap(attend, (0, 0, 0, None)))(q, k, v, segment_ids)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int) -> Array:
-    """One head of one row, [t, h]. `first` and `stop` of each block of queries bound the blocks of `keys` tokens it visits."""
+    """Attention of one head of one row, [t, h].
+
+    `first` and `stop` bound the blocks of `keys` tokens that each block of queries visits.
+    """
     return _blockwise_forward(q, k, v, segment_ids, first, stop, keys)[0]
 
 
 def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, stop: Array, keys: int):
-    """Online softmax (Milakov & Gimelshein 2018): for each block of queries a loop over the blocks of keys."""
+    """Online softmax (Milakov & Gimelshein 2018): every block of queries loops over key blocks."""
     k_blocks, v_blocks, key_segments = (_blocks(x, len(x) // keys) for x in (k, v, segment_ids))
 
     def attend_queries(block):
@@ -100,9 +115,10 @@ def _blockwise_forward(q: Array, k: Array, v: Array, segment_ids: Array, first: 
 
 
 def _blockwise_backward(keys: int, residuals, d_out: Array):
-    """Recomputes the weights of each pair of blocks from the saved maximum and sum of the softmax (Dao et al. 2022).
+    """Recomputes the weights of block pairs from the saved maximum and sum (Dao et al. 2022).
 
-    They are [s, t], and the gradient of q [h, t]: XLA's products on CPU are slow where the first operand has to be transposed.
+    The weights are [s, t] and the gradient of q is [h, t], because XLA's matmuls on CPU are slow
+    where the first operand has to be transposed.
     """
     q, k, v, segment_ids, first, stop, out, (row_max, row_sum) = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -138,10 +154,10 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def _scores(q: Array, k: Array, query_segments: Array, key_segments: Array) -> Array:
-    """Scores [t, s] of one block of queries and one of keys, or [s, t] if they come the other way round."""
+    """Scores [t, s] of a block of queries and one of keys, or [s, t] with the two swapped."""
     return jnp.where(query_segments[:, None] == key_segments[None], einsum("th,sh->ts", q, k), MASK_VALUE)
 
 
 def _blocks(x: Array, count: int) -> Array:
-    """[t, ...] -> [count, t / count, ...]."""
+    """Splits [t, ...] into [count, t / count, ...]."""
     return x.reshape(count, -1, *x.shape[1:])

@@ -1,13 +1,16 @@
-"""Gradient accumulation in place: parameters whose gradient is added up while a loop goes over chunks of a batch.
+"""Gradient accumulation in place, in a loop over the chunks of a batch.
 
-Left to itself, JAX makes every chunk a gradient of its own of all parameters, and then adds it to the sum: all numbers of the
-model are written once more, and read twice more, for each chunk. Here a parameter comes with its *sum*: an array of its shape
-that passes through the loops unread, and whose gradient is the sum so far. Each function gives what is asked of the parameter,
-and the sum to go on with; in the gradient it adds what it got to where it belongs, as the product that made it writes it.
+By default JAX computes a separate gradient of all parameters for every chunk and then adds it to
+the sum: for each chunk, all elements of the model are written once more and read twice more. Here
+a parameter comes with its *sum*: an array of its shape that passes through the loops unread, and
+whose gradient is the sum so far. Each function returns the requested elements of the parameter, and
+the sum to pass on. Its backward pass adds the incoming gradient to the sum at the right place, as
+the matmul that computes the gradient writes it.
 
-    y, total = track_slice(x[i], total, i)     # as y = x[i], with the gradient of x arriving at `total`
+    y, total = track_slice(x[i], total, i)  # y = x[i]; the gradient of x arrives at `total`
 
-The parameter has no gradient of its own: let the sum begin as the parameter, and differentiate by that.
+The parameter itself gets no gradient: pass the parameter as the first sum, and differentiate with
+respect to that sum.
 """
 
 import jax
@@ -18,7 +21,7 @@ from jaxtyping import Float, Int
 
 @jax.custom_vjp
 def track(x: Float[Array, "..."], total: Float[Array, "..."]) -> tuple[Array, Array]:
-    """x itself."""
+    """Returns x and its sum; the gradient of x is added to the sum."""
     return x, total
 
 
@@ -36,7 +39,7 @@ track.defvjp(_track_forward, _track_backward)
 
 @jax.custom_vjp
 def track_slice(x_i: Float[Array, "..."], total: Float[Array, "n ..."], i: Int[Array, ""]) -> tuple[Array, Array]:
-    """x[i], which the caller has: what a scan over x hands out."""
+    """Returns x[i], which the caller passes as `x_i` (a scan over x yields it), and the sum."""
     return x_i, total
 
 
@@ -54,7 +57,7 @@ track_slice.defvjp(_track_slice_forward, _track_slice_backward)
 
 @jax.custom_vjp
 def track_gather(x: Float[Array, "n d"], total: Float[Array, "n d"], indices: Int[Array, "..."]) -> tuple[Array, Array]:
-    """x[indices] in the dtype of the sum; an index may come more than once."""
+    """Returns x[indices] in the dtype of the sum, and the sum; an index may occur repeatedly."""
     return jnp.take(x, indices, axis=0).astype(total.dtype), total
 
 

@@ -12,18 +12,22 @@ from jaxtyping import Float
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU in float32. Written with erf: `jax.nn.gelu(approximate=False)` goes through erfc, far slower on TPU."""
+    """Exact GELU in float32.
+
+    Written with erf: `jax.nn.gelu(approximate=False)` goes through erfc, far slower on TPU.
+    """
     x = x.astype(jnp.float32)
     return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
 
 
 class DeferredLayerNorm(NamedTuple):
-    """A LayerNorm that has its statistics and is still to be applied, by whoever reads it.
+    """LayerNorm that has its statistics and is applied by the code that reads it.
 
-    Between two layers this saves TPUs a pass over the states: the statistics are sums that the product before accumulates, and
-    the rest is computed as the products behind load their operand. Its reader also has the whole gradient, through the
-    statistics too: so a layer that is computed again for the gradient stops before its last product, of which the reader has
-    the result.
+    Between two layers this saves TPUs a pass over the states: the statistics are sums that the
+    preceding matmul accumulates, and the rest is computed as the following matmuls load their
+    operand. The reader also has the full gradient, including that through the statistics, so a
+    layer that is rematerialised for the gradient stops before its last matmul, whose result the
+    reader has.
     """
 
     x: Float[Array, "*b d"]
@@ -36,7 +40,7 @@ class DeferredLayerNorm(NamedTuple):
 
     @classmethod
     def identity(cls, x: Float[Array, "*b d"]) -> "DeferredLayerNorm":
-        """A normalisation that does nothing: `value` is x in float32."""
+        """Normalisation that does nothing: `value` is x in float32."""
         one, d = jnp.ones((*x.shape[:-1], 1), jnp.float32), x.shape[-1]
         return cls(x, 0 * one, one, jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32), jnp.zeros((), jnp.float32))
 
@@ -72,7 +76,10 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis, with float32 statistics from one pass over x: E[x^2] - E[x]^2, clamped at 0."""
+    """LayerNorm over the last axis.
+
+    Its statistics are float32, from one pass over x: E[x^2] - E[x]^2, clamped at 0.
+    """
 
     def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike):
         self.epsilon = epsilon
@@ -80,11 +87,13 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Result in float32."""
+        """Normalises x; returns float32."""
         return self.deferred(x).value()
 
     def deferred(self, x: Float[Array, "*b d"]) -> DeferredLayerNorm:
-        y = jax.lax.stop_gradient(x.astype(jnp.float32))  # the statistics' gradient is in that of the value
+        """Computes the statistics, and leaves the normalisation to the reader."""
+        # The gradient of the value includes that of the statistics.
+        y = jax.lax.stop_gradient(x.astype(jnp.float32))
         mean = y.mean(-1, keepdims=True)
         variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)

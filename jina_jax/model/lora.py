@@ -1,15 +1,17 @@
 """Dense and embedding layers that carry low-rank adapters for several tasks.
 
-Adapters are parameters of the layer, stacked over tasks. The letters of the shapes are those of `model.py`; here `i` and `o`
-are a layer's inputs and outputs, and `c` the parts of the fused projection that have a down-projection of their own: 1 where
-q, k and v share it (the original model), 3 where each has one (PEFT). Section 2.2 of the jina-embeddings-v3 paper.
+Adapters are parameters of the layer, stacked over tasks. The shape letters are those of
+`model/encoder.py`; here `i` and `o` are a layer's inputs and outputs, and `c` the number of
+down-projections of the fused projection: 1 where q, k and v share one (the original model), 3 where
+each has one (PEFT). Section 2.2 of the jina-embeddings-v3 paper.
 
 A layer takes its `adapter_ids` in one of three forms:
   * None: the base model;
-  * one index for the whole batch, [], -1 = none: the adapter is folded into the kernel, in float32, and the product is the
-    base model's;
-  * an index for each token, [b, t], -1 = none: one product over `[x, z]`, where z = x @ a holds the down-projections of all
-    adapters with the foreign ones masked. Which tasks meet in a batch changes no shape, so nothing is recompiled.
+  * one index for the whole batch, [], -1 = none: the adapter is folded into the kernel, in float32,
+    and the matmul is the base model's;
+  * an index for each token, [b, t], -1 = none: one matmul over `[x, z]`, where z = x @ a holds the
+    down-projections of all adapters with the foreign ones masked. The mix of tasks in a batch
+    changes no shape, so nothing is recompiled.
 """
 
 import dataclasses
@@ -29,7 +31,10 @@ AdapterIds = Int[Array, ""] | Int[Array, "b t"] | None
 
 
 class AdapterParam(nnx.Variable[Array]):
-    """A trained adapter array. Not an `nnx.Param`: base and adapters are told apart by type. `task_axis` is in its metadata."""
+    """Trained adapter array, with `task_axis` in its metadata.
+
+    It is not an `nnx.Param`, so that base and adapters are told apart by type.
+    """
 
 
 class AdapterScale(nnx.Variable[Array]):
@@ -38,7 +43,10 @@ class AdapterScale(nnx.Variable[Array]):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """Number of tasks, rank and scale of fresh adapters, and whether q, k and v have separate down-projections."""
+    """Number of tasks, rank and alpha of fresh adapters.
+
+    `separate_qkv` gives q, k and v a down-projection each.
+    """
 
     tasks: int
     rank: int
@@ -53,11 +61,11 @@ class AdapterSpec:
 
 
 class AdaptedDense(nnx.Module):
-    """A dense layer with adapters: y = x @ (kernel + scale_k a_k b_k) + bias.
+    """Dense layer with adapters: y = x @ (kernel + scale_k a_k b_k) + bias.
 
-    kernel [i, o], bias [o], a [i, k, r], b [k, r, o], scale [k]. With `features` (3, o) it is the fused projection of q, k
-    and v: kernel [i, 3, o], bias [3, o], a [i, c, k, r], b [k, r, 3, o], scale [c, k]. Without adapters the last three
-    are None.
+    kernel [i, o], bias [o], a [i, k, r], b [k, r, o], scale [k]. With `features` (3, o) it is the
+    fused projection of q, k and v: kernel [i, 3, o], bias [3, o], a [i, c, k, r], b [k, r, 3, o],
+    scale [c, k]. Without adapters the last three are None.
     """
 
     def __init__(
@@ -99,7 +107,10 @@ class AdaptedDense(nnx.Module):
         return add_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 
     def folded_kernel(self, adapter_ids: Int[Array, ""]) -> Array:
-        """kernel + scale a b of one task, computed in float32, in the kernel's own dtype. Without adapters: the kernel."""
+        """Returns kernel + scale a b of one task, computed in float32, in the kernel's dtype.
+
+        Without adapters it returns the kernel.
+        """
         kernel = self.kernel[...]
         if self.a is None:
             return kernel
@@ -111,23 +122,27 @@ class AdaptedDense(nnx.Module):
         return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
 
     def _adapter_rows(self, x: Array, adapter_ids: Int[Array, "b t"]) -> tuple[Array, Array]:
-        """z and b: the adapters of all tasks as further rows of one contraction."""
+        """Returns z and b: the adapters of all tasks as further rows of one contraction."""
         a, b, scale = self._by_part()
         i, c, k, r = a.shape
         n, o = b.shape[2:]
         z = matmul(x, a)  # [b, t, c, k, r]
-        gate = jnp.where(adapter_ids[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)  # [b, t, c, k]
+        # [b, t, c, k]
+        gate = jnp.where(adapter_ids[..., None, None] == jnp.arange(k)[None, None, None], scale[None, None], 0)
         z = (z * gate[..., None]).astype(self.dtype).reshape(*x.shape[:2], c * k * r)
         if c == 1:
             rows = b.reshape(k * r, n, o)
-        else:  # each part's z reaches that part's output alone: a block-diagonal b
+        else:  # the z of each of q, k and v reaches that output alone: a block-diagonal b
             own = jnp.eye(n, dtype=b.dtype)[:, None, None, :, None]
             rows = (own * b[None]).reshape(c * k * r, n, o)
         kernel = self.kernel[...]
         return z, rows.reshape(-1, *kernel.shape[1:]).astype(kernel.dtype)
 
     def _by_part(self) -> tuple[Array, Array, Array]:
-        """a [i, c, k, r], b [k, r, n, o], scale [c, k] for both kinds of layer; a plain one has one part, c = n = 1."""
+        """Returns a [i, c, k, r], b [k, r, n, o] and scale [c, k] for both kinds of layer.
+
+        n is the number of outputs, 3 for the fused projection. A plain layer has c = n = 1.
+        """
         assert self.a is not None and self.b is not None and self.scale is not None
         a, b, scale = self.a[...], self.b[...], self.scale[...]
         k, r = a.shape[-2:]
@@ -135,10 +150,11 @@ class AdaptedDense(nnx.Module):
 
 
 class AdaptedEmbed(nnx.Module):
-    """An embedding table with adapters: table[token] + scale_k a[token, k] b_k.
+    """Embedding table with adapters: table[token] + scale_k a[token, k] b_k.
 
-    table [v, d], a [v, k, r], b [k, r, d], scale [k]. The update is a gather of a few numbers for each token; the [v, d] update
-    of the table is never built. A fresh adapter has a = 0, the other way round than in a dense layer.
+    table [v, d], a [v, k, r], b [k, r, d], scale [k]. The update gathers a few elements for each
+    token; the [v, d] update of the table is never built. A fresh adapter has a = 0 and random b,
+    the reverse of a dense layer.
     """
 
     def __init__(
@@ -163,15 +179,15 @@ class AdaptedEmbed(nnx.Module):
         self.scale = AdapterScale(jnp.full(k, adapters.alpha / r, jnp.float32), task_axis=-1)
 
     def __call__(self, token: Int[Array, "b t"], adapter_ids: AdapterIds = None) -> Float[Array, "b t d"]:
-        """Embeddings in float32."""
+        """Looks up embeddings with the adapters' updates; returns float32."""
         return self.adapted(self.rows(token), token, adapter_ids)
 
     def rows(self, token: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """Those of the table, in float32."""
+        """Looks up rows of the table; returns float32 [b, t, d]."""
         return jnp.take(self.table[...], token, axis=0).astype(jnp.float32)
 
     def adapted(self, rows: Float[Array, "b t d"], token: Int[Array, "b t"], adapter_ids: AdapterIds) -> Float[Array, "b t d"]:
-        """The table's rows with the adapters' updates."""
+        """Adds the adapters' updates to rows of the table."""
         if adapter_ids is None or self.a is None or self.b is None or self.scale is None:
             return rows
         a, b, scale = self.a[...], self.b[...].astype(jnp.float32), self.scale[...]

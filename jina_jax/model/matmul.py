@@ -1,4 +1,4 @@
-"""Matrix products in the compute dtype with float32 accumulation, and the gradients that keep them so."""
+"""Matrix products in the compute dtype with float32 accumulation, and gradients that keep it."""
 
 from functools import partial
 
@@ -13,21 +13,28 @@ def einsum(equation: str, x: Array, y: Array) -> Array:
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """float32 means float32: the default is a bfloat16 pass on TPU and TF32 on recent GPUs."""
+    """Matmul precision for a dtype; float32 is multiplied in float32.
+
+    JAX's default for it is a bfloat16 pass on TPU and TF32 on recent GPUs.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def matmul(x: Array, kernel: Array) -> Array:
-    """x [..., i] times kernel [i, ...] in x's dtype, with float32 accumulation and a float32 result.
+    """Multiplies x [..., i] by kernel [i, ...] in x's dtype; accumulates and returns float32.
 
-    The backward products are of x's dtype too: left to JAX, they would have a float32 operand, which GPUs and CPUs multiply at
-    a fraction of the speed. The kernel's gradient is accumulated in float32 and has the kernel's own dtype.
+    The matmuls of the backward pass are in x's dtype too: left to JAX, they would have a float32
+    operand, which GPUs and CPUs multiply at a fraction of the speed. The kernel's gradient is
+    accumulated in float32 and has the kernel's dtype.
     """
     return _matmul(x, kernel, 0)
 
 
 def matmul_transposed(x: Array, table: Array) -> Array:
-    """x [..., i] times the transpose of table [o, i], as `matmul`; neither the table nor its gradient is transposed."""
+    """Multiplies x [..., i] by the transpose of table [o, i], like `matmul`.
+
+    Neither the table nor its gradient is transposed.
+    """
     return _matmul(x, table, 1)
 
 
@@ -44,7 +51,8 @@ def _matmul_backward(axis: int, operands: tuple[Array, Array], d_y: Array) -> tu
     x, kernel = operands
     d_y, batch, outputs = d_y.astype(x.dtype), tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, d_y.ndim))
     operand = kernel.astype(x.dtype)
-    if axis == 0:  # TPUs are slow at a transposed kernel that is still to be cut out of the stack of all layers
+    if axis == 0:
+        # TPUs are slow at a transposed kernel that still has to be sliced from the stack of layers.
         operand = jax.lax.optimization_barrier(operand)
     d_x = _dot(d_y, operand, outputs, tuple(i for i in range(kernel.ndim) if i != axis))
     d_kernel = _dot(x, d_y, batch, batch) if axis == 0 else _dot(d_y, x, batch, batch)
@@ -56,8 +64,12 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def matmul_with_lora(x: Array, z: Array, kernel: Array, rows: Array) -> Array:
-    """x times kernel plus z times rows, as one product. Its gradient has the two apart: where the kernel is frozen, its part, a
-    third of the work, is asked for by nobody and left out. Of their concatenation all would have to be made."""
+    """Computes x @ kernel + z @ rows as one matmul.
+
+    The gradients of kernel and rows are separate: where the kernel is frozen, nothing uses its
+    gradient, a third of the work, and it is left out. The gradient of their concatenation would
+    have to be computed in full.
+    """
     return _dot(*_joined(x, z, kernel, rows), (x.ndim - 1,), (0,))
 
 
@@ -82,8 +94,12 @@ matmul_with_lora.defvjp(_matmul_with_lora_forward, _matmul_with_lora_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: Array, bias: Array, dtype: DTypeLike) -> Array:
-    """y [b, t, *o] + bias [*o] in `dtype`, where the gradient of y comes from a kernel and not from a product that could add it
-    up. The bias's gradient is a product with ones, accumulated in float32: the matrix unit is the fastest to do it on a TPU."""
+    """Adds bias [*o] to y [b, t, *o]; returns `dtype`.
+
+    For a y whose gradient comes from a kernel, and not from a matmul that could sum it on the way.
+    The bias's gradient is a matmul with ones, accumulated in float32: on a TPU the matrix unit is
+    the fastest at this sum.
+    """
     return (y + bias[None, None]).astype(dtype)
 
 
@@ -92,7 +108,8 @@ def _add_bias_forward(y: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, N
 
 
 def _add_bias_backward(dtype: DTypeLike, _: None, d_y: Array) -> tuple[Array, Array]:
-    ones = jnp.ones((8, *d_y.shape[:2]), d_y.dtype)  # a tile of equal rows: of one row, the compiler makes a sum again
+    # A tile of equal rows: the compiler would turn a matmul with one row back into a sum.
+    ones = jnp.ones((8, *d_y.shape[:2]), d_y.dtype)
     return d_y.astype(jnp.float32), _dot(ones, d_y, (1, 2), (0, 1))[0]
 
 

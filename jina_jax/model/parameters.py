@@ -1,4 +1,4 @@
-"""The parameters of an encoder by their path, and encoders made of given arrays."""
+"""Parameters of an encoder by path, and encoders built from given arrays."""
 
 from collections.abc import Mapping
 
@@ -15,17 +15,21 @@ from .encoder import Encoder
 
 
 def abstract_variables(config: ModelConfig) -> dict[str, nnx.Variable]:
-    """Every variable of a model by its path ("layers.qkv.kernel"), with shapes and without arrays."""
+    """Variables of a model by path ("layers.qkv.kernel"), with shapes and without arrays."""
     return _by_path(nnx.state(_abstract(config, jnp.float32)))
 
 
 def variables(encoder: Encoder) -> dict[str, nnx.Variable]:
-    """Every variable of an encoder by its path."""
+    """Variables of an encoder by path."""
     return _by_path(nnx.state(encoder))
 
 
 def from_arrays(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTypeLike) -> Encoder:
-    """An encoder made of given arrays by path; `dtype` is that of the computation."""
+    """Builds an encoder from arrays by path; it computes in `dtype`.
+
+    Raises:
+        ValueError: an array does not have the shape of its variable.
+    """
     for path, variable in abstract_variables(config).items():
         if variable.shape != arrays[path].shape:
             raise ValueError(f"{path} is {arrays[path].shape}, should be {variable.shape}")
@@ -33,7 +37,7 @@ def from_arrays(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTyp
 
 
 def from_local_arrays(config: ModelConfig, arrays: Mapping[str, Array], *, dtype: DTypeLike) -> Encoder:
-    """`from_arrays` for arrays whose shapes may differ: a device's parts of them, or a padded vocabulary."""
+    """`from_arrays` for arrays of other shapes: a device's shards, or a padded vocabulary."""
     graphdef, state = nnx.split(_abstract(config, dtype))
     for path, variable in _by_path(state).items():
         variable.set_value(arrays[path])
@@ -49,14 +53,15 @@ def _by_path(state: nnx.State) -> dict[str, nnx.Variable]:
 
 
 def unstack_layers(encoder: Encoder) -> Encoder:
-    """The same on CPU with a list of layers, whose parameters lie in the memory of the stacked ones.
+    """Turns the stacked layers into a list of layers that lie in the same memory, on CPU.
 
-    A product of XLA on CPU reads a layer of a stack from a copy that is made before: a single query would be copies for the
-    most part. Programs for accelerators read it where it is, and `encoder` itself is returned.
+    XLA's matmuls on CPU read a layer of a stack from a copy made beforehand: a single query
+    would consist mostly of copies. Programs for accelerators read the layer in place, and there
+    `encoder` itself is returned.
     """
     if platform() != "cpu":
         return encoder
-    apart = nnx.merge(*nnx.split(encoder))  # variables of its own
+    apart = nnx.merge(*nnx.split(encoder))  # separate variables
     stacked = jax.tree.map(np.asarray, encoder.layers)
     layers = [jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(encoder.config.num_layers)]
     apart.layers = nnx.List(jax.device_put(layers, may_alias=True))

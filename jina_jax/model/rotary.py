@@ -16,7 +16,10 @@ class RotaryTables(NamedTuple):
 
 
 def rotary_tables(positions: Int[Array, "b t"], head_dim: int, theta: float) -> RotaryTables:
-    """Angles position / theta^(2i / h). In float32 throughout: bfloat16 cannot tell position 257 from 256."""
+    """Cosines and sines of the angles position / theta^(2i / h).
+
+    In float32 throughout: bfloat16 cannot tell position 257 from 256.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.float32(theta) ** exponents
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
@@ -24,7 +27,7 @@ def rotary_tables(positions: Int[Array, "b t"], head_dim: int, theta: float) -> 
 
 
 def rotate(x: Float[Array, "b t n h"], tables: RotaryTables | None) -> Float[Array, "b t n h"]:
-    """Turns the two halves of each head by the token's angles ("rotate half"); without tables x itself."""
+    """Rotates the two halves of each head by the token's angles; without tables returns x."""
     if tables is None:
         return x
     cos, sin = tables.cos[:, :, None], tables.sin[:, :, None]
@@ -33,7 +36,7 @@ def rotate(x: Float[Array, "b t n h"], tables: RotaryTables | None) -> Float[Arr
 
 
 def rotated_heads(qkv: Array, tables: RotaryTables | None, n: int) -> tuple[Array, Array, Array]:
-    """q (scaled, rotated), k (rotated) and v, each [b, t, n, h]."""
+    """Returns q (scaled, rotated), k (rotated) and v, each [b, t, n, h]."""
     _, b, t, d = qkv.shape
     q, k, v = qkv.reshape(3, b, t, n, d // n)
     q, k = rotate(q, tables), rotate(k, tables)

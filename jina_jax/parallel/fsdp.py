@@ -1,4 +1,7 @@
-"""Parameters split over the `fsdp` axis, inside a `shard_map`: gathered before use, their gradients summed back."""
+"""Parameters sharded over the `fsdp` axis, for code inside a `shard_map`.
+
+They are gathered before use, and their gradients are summed back into shards.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -17,10 +20,11 @@ from .mesh import AXES, SPLIT, VOCABULARY_MULTIPLE
 
 
 def all_gather_param(part: Array, axis: int, dtype: DTypeLike) -> Array:
-    """A parameter made whole from the parts on the `fsdp` axis, in the part's own dtype but with the precision of `dtype`.
+    """Gathers a parameter from its shards on the `fsdp` axis.
 
-    It travels in `dtype`. Its gradient is summed over the devices in the part's dtype, float32, and comes back as parts:
-    the transpose that JAX knows would sum in `dtype`.
+    The shards travel in `dtype`; the result has their dtype, with the precision of `dtype`. Its
+    gradient is summed over the devices in the shards' dtype, float32, and comes back as shards:
+    JAX's transpose would sum in `dtype`.
     """
     return _all_gather_param(part, axis, dtype)
 
@@ -42,30 +46,33 @@ _all_gather_param.defvjp(_all_gather_param_forward, _all_gather_param_backward)
 
 
 def gather_layer(layer: Layer, dtype: DTypeLike) -> Layer:
-    """One layer with its kernels whole; for the encoder's `gather`."""
+    """Gathers the kernels of one layer; for the encoder's `gather`."""
     graphdef, state = nnx.split(layer)
     for names, variable in nnx.to_flat_state(state):
         axis = SPLIT.get(".".join(("layers", *map(str, names))))
-        if axis is not None:  # the axis of layers is gone
+        if axis is not None:  # SPLIT counts the layer axis, which one layer does not have
             variable.set_value(all_gather_param(variable.get_value(), axis - 1, dtype))
     return nnx.merge(graphdef, state)
 
 
 def gather_outside_layers(arrays: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
-    """The parameters by path with those outside the layers whole."""
+    """Gathers the parameters outside the layers; returns all parameters by path."""
     outside = {path: SPLIT[path] for path in arrays if path in SPLIT and not path.startswith("layers.")}
     return dict(arrays) | {path: all_gather_param(arrays[path], axis, dtype) for path, axis in outside.items()}
 
 
 def sum_gradients(gradients: Mapping[str, Array]) -> dict[str, Array]:
-    """The devices' gradients added up. Those of split parameters are summed over `fsdp` already, see `all_gather_param`."""
+    """Sums the gradients over the devices.
+
+    Those of sharded parameters are summed over `fsdp` already, see `all_gather_param`.
+    """
     split = {path for path in gradients if path in SPLIT}
     summed = jax.lax.psum({path: x for path, x in gradients.items() if path not in split}, AXES)
     return summed | jax.lax.psum({path: gradients[path] for path in split}, "data")
 
 
 def global_norm(arrays: Mapping[str, Array]) -> Array:
-    """Square root of the sum of all squares of parameters, parts and whole ones alike, in float32."""
+    """Global L2 norm of parameters, sharded and replicated alike, in float32."""
     squares = {path: jnp.square(x.astype(jnp.float32)).sum() for path, x in arrays.items()}
     split = jax.lax.psum(sum((x for path, x in squares.items() if path in SPLIT), jnp.zeros(())), "fsdp")
     return jnp.sqrt(split + sum((x for path, x in squares.items() if path not in SPLIT), jnp.zeros(())))
@@ -75,11 +82,14 @@ def global_norm(arrays: Mapping[str, Array]) -> Array:
 
 
 PADDING = {"tokens.table": 0.0, "mlm_head.bias": -1e30}
-"""Value of the padding of each array over the vocabulary."""
+"""Padding value of each array over the vocabulary."""
 
 
 def pad_vocabulary(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """With rows of zeros behind the table, and a bias that keeps them from being predicted. Training does not change them."""
+    """Pads the vocabulary to a multiple of 256: zero rows in the table, -1e30 in the MLM bias.
+
+    The bias keeps the padding from being predicted. Training does not change the padding.
+    """
     padded = dict(arrays)
     for path, value in PADDING.items():
         if path in arrays:
@@ -90,6 +100,6 @@ def pad_vocabulary(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def unpad_vocabulary(arrays: Mapping[str, Array], config: ModelConfig) -> dict[str, Array]:
-    """The inverse of `pad_vocabulary`."""
+    """Removes the padding of `pad_vocabulary`."""
     padded = {path: arrays[path][: config.vocab_size] for path in PADDING if path in arrays}
     return dict(arrays) | padded

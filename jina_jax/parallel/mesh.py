@@ -1,8 +1,9 @@
-"""Meshes, and where each array lives on one.
+"""Device meshes, and the sharding of arrays over them.
 
-A mesh has two axes: `data`, replicas of the model, and `fsdp`, over which its large parameters and their optimizer state are
-split. Batches are split over both. The programs over a mesh are `shard_map`s: inside, a parameter is this device's part, and
-`all_gather_param` or `gather_layer` make it complete right before it is used.
+A mesh has two axes: `data`, over replicas of the model, and `fsdp`, over which its large parameters
+and their optimizer state are sharded. Batches are sharded over both. The programs over a mesh are
+`shard_map`s: inside, a parameter is this device's shard, and `all_gather_param` or `gather_layer`
+gathers it right before it is used.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ..config import ModelConfig
 
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
-"""The first axis of every array of a batch."""
+"""Partition spec of every array of a batch: its first axis, over all devices."""
 
 SPLIT = {
     "tokens.table": 0,
@@ -28,23 +29,27 @@ SPLIT = {
     "layers.up.kernel": 1,
     "layers.down.kernel": 1,
 }
-"""Axis of each parameter that is split over `fsdp`: behind the layers, the inputs of a kernel. All other parameters are small:
-each device has them whole."""
+"""Axis of each parameter that is sharded over `fsdp`.
+
+A kernel is sharded by its inputs, behind the layer axis. All other parameters are small and
+replicated.
+"""
 
 VOCABULARY_MULTIPLE = 256
-"""The vocabulary of a model in training is padded to a multiple of this, so that it divides by the devices."""
+"""Multiple to which training pads the vocabulary, so that it divides by the devices."""
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the devices of all processes.
+    """Makes a mesh over the devices of all processes.
 
     Args:
-        data: replicas; None = as many as there are devices for.
-        fsdp: devices that share one copy of the parameters. Neighbours: over several slices or hosts, `data` is the outer axis.
-        devices: of which to make it; None = all there are.
+        data: number of replicas; None = as many as there are devices for.
+        fsdp: number of devices that share one copy of the parameters. They are neighbours: over
+            several slices or hosts, `data` is the outer axis.
+        devices: devices to choose from; None = all.
 
     Raises:
-        ValueError: there are not as many devices.
+        ValueError: there are too few devices.
     """
     present = list(jax.devices() if devices is None else devices)
     replicas = data or max(len(present) // fsdp, 1)
@@ -62,7 +67,10 @@ def _arranged(devices: list[Any], data: int, fsdp: int) -> np.ndarray:
 
 
 def specs(tree: Any) -> Any:
-    """How the leaves of a tree are split. One below the path of a parameter, such as its optimizer state, is split as it is."""
+    """Partition specs of the leaves of a tree.
+
+    A leaf whose path ends in that of a parameter, such as its optimizer state, is sharded like it.
+    """
 
     def spec(keys: tuple[Any, ...], _: Any) -> PartitionSpec:
         axis = split_axis(".".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)))
@@ -72,32 +80,32 @@ def specs(tree: Any) -> Any:
 
 
 def split_axis(path: str) -> int | None:
-    """The axis that `fsdp` splits of the parameter or optimizer state at this path, or None."""
+    """Axis that `fsdp` splits of the parameter or optimizer state at this path, or None."""
     return next((axis for name, axis in SPLIT.items() if path == name or path.endswith("." + name)), None)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """`specs` as shardings over a mesh."""
+    """Shardings of the leaves of a tree over a mesh, from `specs`."""
     return jax.tree.map(partial(NamedSharding, mesh), specs(tree))
 
 
 def shard_params(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has, on the devices, split as `specs` says."""
+    """Shards arrays, which every process has, over the devices as `specs` says."""
     return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has, whole on every device."""
+    """Replicates arrays, which every process has, on every device."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch that every process has, split over the devices. What has no axis is on all of them."""
+    """Shards a batch, which every process has, over the devices; scalars are replicated."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, BATCH if x.ndim else PartitionSpec())), batch)
 
 
 def from_process_local(batch: Any, mesh: Mesh) -> Any:
-    """A batch of which every process has its own rows, split over the devices."""
+    """Builds a global batch from the local rows of each process, sharded over the devices."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x), batch)
 
 
@@ -109,7 +117,7 @@ def _put(x: Any, sharding: NamedSharding) -> Array:
 
 
 def check_divides(config: ModelConfig, mesh: Mesh) -> None:
-    """ValueError where a parameter does not divide by the `fsdp` axis."""
+    """Raises ValueError if a parameter does not divide by the `fsdp` axis."""
     fsdp = mesh.shape["fsdp"]
     sizes = {"hidden_size": config.hidden_size, "mlp_size": config.mlp_size, "the padded vocabulary": VOCABULARY_MULTIPLE}
     if wrong := [f"{name} {size}" for name, size in sizes.items() if size % fsdp]:

@@ -1,7 +1,8 @@
-"""Several processes as one program: start-up, agreement on small things, and one end for all when one fails.
+"""Several processes as one program: start-up, agreement on values, a common end if one fails.
 
-JAX's collectives run on the devices, in the order of the steps. What is agreed on here goes through the coordinator instead, so
-that any thread may do it at any time. All of it does nothing in a program of one process.
+JAX's collectives run on the devices, in the order of the steps. The values agreed on here go
+through the coordinator instead, so that any thread may agree at any time. In a program of one
+process none of this does anything.
 """
 
 import contextlib
@@ -20,10 +21,10 @@ from jax._src import distributed  # the coordinator's client has no public name
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20
-"""A process that has not been heard of for so long is dead, and the others end."""
+"""Seconds without a heartbeat after which a process counts as dead, and the others end."""
 
 WAIT_SECONDS = 600
-"""The longest that processes may be apart, such as while one of them writes a checkpoint."""
+"""Most seconds that processes may be apart, such as while one of them writes a checkpoint."""
 
 KEPT = 10_000
 
@@ -32,15 +33,18 @@ _LOOK_SECONDS = 1.0
 
 
 def start() -> bool:
-    """Joins the other processes of this job; True where there are any. To be called before anything asks for JAX's devices.
+    """Joins the other processes of this job. Call it before anything asks for JAX's devices.
 
-    They are found by, in this order:
+    The processes are found by, in this order:
       * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
       * Slurm, if the job step has several tasks;
       * a Cloud TPU, as a JobSet on GKE (multislice too) or as virtual machines.
 
+    Returns:
+        True if there are other processes.
+
     Raises:
-        ValueError: the environment names processes and leaves something out.
+        ValueError: JAX_COORDINATOR_ADDRESS is set, and one of the other two is missing or invalid.
     """
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         count, number = _int_env("JAX_NUM_PROCESSES"), _int_env("JAX_PROCESS_ID")
@@ -64,7 +68,11 @@ def _int_env(name: str) -> int:
 
 
 def _on_cloud_tpu() -> bool:
-    """On GKE the environment lists the hosts. Virtual machines ask Google's metadata server, which notebooks do not have."""
+    """True if this is a Cloud TPU that may have other processes to join.
+
+    On GKE the environment lists the hosts. Virtual machines ask Google's metadata server, which
+    notebooks do not have.
+    """
     if os.environ.get("TPU_SKIP_MDS_QUERY") or os.environ.get("COLAB_RELEASE_TAG"):
         return False
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
@@ -74,10 +82,10 @@ def _on_cloud_tpu() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process is here.
+    """Waits until every process has reached this call.
 
     Raises:
-        RuntimeError: not all of them came.
+        RuntimeError: some did not reach it within WAIT_SECONDS.
     """
     if client := _client():
         client.wait_at_barrier(_unused_key(name), WAIT_SECONDS * 1000)
@@ -85,7 +93,7 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def main_process_first(name: str) -> Iterator[None]:
-    """The first process is inside alone, the others after it: they find what it has made."""
+    """Runs the body on the main process first, then on the others, which find its results."""
     if not is_main_process():
         barrier(name)
     yield
@@ -94,7 +102,7 @@ def main_process_first(name: str) -> Iterator[None]:
 
 
 def broadcast_from_main(name: str, value: Callable[[], str]) -> str:
-    """The value that the first process computes, in every process."""
+    """Returns, in every process, the value that the main process computes."""
     client = _client()
     if client is None:
         return value()
@@ -105,7 +113,10 @@ def broadcast_from_main(name: str, value: Callable[[], str]) -> str:
 
 
 def max_over_processes(name: str, number: int, value: int) -> int:
-    """The largest of the processes' values of that name and number. What was agreed on KEPT numbers ago is forgotten."""
+    """Returns the maximum of the processes' values of this name and number.
+
+    The values of KEPT numbers ago are forgotten.
+    """
     client = _client()
     if client is None:
         return value
@@ -118,7 +129,10 @@ def max_over_processes(name: str, number: int, value: int) -> int:
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """An error inside ends all processes with its message. Without this the others would wait for the lost one."""
+    """Ends all processes if an error is raised inside, with its message.
+
+    Without this the others would wait for the lost process.
+    """
     client = _client()
     if client is None:
         yield
@@ -127,7 +141,8 @@ def abort_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _report_failed(client):  # else this error is no more than what another one's looks like from here
+        # If another process failed first, this error is only its consequence here.
+        if not _report_failed(client):
             message = f"process {jax.process_index()}: {error}"
             logger.error("error: %s", message)
             with contextlib.suppress(Exception):
@@ -143,10 +158,10 @@ def _watch(client: Any) -> None:
 
 
 def _report_failed(client: Any) -> bool:
-    """Whether a process has failed, and said so."""
+    """True if any process has reported a failure; logs the reports."""
     try:
         failed = client.key_value_dir_get(_FAILED)
-    except Exception:  # the coordinator is gone, or ending: JAX says so
+    except Exception:  # the coordinator is gone or ending: JAX reports that
         return False
     if failed:
         logger.error("error: another process failed; %s", "; ".join(message for _, message in failed))
@@ -154,14 +169,20 @@ def _report_failed(client: Any) -> bool:
 
 
 def _end() -> None:
-    """Ends the process at once: the usual way waits for the others. The first one, which is the coordinator, ends last."""
+    """Ends this process at once: the usual way waits for the others.
+
+    The main process, which is the coordinator, ends last.
+    """
     if is_main_process():
         time.sleep(3 * _LOOK_SECONDS)
     os._exit(1)
 
 
 def _unused_key(name: str) -> str:
-    """A name is used up when the processes have met under it. They all use it equally often, so a count makes another one."""
+    """Returns a fresh key for a name: a key is used up when the processes have met under it.
+
+    All processes use a name equally often, so a count makes the next key.
+    """
     _uses[name] += 1
     return f"jina-jax/{name}/{_uses[name]}"
 
@@ -170,7 +191,7 @@ _uses: dict[str, int] = defaultdict(int)
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes what one alone should write."""
+    """True in the main process, which does the writing that only one process should do."""
     return jax.process_index() == 0
 
 

@@ -1,1 +1,1 @@
-"""From texts to packed batches: files of texts, the tokenizer, and rows that hold several texts."""
+"""Reads texts from files, tokenises them, and packs several into a row of a batch."""

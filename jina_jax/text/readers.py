@@ -1,6 +1,7 @@
-"""Records of files as a stream: text, JSON lines, CSV, TSV and Parquet. No more than a batch of them is in memory.
+"""Streams records from text, JSON lines, CSV, TSV and Parquet files.
 
-A record is named by its place, FILE:NUMBER: the line it begins on, or its row in Parquet, counted from 1.
+No more than a batch of records is in memory. A record is named by its place, FILE:NUMBER: the line
+on which it begins, or its row in Parquet, counted from 1.
 """
 
 import csv
@@ -24,33 +25,33 @@ PARQUET_BATCH = 1024
 """Rows of a Parquet file decoded at once."""
 
 PARQUET_BUFFER = 2**20
-"""Bytes of a column read ahead. Without it a row group, which may be a whole file, is read at once."""
+"""Bytes of a column read ahead. Without it, a row group, maybe an entire file, is read at once."""
 
 LONGEST_FIELD = 2**31 - 1
-"""Characters of a CSV field. Python's own limit, 131,072, is below long texts."""
+"""Maximum characters of a CSV field. Python's default, 131,072, is too low for long texts."""
 
 Ranges = Sequence[tuple[int, int | None]]
-"""Ascending (first, end) of records, counted from 0; an end of None is that of the file."""
+"""Ascending (first, end) of records, counted from 0, end exclusive; None = the end of the file."""
 
 EVERYTHING: Ranges = ((0, None),)
 
 
 class Record(NamedTuple):
-    """The fields of one record, and where it is: FILE:NUMBER."""
+    """Fields of one record, and its place, FILE:NUMBER."""
 
     place: str
     fields: dict[str, Any]
 
 
 class TextRecord(NamedTuple):
-    """A text and its id: the value of a field, else FILE:NUMBER."""
+    """A text and its id, which is the value of a field, else FILE:NUMBER."""
 
     id: str | int
     text: str
 
 
 def check_file(file: str, id_field: str | None) -> None:
-    """Raises FileNotFoundError or ValueError where `file` is not one that `read_texts` reads."""
+    """Raises FileNotFoundError or ValueError if `read_texts` cannot read `file`."""
     if "://" in file:
         raise ValueError(f"{file} is remote; mount it or copy it first")
     if not Path(file).is_file():
@@ -60,7 +61,7 @@ def check_file(file: str, id_field: str | None) -> None:
 
 
 def file_format(file: str | Path) -> str:
-    """One of FORMATS, by the name's end; ValueError for another."""
+    """Format of a file, one of FORMATS, by its suffix; raises ValueError for any other."""
     path = Path(file)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     if suffix not in FORMATS or (suffix == ".parquet" and path.suffix in COMPRESSED):
@@ -71,13 +72,13 @@ def file_format(file: str | Path) -> str:
 def read_texts(
     file: str | Path, field: str = "text", id_field: str | None = None, ranges: Ranges = EVERYTHING
 ) -> Iterator[TextRecord]:
-    """Yields a text and an id of each record, in the order of the file.
+    """Yields the text and the id of each record, in the order of the file.
 
     Args:
-        file: of one of FORMATS; a line of a .txt is a text.
-        field: the field or column with the text; one inside another as outer.inner.
-        id_field: the one with the id, a string or an integer of 64 bits; None = FILE:NUMBER.
-        ranges: the records to read; what is between them is skipped quickly.
+        file: of one of FORMATS; each line of a .txt is a text.
+        field: field or column with the text; outer.inner for a nested one.
+        id_field: field or column with the id, a string or a 64-bit integer; None = FILE:NUMBER.
+        ranges: records to read; those in between are skipped quickly.
 
     Raises:
         DataError: a record is malformed, or the file is damaged.
@@ -90,12 +91,15 @@ def read_texts(
 
 
 def read_records(file: str | Path, *, columns: Sequence[str] | None = None, ranges: Ranges = EVERYTHING) -> Iterator[Record]:
-    """Yields the records of a file, in its order. A line of a .txt is the field `text`; fields of CSV and TSV are strings.
+    """Yields the records of a file, in its order.
+
+    A line of a .txt is the field `text`; fields of CSV and TSV are strings.
 
     Args:
         file: of one of FORMATS.
-        columns: those of a Parquet file to read, nested ones as outer.inner; None = all. Other formats yield every field.
-        ranges: the records to read.
+        columns: columns of a Parquet file to read, nested ones as outer.inner; None = all. Other
+            formats yield every field.
+        ranges: records to read.
 
     Raises:
         DataError: a record is malformed, or the file is damaged.
@@ -112,7 +116,16 @@ def read_records(file: str | Path, *, columns: Sequence[str] | None = None, rang
 
 
 def decoded_lines(lines: Iterable[bytes], file: str | Path, first: int = 1) -> Iterator[tuple[str, str]]:
-    """Yields (FILE:NUMBER, line) of UTF-8 lines, without a byte order mark; `first` is the number of the first one."""
+    """Yields (FILE:NUMBER, line) of UTF-8 lines, without a byte order mark.
+
+    Args:
+        lines: the encoded lines.
+        file: its name, for FILE.
+        first: number of the first line.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
     for number, line in enumerate(lines, first):
         place = f"{file}:{number}"
         try:
@@ -122,7 +135,7 @@ def decoded_lines(lines: Iterable[bytes], file: str | Path, first: int = 1) -> I
 
 
 def parquet() -> Any:
-    """Imports pyarrow's module for Parquet, which an extra brings."""
+    """Imports pyarrow's module for Parquet, which an extra installs."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -142,7 +155,7 @@ def _json_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
     for place, line in _lines(file, ranges):
         try:
             fields = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers of too many digits
+        except (ValueError, RecursionError) as error:  # also numbers with too many digits
             raise DataError(f"{place}: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise DataError(f"{place}: a record is a JSON object, not {type(fields).__name__}")
@@ -150,7 +163,7 @@ def _json_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
 
 
 def _csv_records(file: str | Path, delimiter: str, ranges: Ranges) -> Iterator[Record]:
-    """A record may go over several lines, so those before a range are parsed as well."""
+    """Yields CSV records. One may span several lines, so those before a range are parsed too."""
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader((line for _, line in _lines(file, EVERYTHING)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -179,7 +192,7 @@ def _csv_records(file: str | Path, delimiter: str, ranges: Ranges) -> Iterator[R
 
 
 def _parquet_records(file: str | Path, columns: Sequence[str] | None, ranges: Ranges) -> Iterator[Record]:
-    """Row groups without a row of the ranges are not read."""
+    """Yields Parquet records; row groups without a row in the ranges are not read."""
     pq = parquet()
     import pyarrow
 
@@ -229,7 +242,7 @@ def _line_ranges(lines: Iterable[bytes], ranges: Ranges) -> Iterator[tuple[int, 
 
 
 def _overlap(ranges: Ranges, first: int, end: int) -> list[tuple[int, int]]:
-    """The part of the ranges that lies in first..end."""
+    """Intersection of the ranges with first..end."""
     cut = [(max(low, first), end if high is None else min(high, end)) for low, high in ranges]
     return [(low, high) for low, high in cut if low < high]
 

@@ -71,10 +71,11 @@ def max_tokens(tokenizer: Tokenizer, config: ModelConfig) -> int:
     return min(int(tokenizer.model_max_length), config.max_tokens)
 
 
-def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str], limit: int
-) -> tuple[list[list[int]], list[bool]]:
-    """Returns the token ids of each text with its special tokens, at most `limit`, and whether the text was cut."""
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+    """Returns the token ids of each text, and whether the text was cut.
+
+    The ids include special tokens and number at most `limit`; a cut text keeps its last token.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -84,7 +85,10 @@ def tokenize(
 
 
 def check_unicode(texts: Sequence[str]) -> None:
-    """Raises ValueError with the index of a text that holds a lone surrogate, which is not valid Unicode."""
+    """Raises ValueError with the index of a text that holds a lone surrogate.
+
+    Such a text is not valid Unicode.
+    """
     for index, text in enumerate(texts):
         if (position := lone_surrogate(text)) is not None:
             raise ValueError(

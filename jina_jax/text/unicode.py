@@ -1,8 +1,8 @@
-"""Strings that are no Unicode text."""
+"""Finds strings that are not valid Unicode text."""
 
 
 def lone_surrogate(text: str) -> int | None:
-    """Position of the first lone surrogate, which no encoding can write; None where there is none."""
+    """Position of the first lone surrogate, which no encoding can write; None if there is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

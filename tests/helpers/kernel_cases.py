@@ -1,4 +1,4 @@
-"""Cases that every attention kernel is held to, and the comparison with the plain form."""
+"""Cases that every attention kernel must pass, and the comparison with `plain_attention`."""
 
 import importlib.util
 import os
@@ -24,14 +24,14 @@ def projection(b: int, t: int, n: int = 2, seed: int = 0, dtype=jnp.float32) -> 
 
 
 def texts(*lengths: int, t: int, first: int = 1) -> jax.Array:
-    """Segments [1, t] of texts of these lengths, padding behind them."""
+    """`segment_ids` [1, t] of texts of these lengths, followed by padding."""
     segment_ids = np.zeros((1, t), np.int32)
     segment_ids[0, : sum(lengths)] = np.repeat(np.arange(first, first + len(lengths)), lengths)
     return jnp.asarray(segment_ids)
 
 
 def repeated(*ids: int, t: int) -> jax.Array:
-    """Segments [1, t] that take turns."""
+    """`segment_ids` [1, t] that repeat these ids in turn."""
     return jnp.asarray(np.resize(np.array(ids, np.int64), (1, t)), jnp.int32)
 
 
@@ -41,7 +41,10 @@ def tables_of(segment_ids: jax.Array) -> RotaryTables:
 
 
 def signed_logits(segment_ids: jax.Array, size: float) -> jax.Array:
-    """A projection [3, 1, t, 128] whose logits are +size and -size in every text, but -size alone in that of segment 3."""
+    """A projection [3, 1, t, 128] whose logits are +size and -size in every text.
+
+    In the text of segment 3 they are -size alone.
+    """
     t = segment_ids.shape[1]
     sign = jnp.where((jnp.arange(t) % 3 == 0) & (segment_ids[0] != 3), 1.0, -1.0)
     axis = jnp.zeros(2 * HEAD_DIM).at[jnp.array([0, HEAD_DIM])].set(1.0)
@@ -51,20 +54,20 @@ def signed_logits(segment_ids: jax.Array, size: float) -> jax.Array:
 
 
 def huge_in(segment: int, qkv: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """The projection with keys and values a million times as large in one segment."""
+    """The projection with the keys and values of one segment multiplied by a million."""
     return qkv.at[1:].mul(jnp.where(segment_ids == segment, 1e6, 1.0)[..., None])
 
 
 # Without optimisation: these programs compile for longer than they run.
 @partial(jax.jit, static_argnums=(0, 5), compiler_options={"xla_backend_optimization_level": 0})
 def value_and_gradient(form, qkv, segment_ids, tables, d_out, n):
-    """The result, and the gradient of qkv for a gradient `d_out` of the result."""
+    """The result of `form`, and the gradient of qkv for a gradient `d_out` of the result."""
     out, backward = jax.vjp(lambda qkv: form(qkv, segment_ids, tables, num_heads=n), qkv)
     return out, *backward(d_out.astype(out.dtype))
 
 
 def assert_as_plain(kernel, qkv, segment_ids, tables, *, d_out=None, atol=1e-5):
-    """The kernel's result and gradient are those of the plain form. Returns them."""
+    """Compares result and gradient of a kernel with `plain_attention`'s; returns the kernel's."""
     if d_out is None:
         d_out = jnp.asarray(np.random.default_rng(1).standard_normal(qkv.shape[1:]), jnp.float32)
     n = qkv.shape[-1] // HEAD_DIM
@@ -77,7 +80,13 @@ def assert_as_plain(kernel, qkv, segment_ids, tables, *, d_out=None, atol=1e-5):
 
 
 def traced(kind: str, qkv: jax.Array, n: int) -> str:
-    """The program of `attention` and its gradient, traced for a mesh of such devices, "cpu" or "TPU v5 lite"."""
+    """The program of `attention` and its gradient, traced for a mesh of one device kind.
+
+    Args:
+        kind: device kind, such as "cpu" or "TPU v5 lite".
+        qkv: the projection to trace with.
+        n: heads.
+    """
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=kind[:3].lower())
     mesh = AbstractMesh((1,), ("data",), abstract_device=device)
     segment_ids = jnp.zeros(qkv.shape[1:3], jnp.int32)
@@ -113,7 +122,7 @@ for dtype, t in (each.split(":") for each in sys.argv[2:]):
 
 
 def kernels_compiled(topology: str, rows: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """Kernels in the compiled gradient of `attention`, for rows of (dtype, tokens), with 16 heads."""
+    """Counts of kernels in compiled gradients of `attention` with 16 heads, by (dtype, tokens)."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, "-c", COMPILE, topology, *(f"{dtype}:{t}" for dtype, t in rows)]
     root = Path(__file__).resolve().parents[2]

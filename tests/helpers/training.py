@@ -1,4 +1,7 @@
-"""Tiny training runs: datasets of every kind, stages of every objective, and runs in processes that can be killed."""
+"""Tiny training runs.
+
+Datasets of every kind, stages of every objective, and runs in processes that can be killed.
+"""
 
 import contextlib
 import itertools
@@ -39,7 +42,7 @@ BATCH = {"batch_size": 8, "max_length": 24, "row_length": 48}
 
 
 def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Small talk in two languages."""
+    """Records of random words, half of them marked as English and half as German."""
     rng = np.random.default_rng(seed)
 
     def text(words: int) -> str:
@@ -61,7 +64,7 @@ def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_datasets(directory: Path) -> dict[str, DatasetConfig]:
-    """A dataset of every kind."""
+    """Writes a dataset of every kind; returns them by kind."""
     found = {}
     for kind in KINDS:
         file = directory / f"{kind}.jsonl"
@@ -102,7 +105,7 @@ def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def assert_identical(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Bit for bit."""
+    """Asserts that arrays are equal bit for bit."""
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes(), name
@@ -110,10 +113,11 @@ def assert_identical(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def compiled_once(directory: Path) -> Iterator[None]:
-    """The programs of this process are kept in a directory, however small."""
+    """Keeps the compiled programs of this process in a directory, however small they are."""
     settings = {
         "jax_compilation_cache_dir": str(directory),
-        "jax_compilation_cache_max_size": -1,  # a program tested before may have left one, and its bookkeeping
+        # A command tested before may have left a limit, and its bookkeeping.
+        "jax_compilation_cache_max_size": -1,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_enable_xla_caches": "none",
     }
@@ -127,24 +131,29 @@ def compiled_once(directory: Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-# ---- runs in processes of their own ----
+# ---- runs in separate processes ----
 
 
 class Runs:
-    """Starts runs. They are forked from a server that has everything imported, since imports take longer than the runs."""
+    """Starts runs in processes.
+
+    They are forked from a server that has everything imported, since imports take longer than the
+    runs.
+    """
 
     def __init__(self, cache: Path, config: TrainConfig, pause: float = 0.0, devices: int = 1):
         self.config, self._options = config, (cache, pause, devices)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["helpers.training"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server finds this module by it
+            # The server finds this module by it.
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             forkserver.ensure_running()
 
     def start(
         self, workdir: Path, fault: tuple[str, int] | None = None, *, job: dict[str, str] | None = None, **changes: Any
     ) -> Any:
-        """A process; `job` is the environment by which it finds the others of its job."""
+        """Starts one process; `job` is the environment by which it finds the others of its job."""
         workdir.mkdir(parents=True, exist_ok=True)
         arguments = replace(self.config, **changes), workdir, fault, job or {}, *self._options
         process = self._context.Process(target=_child, args=arguments)
@@ -154,27 +163,30 @@ class Runs:
     def start_job(
         self, workdir: Path, count: int, faults: dict[int, tuple[str, int]] | None = None, **changes: Any
     ) -> list[Any]:
-        """So many processes that work together."""
+        """Starts `count` processes that work together."""
         job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
         return [
-            self.start(workdir, (faults or {}).get(number), job=job | {"JAX_PROCESS_ID": str(number)})
+            self.start(workdir, (faults or {}).get(number), job=job | {"JAX_PROCESS_ID": str(number)}, **changes)
             for number in range(count)
         ]
 
     def finish(self, workdir: Path, fault: tuple[str, int] | None = None, **changes: Any) -> int:
-        """Runs until it ends by itself; the exit code, negative for a signal's number."""
+        """Runs one process to its end; returns its exit code, negative for a signal's number."""
         return exit_codes([self.start(workdir, fault, **changes)])[0]
 
 
 def free_address() -> str:
-    """A port of this machine that nobody listens on."""
+    """Address of a port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
 
 
 def exit_codes(processes: list[Any], seconds: float = 240) -> list[int]:
-    """Of processes that end by themselves; negative for a signal's number."""
+    """Waits for processes to end; returns their exit codes, negative for a signal's number.
+
+    Processes that have not ended in time are killed, and fail the test.
+    """
     for process in processes:
         process.join(seconds)
     hanging = [process for process in processes if process.exitcode is None]
@@ -185,7 +197,7 @@ def exit_codes(processes: list[Any], seconds: float = 240) -> list[int]:
 
 
 def log_of(workdir: Path, process: int = 0) -> str:
-    """What the runs in a directory have said; of a job, one of its processes."""
+    """Log of the runs in a directory; of a job, the log of one of its processes."""
     return (workdir / f"run-{process}.log").read_text("utf-8")
 
 
@@ -223,7 +235,7 @@ def _child(
 
 
 def _before(owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
-    """The `number`-th call of a function does `act` first."""
+    """Makes the `number`-th call of a function do `act` first."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def replaced(*arguments: Any, **named: Any) -> Any:
@@ -243,7 +255,10 @@ def _raise() -> None:
 
 
 def _disk_full() -> None:
-    """From here on no file takes more than 128 KiB: the largest arrays do not fit, and the log, with what Orbax says, does."""
+    """Limits every file to 128 KiB from here on.
+
+    The largest arrays do not fit; the log, with Orbax's messages, does.
+    """
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (131_072, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -259,4 +274,4 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "wrong in a step": lambda number: _before(loop, "from_process_local", number, _raise),
     "disk full": lambda number: _before(checkpoints.ocp, "save_async", number, _disk_full),
 }
-"""By name: what happens at the n-th save."""
+"""Faults by name; each takes the number of the save, or of the step, at which it happens."""

@@ -1,4 +1,4 @@
-"""Torch oracles for the parity tests, and writers of small random checkpoints in every published layout.
+"""Torch oracles of the parity tests, and writers of small random checkpoints in published layouts.
 
 Nothing here imports jina_jax: whatever both sides agree on was arrived at twice.
 """

@@ -1,7 +1,8 @@
 """Small random checkpoints in every published layout, and the torch models that read them.
 
-Every parameter is random, biases, LayerNorms, pooler and both LoRA factors included: zeros and ones hide mistakes.
-A writer takes a directory, sizes and a seed, and returns the tensors as they stand in the files, and the config.
+Every parameter is random, biases, LayerNorms, pooler and both LoRA factors included: zeros and ones
+hide mistakes. A writer takes a directory, sizes and a seed, and returns the tensors in the form of
+the files, and the config.
 Shapes: b texts, t tokens, d model, v vocab, k tasks, r rank, o output.
 """
 
@@ -48,7 +49,7 @@ CONSTANTS: dict[str, Any] = dict(
 TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "dense"]
 LORA: dict[str, Any] = {"target_modules": TARGETS}
 PEFT = "base_model.model."
-DELTA = 0.2  # size of an adapter's delta beside its weight
+DELTA = 0.2  # size of an adapter's delta relative to its weight
 
 
 # ---- random parameters ----
@@ -59,7 +60,10 @@ def generator(seed: int) -> torch.Generator:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """A tensor of a base model, by its name: healthy activations, nothing near its initial value."""
+    """Random tensor of a base model by its name.
+
+    It gives healthy activations, and nothing is near its initial value.
+    """
     noise = torch.randn(shape, generator=g)
     if "norm" in name.lower() or "emb_ln" in name:
         return 0.2 * noise + name.endswith("weight")
@@ -69,20 +73,22 @@ def random_tensor(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tens
 
 
 def randomise(model: torch.nn.Module, g: torch.Generator) -> None:
-    """Every parameter of a model without adapters."""
+    """Randomises every parameter of a model without adapters."""
     for name, parameter in model.named_parameters():
         parameter.data = random_tensor(name, parameter.shape, g)
 
 
 def randomise_adapter(model: Any, adapter: str, g: torch.Generator, shared: bool) -> None:
-    """One PEFT adapter of a model; `shared` gives q, k and v one A."""
+    """Randomises one PEFT adapter of a model; `shared` gives q, k and v one A."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.scaling:
             continue
         if "embeddings" in name:
-            a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]  # [r, v], [d, r]
+            # [r, v], [d, r]
+            a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         else:
-            a, b = (factor[adapter].get_parameter("weight") for factor in (module.lora_A, module.lora_B))  # [r, in], [out, r]
+            # [r, in], [out, r]
+            a, b = (factor[adapter].get_parameter("weight") for factor in (module.lora_A, module.lora_B))
         a.data = random_tensor(name, a.shape, g)
         b.data = DELTA / (module.scaling[adapter] * a.shape[0] ** 0.5) * torch.randn(b.shape, generator=g)
         if shared and name.endswith(("k_proj", "v_proj")):
@@ -103,7 +109,7 @@ def default_sizes(tokenizer: Path | None) -> dict[str, Any]:
 
 
 def vocab_size(tokenizer: Path | None) -> int:
-    """Ids of a tokenizer directory; without one, as many as the bundled tokenizer's."""
+    """Number of ids of a tokenizer directory; without one, that of the bundled tokenizer."""
     if tokenizer is None:
         return 16000
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
@@ -120,7 +126,7 @@ def read_json(path: Path) -> dict:
 
 
 def save_state(directory: Path, state: State, shards: int = 1, pickle: bool = False) -> None:
-    """safetensors in one file or in shards with their index, or pytorch_model.bin."""
+    """Writes safetensors in one file or in shards with their index, or pytorch_model.bin."""
     if pickle:
         return torch.save(state, directory / "pytorch_model.bin")
     if shards == 1:
@@ -134,7 +140,7 @@ def save_state(directory: Path, state: State, shards: int = 1, pickle: bool = Fa
 
 
 def write_modules(directory: Path, max_seq_length: int, width: int, prompts: dict[str, str] | None = None) -> None:
-    """The sentence-transformers files beside a model: mean pooling, then normalisation."""
+    """Writes sentence-transformers' files beside a model: mean pooling, then normalisation."""
     parts = [("", "models.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Normalize", "models.Normalize")]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
@@ -162,7 +168,10 @@ def original_config(
     dtype: torch.dtype = torch.float32,
     **sizes: int,
 ) -> dict:
-    """config.json as published: without `model_type` unless given, without the LoRA fields where there are no tasks."""
+    """config.json as published.
+
+    It has no `model_type` unless one is given, and no LoRA fields without tasks.
+    """
     code = "jinaai/xlm-roberta-flash-implementation--"
     config = {
         "architectures": ["XLMRobertaModel"],
@@ -201,7 +210,7 @@ def original_config(
 
 
 def original_modules(config: dict) -> dict[str, tuple[int, int]]:
-    """Name -> shape of each adapted weight: [out, in], or [v, d] of an embedding."""
+    """Shapes of the adapted weights by name: [out, in], or [v, d] of an embedding."""
     v, d, f = config["vocab_size"], config["hidden_size"], config["intermediate_size"]
     modules = {"embeddings.word_embeddings": (v, d), "embeddings.token_type_embeddings": (1, d), "pooler.dense": (d, d)}
     parts = {"mixer.Wqkv": (3 * d, d), "mixer.out_proj": (d, d), "mlp.fc1": (f, d), "mlp.fc2": (d, f)}
@@ -211,7 +220,7 @@ def original_modules(config: dict) -> dict[str, tuple[int, int]]:
 
 
 def original_state(config: dict, seed: int = 0) -> State:
-    """Random tensors of a whole model, no prefix; parametrised where the config has tasks."""
+    """Random tensors of a complete model, without prefix; parametrised if the config has tasks."""
     g, tasks = generator(seed), len(config.get("lora_adaptations", ()))
     state: State = {}
     for name, (rows, columns) in original_modules(config).items():
@@ -240,7 +249,10 @@ def write_original(
     seed: int = 0,
     **fields,
 ) -> tuple[State, dict]:
-    """The layout of jinaai/jina-embeddings-v3; `fields` as in `original_config`, `tasks=()` for plain weights."""
+    """Writes the layout of jinaai/jina-embeddings-v3.
+
+    `fields` are those of `original_config`; `tasks=()` gives plain weights.
+    """
     copy_tokenizer(tokenizer, directory)
     config = original_config(dtype=dtype, **(default_sizes(tokenizer) | fields))
     state = {prefix + name: tensor.to(dtype) for name, tensor in original_state(config, seed).items()}
@@ -256,14 +268,17 @@ NATIVE |= {"norm1": "post_attention_layernorm", "norm2": "post_mlp_layernorm"}
 
 
 def native_name(name: str) -> str:
-    """The in-memory name in transformers of an original name; `mixer.Wqkv` stays."""
+    """transformers' in-memory name of an original name; `mixer.Wqkv` stays."""
     for old, new in NATIVE.items():
         name = name.replace(old, new)
     return name
 
 
 def published_name(name: str) -> str:
-    """The key in the published adapter files of an in-memory key: old layer names around the new q, k and v."""
+    """The published adapter files' key of an in-memory key.
+
+    It has the old layer names around the new q, k and v.
+    """
     name = name.removeprefix(PEFT).replace("self_attn.o_proj", "mixer.out_proj")
     return "roberta." + ("encoder." + name if name.startswith("layers.") else name)
 
@@ -273,7 +288,7 @@ def adapter_name(task: str) -> str:
 
 
 def split_qkv(name: str, tensor: Tensor) -> State:
-    """A tensor of the fused projection -> its thirds by in-memory name; any other tensor as it is."""
+    """Splits a tensor of the fused projection into thirds by in-memory name; keeps any other."""
     if "mixer.Wqkv" not in name:
         return {name: tensor}
     thirds = [tensor] * 3 if "lora_A" in name else tensor.chunk(3)
@@ -281,7 +296,7 @@ def split_qkv(name: str, tensor: Tensor) -> State:
 
 
 def peft_from_original(state: State, config: dict) -> tuple[State, dict[str, State]]:
-    """An original state -> the base, and each adapter's tensors, under transformers' in-memory names."""
+    """Base and adapters of an original state, under transformers' in-memory names."""
     base: State = {}
     adapters: dict[str, State] = {adapter_name(task): {} for task in config.get("lora_adaptations", ())}
     for name, tensor in strip(state).items():
@@ -299,14 +314,20 @@ def peft_from_original(state: State, config: dict) -> tuple[State, dict[str, Sta
 
 
 def native_config(config: dict) -> JinaEmbeddingsV3Config:
-    """The class of an original config. It ignores `rotary_emb_base`, so the base goes where it looks."""
+    """transformers' config of an original config.
+
+    The class ignores `rotary_emb_base`, so the base goes into `rope_parameters`.
+    """
     names = ("vocab_size", "max_position_embeddings", *SIZES, *CONSTANTS)
     rope = {"rope_type": "default", "rope_theta": config["rotary_emb_base"]}
     return JinaEmbeddingsV3Config(**{name: config[name] for name in names}, rope_parameters=rope)
 
 
 def published_config(config: dict) -> dict:
-    """The original's fields under the new class; `rope_parameters` only where its default would be wrong."""
+    """The original's fields under the new class.
+
+    `rope_parameters` are given only where their default would be wrong.
+    """
     config = {name: value for name, value in config.items() if name != "auto_map"}
     config |= {"architectures": ["JinaEmbeddingsV3Model"], "model_type": "jina_embeddings_v3"}
     unusual = config["rotary_emb_base"] != 20000.0
@@ -325,13 +346,18 @@ def write_transformers(
     seed: int = 0,
     **fields,
 ) -> tuple[State, dict[str, State], dict]:
-    """transformers' own model, fused names, with one PEFT folder for each adapter -> (base, adapters, config).
+    """Writes transformers' own model, with fused names and one PEFT folder for each adapter.
 
-    spelling: "published" has the keys and config of the published repository, q, k and v with one A; "peft" is what
-        transformers and PEFT write, with an A each.
-    adapters: name -> fields of LoraConfig; by default those of the tasks in `fields`, as in `original_config`.
-    original: a state and its config, whose tensors are written instead of random ones.
-    mlm_head: writes a head, and no adapters.
+    Args:
+        spelling: "published" has the keys and config of the published repository, and one A for q,
+            k and v; "peft" has the keys that transformers and PEFT write, and an A for each.
+        adapters: name -> fields of LoraConfig; by default those of the tasks in `fields`, as in
+            `original_config`.
+        original: a state and its config, whose tensors are written instead of random ones.
+        mlm_head: writes a head, and no adapters.
+
+    Returns:
+        (base, adapters, config).
     """
     copy_tokenizer(tokenizer, directory)
     config = original[1] if original else original_config(dtype=dtype, **(default_sizes(tokenizer) | fields))
@@ -360,7 +386,10 @@ def write_transformers(
 
 
 def rewrite_adapter(file: Path, given: State | None, dtype: torch.dtype, spelling: str) -> None:
-    """The adapter file that PEFT wrote, with other tensors where given, in another dtype, under the published keys."""
+    """Rewrites the adapter file that PEFT wrote, in another dtype.
+
+    It holds other tensors where they are given, and the published keys if `spelling` says so.
+    """
     state = load_file(file)
     if given is not None:
         assert {PEFT + name for name in given} == set(state)
@@ -370,7 +399,7 @@ def rewrite_adapter(file: Path, given: State | None, dtype: torch.dtype, spellin
 
 
 def replace(file: Path, state: State) -> None:
-    """Through a second file: the tensors may be views of the first."""
+    """Replaces a file through a second one: the tensors may be views of the first."""
     draft = file.with_suffix(".draft")
     save_file(state, draft, metadata={"format": "pt"})
     draft.replace(file)
@@ -391,7 +420,11 @@ def write_xlmr(
     seed: int = 0,
     **sizes: int,
 ) -> tuple[State, dict]:
-    """Absolute positions; `redundant` adds what older files with an MLM head hold: the tied decoder and the pooler."""
+    """Writes an XLM-RoBERTa with absolute positions.
+
+    `redundant` adds the tensors that older files with an MLM head hold: the tied decoder and the
+    pooler.
+    """
     copy_tokenizer(tokenizer, directory)
     fields = default_sizes(tokenizer) | CONSTANTS
     fields |= {"max_position_embeddings": max_position_embeddings, **sizes}
@@ -411,7 +444,10 @@ def write_xlmr(
 
 
 def write_e5(directory: Path, *, prompts: dict[str, str] | None = None, **fields) -> tuple[State, dict]:
-    """multilingual-E5: no prefix, stored position ids, sentence-transformers' files; `fields` as in `write_xlmr`."""
+    """Writes a multilingual-E5: no prefix, stored position ids, sentence-transformers' files.
+
+    `fields` are those of `write_xlmr`.
+    """
     state, config = write_xlmr(directory, mlm_head=False, prefix="", **fields)
     state["embeddings.position_ids"] = torch.arange(config["max_position_embeddings"])[None]
     replace(directory / "model.safetensors", state)
@@ -424,7 +460,11 @@ def write_e5(directory: Path, *, prompts: dict[str, str] | None = None, **fields
 
 @torch.no_grad()
 def transformers_states(directory: Path, input_ids: Tensor, attention_mask: Tensor, adapter: str | None = None) -> list[Tensor]:
-    """JinaEmbeddingsV3Model, with one adapter folder or none -> l + 1 states [b, t, d]: embeddings, then each layer."""
+    """States of JinaEmbeddingsV3Model, with one adapter folder or none.
+
+    Returns:
+        l + 1 states [b, t, d]: embeddings, then each layer.
+    """
     model = load(JinaEmbeddingsV3Model, directory)
     if adapter:
         info = model.load_adapter(str(directory), adapter_name=adapter, adapter_kwargs={"subfolder": adapter})
@@ -435,7 +475,7 @@ def transformers_states(directory: Path, input_ids: Tensor, attention_mask: Tens
 
 @torch.no_grad()
 def xlmr_states(directory: Path, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """XLMRobertaModel -> l + 1 states [b, t, d]."""
+    """States of XLMRobertaModel: l + 1 of [b, t, d]."""
     return states(load(XLMRobertaModel, directory), input_ids, attention_mask)
 
 

@@ -1,7 +1,7 @@
 """The forward pass of the original jina-embeddings-v3 layout in plain torch, over a state dict.
 
-Adapters are applied in weight space: the adapter's delta is added to each weight and the base model is run.
-Padding must be on the right.
+Adapters are applied in weight space: the adapter's delta is added to each weight and the base model
+is run. Padding must be on the right.
 Shapes: b texts, t tokens, d model, n heads, h head dim, v vocab, k tasks, r rank, l layers.
 """
 
@@ -14,7 +14,7 @@ ORIGINAL, LORA_A, LORA_B = (f".parametrizations.weight.{part}" for part in ("ori
 
 
 def strip(state: State) -> State:
-    """Names without the optional `roberta.` prefix."""
+    """Removes the optional `roberta.` prefix of names."""
     return {name.removeprefix("roberta."): tensor for name, tensor in state.items()}
 
 
@@ -45,7 +45,15 @@ def hidden_states(
     adapters: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Token ids and mask [b, t], adapter of each text [b] -> l + 1 states [b, t, d]: embeddings, then each layer."""
+    """Token states of texts, each under its adapter.
+
+    Args:
+        input_ids, attention_mask: [b, t].
+        adapters: adapter of each text [b]; -1 = the base model.
+
+    Returns:
+        l + 1 states [b, t, d]: embeddings, then each layer.
+    """
     out: list[Tensor] = []
     for adapter in adapters.unique().tolist():
         rows = adapters == adapter
@@ -57,7 +65,7 @@ def hidden_states(
 
 
 def encode(w: State, config: dict, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """The base model with plain weights: post-norm, rotary, exact GELU."""
+    """Runs the base model with plain weights: post-norm, rotary, exact GELU."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[name + ".weight"], w[name + ".bias"])
@@ -66,7 +74,8 @@ def encode(w: State, config: dict, input_ids: Tensor, attention_mask: Tensor) ->
         return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], config["layer_norm_eps"])
 
     def attention(x: Tensor, name: str) -> Tensor:
-        heads = linear(x, name + ".Wqkv").unflatten(-1, (3, config["num_attention_heads"], -1))  # [b, t, 3, n, h]
+        # [b, t, 3, n, h]
+        heads = linear(x, name + ".Wqkv").unflatten(-1, (3, config["num_attention_heads"], -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [b, n, t, h]
         q, k = (rotate(y, config["rotary_emb_base"]) for y in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.bool()[:, None, None, :])
@@ -83,7 +92,7 @@ def encode(w: State, config: dict, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary embedding of [..., t, h], halves rotated, positions 0..t-1; angles in the dtype of x."""
+    """Rotates the halves of [..., t, h] for positions 0..t-1, with angles in the dtype of x."""
     t, h = x.shape[-2:]
     frequencies = 1.0 / base ** (torch.arange(0, h, 2, dtype=x.dtype) / h)
     angles = torch.outer(torch.arange(t, dtype=x.dtype), frequencies)  # [t, h / 2]
@@ -93,7 +102,7 @@ def rotate(x: Tensor, base: float) -> Tensor:
 
 
 def pool(states: Tensor, attention_mask: Tensor, truncate_dim: int | None = None, normalize: bool = True) -> Tensor:
-    """Token states [b, t, d] -> mean over each text's tokens, cut, then normalised: [b, truncate_dim]."""
+    """Mean of the token states [b, t, d] of each text, cut, then normalised: [b, truncate_dim]."""
     mask = attention_mask[..., None].float()
     mean = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
     cut = mean[:, :truncate_dim]

@@ -1,4 +1,4 @@
-"""Run with eight devices: an embedder gives the same vectors on one of them and on meshes of all."""
+"""Checks on eight devices that an embedder gives the same vectors without a mesh and on meshes."""
 
 import jax
 import numpy as np
@@ -27,7 +27,8 @@ calls = (
 
 assert len(jax.devices()) == 8
 characters = np.array([len(text) + len(dict(prompts).get(task, "")) for text, task in zip(texts, tasks, strict=True)])
-embedder.WORTH_FOLDING = int(np.median([characters[i::4].sum() for i in range(4)]))  # two of the four tasks
+# Two of the four tasks are worth folding.
+embedder.WORTH_FOLDING = int(np.median([characters[i::4].sum() for i in range(4)]))
 plain = Embedder(encoder, config, tokenizer)
 wanted = [plain.encode(some, normalize_embeddings=False, **options) for some, options in calls]
 wanted_states = plain.encode(texts[:9], output_value="token_embeddings")

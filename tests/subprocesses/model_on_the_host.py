@@ -1,5 +1,8 @@
-"""Run with two devices, the second in place of the host: the first holds nothing but what a step is given, and a run that goes
-on makes no state but the checkpoint's."""
+"""Checks where the arrays of a training run are, with two devices, the second in place of the host.
+
+The first device holds nothing but the arguments of a step, and a resumed run makes no state but the
+checkpoint's.
+"""
 
 import contextlib
 import sys
@@ -15,7 +18,8 @@ from train.run import loop
 
 device, host = jax.devices()
 loop._host = lambda: host
-make_step, slack = loop.make_step, 50_000  # bytes: scalars, constants, a batch that is still to come
+# The slack is in bytes, for scalars, constants, and a batch that is still to come.
+make_step, slack = loop.make_step, 50_000
 
 
 def watched_step(*arguments):

@@ -1,9 +1,11 @@
-"""Saves a state of 850 MB, or restores it: is it the same, bit for bit, and how much memory of the host did that take?
+"""Saves a state of 850 MB, or restores it, compares it bit for bit and measures the host's memory.
 
-    python restored_memory.py save DIR FSDP        JAX_NUM_CPU_DEVICES devices, or several processes with as many each
+    python restored_memory.py save DIR FSDP
     python restored_memory.py restore DIR FSDP
 
-A restore prints the most that the process held beside what it had before, as a multiple of the arrays that it holds afterwards.
+Runs on JAX_NUM_CPU_DEVICES devices, or in several processes with as many devices each. A restore
+prints the most memory that the process held beyond that of before, as a multiple of the arrays that
+it holds afterwards.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ SHAPES = {
     "layers.up.kernel": (3, 1024, 4096),
     "layers.down.kernel": (3, 4096, 1024),
 }
-"""The large arrays of the published model, an eighth of the words and of the layers."""
+"""Large arrays of the published model, with an eighth of the words and of the layers."""
 
 COPIES = ("parameters", "mean", "variance")
 
@@ -38,7 +40,7 @@ def whole_state(seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def held() -> int:
-    """Bytes of memory that this process has of its own; files that it has mapped are not among them."""
+    """Bytes of anonymous memory of this process; files that it has mapped are not counted."""
     found = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
@@ -46,7 +48,10 @@ def held() -> int:
 
 @contextlib.contextmanager
 def most_held() -> Iterator[list[int]]:
-    """A list with the most that is held inside, looked at every millisecond; complete at the end."""
+    """Yields a list with the most bytes held inside, sampled every millisecond.
+
+    The list is complete at the end.
+    """
     most, done = [held()], threading.Event()
 
     def watch() -> None:
@@ -61,7 +66,7 @@ def most_held() -> Iterator[list[int]]:
 
 
 def restored(directory: Path, fsdp: int) -> float:
-    """Restores, compares, and returns the memory it took over that of the arrays."""
+    """Restores and compares; returns the memory that it took, divided by that of the arrays."""
     mesh = make_mesh(fsdp=fsdp)
     shapes = {copy: {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()} for copy in COPIES}
     checkpoint = latest(directory)

@@ -1,4 +1,7 @@
-"""Run with eight devices: losses of rows that are split over shards are those of all rows, in value and gradient."""
+"""Checks on eight devices that losses of rows split over shards equal those of all rows.
+
+Values and gradients are compared.
+"""
 
 import re
 from functools import partial
@@ -23,7 +26,11 @@ def array(*shape: int) -> jax.Array:
 
 
 def sharded(loss, arrays: dict, axes: tuple[str, ...], *, replicated: tuple[str, ...] = ()):
-    """Sum of the shares, and gradients of the float arrays: of each shard's own rows, or summed where replicated."""
+    """Returns a jitted function over the mesh, and its arguments: the float arrays and the others.
+
+    The function returns the sum of the local losses, and the gradients of the float arrays: those
+    of each shard's local rows, or summed over shards where an array is replicated.
+    """
     floats = {name for name, x in arrays.items() if jnp.issubdtype(jax.tree.leaves(x)[0].dtype, jnp.floating)}
     mesh = jax.make_mesh((2, 4), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     axis_name = axes if len(axes) > 1 else axes[0]
@@ -52,7 +59,8 @@ def check(loss, arrays: dict, axes: tuple[str, ...] = AXES, **options) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-valid = jnp.asarray(rng.random(N) < 0.6).at[:6].set(False).at[6:12].set(True)  # shards without valid rows, and with all
+# Some shards have no valid rows, and some have all.
+valid = jnp.asarray(rng.random(N) < 0.6).at[:6].set(False).at[6:12].set(True)
 group = jnp.asarray(rng.integers(0, 9, N), jnp.int32)
 pairs = {"q": array(N, D), "p": array(N, D)}
 masks = {"valid": valid, "group": group}
@@ -74,8 +82,9 @@ labels = jnp.where(jnp.asarray(rng.random((N, 5)) < 0.3), jnp.asarray(rng.intege
 texts = {"states": array(N, 5, D), "labels": labels, "embedding": array(30, D), "head": head}
 check(partial(masked_lm, max_masked=N * 5, chunk=4), texts, replicated=("embedding", "head"))
 
-# Half-precision embeddings are gathered, and their gradients reduced, in float32, once: not again for each chunk.
-jax.config.update("jax_disable_most_optimizations", False)  # as a user's program is
+# Half-precision embeddings are gathered, and their gradients reduced, in float32, once: not again
+# for each chunk.
+jax.config.update("jax_disable_most_optimizations", False)  # as in a user's program
 halves = {name: x.astype(jnp.bfloat16) for name, x in pairs.items()}
 step, trained, fixed = sharded(partial(contrast, chunk=1), halves, AXES)
 text = step.lower(trained, fixed).compile().as_text()
@@ -83,5 +92,6 @@ collectives = re.findall(r"= (\S+) (all-gather|reduce-scatter|all-reduce)(?:-sta
 assert collectives and not [shape for shape, _ in collectives if shape.startswith("bf16")], collectives
 inside = [line for line in text.split("\n") if re.search(r" (all-gather|reduce-scatter)\(", line) and "/while/" in line]
 assert not inside, inside
-assert len([1 for _, kind in collectives if kind == "all-gather"]) <= 4, collectives  # q, p, valid, group
+# Gathered are q, p, valid and group.
+assert len([1 for _, kind in collectives if kind == "all-gather"]) <= 4, collectives
 print("equal")

@@ -1,4 +1,7 @@
-"""The arguments of a stage's step as shapes with shardings: what `train` would make, without weights, data or devices."""
+"""The arguments of a stage's step as shapes with shardings.
+
+They are those that `train` would make, without weights, data or devices.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,11 +48,12 @@ def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:
     """Sizes of the model that a run starts from; no weights are read.
 
     Args:
-        config: of the run.
-        directory: of its file. A source `runs/NAME/model` that is not there yet is what NAME.py in it will make.
+        config: configuration of the run.
+        directory: that of the configuration's file. A source `runs/NAME/model` that does not exist
+            yet is taken to be the model that NAME.py in this directory will make.
 
     Raises:
-        ValueError: they are not to be had; the message says what has them.
+        ValueError: the sizes are not known; the message lists the models whose sizes are.
     """
     source = config.start.source
     if source is None:
@@ -70,7 +74,7 @@ def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:
 
 
 def abstract_splits(config: TrainConfig, sizes: ModelConfig) -> list[TrainableSplit]:
-    """`start.parts` of each stage, with shapes in place of arrays."""
+    """`split_trainable` of each stage, with shapes in place of arrays."""
     made: list[ModelConfig] = []
 
     def arrays() -> list[tuple[Any, Any]]:
@@ -88,7 +92,7 @@ def step_arguments(stage: Stage, kind: str, model: TrainableSplit, mesh: Mesh) -
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings that `jina_jax.parallel.mesh.place` gives arrays."""
+    """Shapes with the shardings that `jina_jax.parallel.mesh.shard_params` gives arrays."""
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings(tree, mesh))
 
 
@@ -96,7 +100,7 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
     """The largest batch, of texts of full length.
 
     Raises:
-        ValueError: it does not divide by the mesh.
+        ValueError: the batch is not divisible by the number of devices.
     """
     if stage.batch_size % mesh.size:
         most = max(n for n in range(1, mesh.size) if stage.batch_size % n == 0)
@@ -121,7 +125,7 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
 
 
 def int32_struct(mesh: Mesh, *shape: int) -> Any:
-    """An int32 array of a batch; one without axes is on every device."""
+    """Shape of an int32 array of a batch; an array without axes is replicated on every device."""
     return _batch_struct(mesh, jnp.int32, *shape)
 
 

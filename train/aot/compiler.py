@@ -1,7 +1,10 @@
-"""The TPU compiler, ahead of time and on a machine without a TPU: will a program fit a slice, and what will it cost there?
+"""The TPU compiler, run ahead of time and on a machine without a TPU.
 
-topology = load_topology("v5e:4x4")
-measurement = measure(jitted, arguments, topology)   # arguments: jax.ShapeDtypeStruct with shardings over topology.devices
+It says whether a program fits a slice, and what the program costs there:
+
+    slice_ = load_topology("v5e:4x4")
+    # arguments: jax.ShapeDtypeStruct with shardings over slice_.devices
+    measurement = measure(jitted, arguments, slice_.topology)
 """
 
 import atexit
@@ -32,7 +35,10 @@ class NoCompiler(ValueError):
 
 
 class DoesNotFit(ValueError):
-    """A program needs more memory than a device has; `needed` in bytes, as far as the compiler says."""
+    """A program needs more memory than a device has.
+
+    `needed` is in bytes, as far as the compiler says it, else 0.
+    """
 
     def __init__(self, needed: int, topology: Topology):
         super().__init__(
@@ -49,38 +55,41 @@ class Slice(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What one device needs for one run of a program. Bytes, seconds, cycles."""
+    """Cost of one run of a program on one device, in bytes, seconds and cycles."""
 
     topology: str
     devices: int
     memory: dict[str, int]
-    """`arguments`, `outputs`, `aliased` (outputs in the place of arguments), `temporaries`, `code`, and the `peak` of all."""
+    """Bytes by kind: `arguments`, `outputs`, `aliased` (outputs in the place of arguments),
+    `temporaries`, `code`, and the `peak` of all."""
     hbm: int
-    """What a device has."""
+    """Bytes of memory that a program may use on a device."""
     peak: float
     """Operations per second that a device can do."""
     cycles: dict[str, int]
-    """The compiler's estimate by kind of work; `kernels` are counted from their schedule."""
+    """Cycles by kind of work by the compiler's estimate; `kernels` are counted from schedules."""
     kernels: dict[str, dict[str, int]]
-    """Of each Pallas kernel its calls, and the cycles of one; 0 = it was in no schedule, and is missing in the estimate."""
+    """Number of `calls` of each Pallas kernel, and the `cycles` of one; 0 = the kernel was in no
+    schedule, and is missing from the estimate."""
     collectives: tuple[Collective, ...]
     compute_seconds: float
-    """All cycles over the clock."""
+    """Seconds of computation: all cycles divided by the clock rate."""
     communication_seconds: float
-    """Of the collectives, by the model of `transfer_seconds`, as if nothing went on meanwhile."""
+    """Seconds of the collectives by the model of `transfer_seconds`, as if nothing overlapped."""
     compile_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Of one run: computation and communication one after the other."""
+        """Seconds of one run: computation and communication one after the other."""
         return self.compute_seconds + self.communication_seconds
 
 
 def load_topology(name: str) -> Slice:
-    """A slice of TPU chips by name, such as v5e:4x4; no chip has to be there.
+    """Loads a slice of TPU chips by name, such as v5e:4x4; no chip is needed.
 
     Raises:
-        NoCompiler: libtpu is not installed; the message says how to install it.
+        NoCompiler: libtpu is not installed (the message says how to install it), or another process
+            has it.
         ValueError: there is no such slice.
     """
     topology = parse_topology(name)
@@ -102,11 +111,15 @@ def load_topology(name: str) -> Slice:
 
 @cache
 def _schedules() -> Path:
-    """Where the compiler writes the schedules of the kernels. It reads its settings once, when it is loaded."""
+    """Directory that the compiler writes the schedules of the kernels to.
+
+    The compiler reads its settings once, when it is loaded.
+    """
     directory = tempfile.mkdtemp(prefix="jina-jax-schedules-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={directory} {DUMP_FLAGS}".strip()
-    # It needs no chip, asks no cloud for one, and several may be at work at the same time: the lock file is for chips.
+    # The compiler needs no chip, asks no cloud for one, and several may work at the same time: the
+    # lock file is for chips.
     os.environ.update(LIBTPU_INIT_ARGS=flags, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     return Path(directory)
@@ -117,8 +130,9 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
 
     Args:
         jitted: a function under `jax.jit`.
-        arguments: for it, `jax.ShapeDtypeStruct`s with shardings over the slice's devices in place of arrays.
-        topology: of the slice.
+        arguments: those of the function, with `jax.ShapeDtypeStruct`s with shardings over the
+            slice's devices in place of arrays.
+        topology: that of the slice.
         hlo: a file to write the compiled program's text to.
         static: further arguments by name.
 
@@ -126,7 +140,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
         DoesNotFit: the compiler finds no way to run it in the memory of a device.
     """
     schedules = _schedules()
-    for file in schedules.iterdir():  # of the program before
+    for file in schedules.iterdir():  # those of the program before
         file.unlink()
     lowered = jitted.lower(*arguments, **static)
     began = time.perf_counter()
@@ -162,10 +176,11 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
 
 
 def transfer_seconds(collective: Collective, topology: Topology) -> float:
-    """Time for what a device sends, over all links it can use: of n devices, an all-reduce of B bytes sends 2 B (n - 1) / n in
-    rings, an all-gather, reduce-scatter or all-to-all half of it, a permutation B. Latency is left out.
+    """Seconds in which a device sends its data of a collective, over all links that it can use.
 
-    It is a model, not an estimate of the compiler.
+    Of n devices, an all-reduce of B bytes sends 2 B (n - 1) / n in rings, an all-gather,
+    reduce-scatter or all-to-all half of it, a permutation B. Latency is left out. This is a model,
+    not an estimate of the compiler.
     """
     n = collective.group or topology.devices
     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
@@ -184,6 +199,10 @@ def _memory(stats: Any) -> dict[str, int]:
 
 
 def _needed(message: str) -> int:
-    """Bytes, from such as "Used 20.02G of 15.75G hbm" or "memory required for HLO temporaries (480.00G) exceeds"."""
+    """Bytes that a program needs, read from an error message; 0 if it does not say.
+
+    Messages are such as "Used 20.02G of 15.75G hbm" or "memory required for HLO temporaries
+    (480.00G) exceeds".
+    """
     match = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
     return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match else 0

@@ -1,4 +1,7 @@
-"""Compiles the programs of a configuration for a slice of TPUs, and says whether they fit and how long they take."""
+"""Compiles the programs of a configuration for a slice of TPUs.
+
+Says whether they fit, and how long they take.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +25,7 @@ from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arg
 from .compiler import DoesNotFit, Measurement, Slice, measure
 
 INFERENCE_ROWS = 16
-"""Rows of each device in the embedder's program, where the stage has no `encode_chunk_rows`."""
+"""Rows of each device in the embedder's program, if the stage has no `encode_chunk_rows`."""
 
 
 class Compiled(NamedTuple):
@@ -30,28 +33,32 @@ class Compiled(NamedTuple):
 
     name: str
     tokens: int
-    """At texts of full length, over all devices."""
+    """Tokens of texts of full length, over all devices."""
     flops: float
-    """Of the model, over all devices: what is computed twice to save memory counts once."""
+    """Operations of the model, over all devices; recomputed ones count once."""
     measurement: Measurement | None
-    """None where it does not fit."""
+    """Measured cost; None where the program does not fit."""
     failure: str = ""
 
 
 def compile_config(
     config: TrainConfig, directory: Path, slice_: Slice, *, inference: bool = False, hlo: Path | None = None
 ) -> Iterator[Compiled]:
-    """Compiles every program of a configuration: of each stage, one for each kind of record; or the embedder's alone.
+    """Compiles every program of a configuration, or the embedder's alone.
+
+    Each stage has one program for each kind of record.
 
     Args:
         config: what to compile.
-        directory: of its file, see `abstract.source_sizes`.
+        directory: that of the configuration's file, see `abstract_step.source_sizes`.
         slice_: from `load_topology`.
-        inference: the embedder's program, in place of the steps.
-        hlo: file for the compiled program's text; of several programs, each has its name in its own.
+        inference: compiles the embedder's program, in place of the steps.
+        hlo: file for the compiled program's text; of several programs, each has a file with its
+            stage and kind in the name.
 
     Raises:
-        ValueError: mesh and devices, or batch and mesh, do not fit, or the model's sizes are not to be had.
+        ValueError: mesh and devices, or batch and mesh, do not fit, or the model's sizes are not
+            known.
     """
     mesh = mesh_for(config.mesh, slice_)
     sizes = source_sizes(config, directory)
@@ -61,7 +68,8 @@ def compile_config(
         yield _compiled_inference(config.stages[0], models[0], mesh, slice_, hlo)
         return
     programs = [
-        (stage, kind, model, step_arguments(stage, kind, model, mesh))  # all are checked before the first is compiled
+        # All are checked before the first is compiled.
+        (stage, kind, model, step_arguments(stage, kind, model, mesh))
         for stage, model in zip(config.stages, models, strict=True)
         for kind in dict.fromkeys(dataset.kind for dataset in stage.datasets)
     ]
@@ -81,7 +89,7 @@ def mesh_for(wanted: MeshConfig, slice_: Slice) -> jax.sharding.Mesh:
     """The mesh of a configuration over all devices of a slice.
 
     Raises:
-        ValueError: it does not fit them; the message lists what does.
+        ValueError: the mesh does not fit the devices; the message lists what does.
     """
     count, fsdp = len(slice_.devices), wanted.fsdp
     if count % fsdp or (wanted.data or count // fsdp) * fsdp != count:
@@ -122,7 +130,10 @@ def report(compiled: Compiled) -> str:
 
 
 def model_flops_utilisation(compiled: Compiled) -> tuple[float, float]:
-    """The model's operations over what the devices could do in the estimated time: in all of it, and in computation's."""
+    """MFU in the estimated time, and MFU in the time of computation alone.
+
+    MFU is the model's operations divided by those that the devices could do in that time.
+    """
     cost = compiled.measurement
     assert cost is not None
     least = compiled.flops / cost.devices / cost.peak
@@ -130,7 +141,7 @@ def model_flops_utilisation(compiled: Compiled) -> tuple[float, float]:
 
 
 def to_json(compiled: Compiled) -> dict[str, Any]:
-    """Every number of a program."""
+    """All numbers of a program, for JSON."""
     cost = compiled.measurement
     fields = {"name": compiled.name, "fits": cost is not None, "tokens": compiled.tokens, "flops": compiled.flops}
     if cost is None:
@@ -156,7 +167,10 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
 def _compiled_inference(
     stage: Stage, model: TrainableSplit, mesh: jax.sharding.Mesh, slice_: Slice, hlo: Path | None
 ) -> Compiled:
-    """Rows of the stage's length, with one adapter for all texts where the stage has one; parameters in bfloat16."""
+    """Compiles the embedder's program on rows of the stage's row length.
+
+    One adapter is used for all texts if the stage has any; parameters are in bfloat16.
+    """
     config, everywhere = model.config, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arrays: dict[str, Any] = {
         path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype, sharding=everywhere)
@@ -177,7 +191,7 @@ def _compiled_inference(
 
 
 def _suggest_fix(stage: Stage, mesh: MeshConfig, devices: int) -> str:
-    """What to change in a configuration that does not fit."""
+    """Suggests what to change in a configuration that does not fit."""
     found = []
     if stage.encode_chunk_rows is None:
         found.append("stages.N.encode_chunk_rows (rows at once; now all)")

@@ -1,8 +1,9 @@
-"""What a compiled TPU program costs, read from its text (HLO): cycles by kind of work, collectives, and kernels.
+"""Cost of a compiled TPU program, read from its text (HLO): cycles, collectives and kernels.
 
-The TPU compiler writes `estimated_cycles` on most instructions. Here each counts as often as the loops around it turn. Plain
-collectives carry no estimate, and are listed with their bytes instead; Pallas kernels carry none either, and are listed with
-their number of calls (`kernel_bundles` knows how long one takes).
+The TPU compiler writes `estimated_cycles` on most instructions. Here each counts once for every
+iteration of the loops around it. Plain collectives carry no estimate, and are listed with their
+bytes instead; Pallas kernels carry none either, and are listed with their number of calls
+(`kernel_schedules` gives the cycles of one).
 """
 
 import re
@@ -26,13 +27,13 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
 
 class HloError(ValueError):
-    """Text that is no compiled program, or a loop of which it does not say how often it turns."""
+    """Text that is no compiled program, or one with a loop whose trip count it does not give."""
 
 
 class Instruction(NamedTuple):
     name: str
     result: str
-    """Type as written: `f32[8,128]{1,0}`, or a tuple of such."""
+    """Type as written: `f32[8,128]{1,0}`, or a tuple of such types."""
     operation: str
     text: str
 
@@ -45,14 +46,17 @@ class Collective(NamedTuple):
     """Devices that communicate with one another; 0 = all."""
     count: int
     bytes: float
-    """Of one device over all calls: what it contributes, but for an all-gather what it receives."""
+    """Bytes that one device contributes over all calls; for an all-gather, that it receives."""
 
 
 class Cost(NamedTuple):
-    """Of one run of the program on one device."""
+    """Cost of one run of the program on one device."""
 
     cycles: dict[str, int]
-    """Estimated cycles by kind of work. `matmul` includes products that the compiler fused with a collective."""
+    """Estimated cycles by kind of work.
+
+    `matmul` includes matmuls that the compiler fused with a collective.
+    """
     collectives: tuple[Collective, ...]
     kernels: dict[str, int]
     """Calls of Pallas kernels, by the name of the instruction."""
@@ -66,10 +70,10 @@ def cost(text: str) -> Cost:
     """Cost of a compiled program.
 
     Args:
-        text: of the scheduled module, as `jax.stages.Compiled.as_text()` gives it.
+        text: the scheduled module, from `jax.stages.Compiled.as_text()`.
 
     Raises:
-        HloError: see there.
+        HloError: the text is no compiled program, or does not give the trip count of a loop.
     """
     program, entry = parse(text)
     kinds = cache(lambda computation: _operations(program, computation))
@@ -84,7 +88,8 @@ def cost(text: str) -> Cost:
         if match := _CYCLES.search(instruction.text):
             cycles[_kind(instruction, inside)] += times * int(match[1])
         for within, collective in _collectives(program, computation, instruction):
-            scattered = within.startswith("all-reduce-scatter")  # one fusion that sums and keeps a part of the sum
+            # One fusion that sums, and keeps a shard of the sum.
+            scattered = within.startswith("all-reduce-scatter")
             key = "reduce-scatter" if scattered else _plain(collective.operation), _group(collective)
             counts[key] += times
             sizes[key] += times * _payload(collective, program[within])
@@ -105,7 +110,7 @@ def parse(text: str) -> tuple[Program, str]:
         elif current is not None:
             if match := _INSTRUCTION.match(line):
                 current.append(Instruction(*match.groups(), text=line))
-            elif current:  # what a kernel holds goes over several lines
+            elif current:  # the body of a kernel spans several lines
                 current[-1] = current[-1]._replace(text=f"{current[-1].text}\n{line}")
     if entry is None:
         raise HloError("this is no text of a compiled program: it has no ENTRY computation")
@@ -113,7 +118,7 @@ def parse(text: str) -> tuple[Program, str]:
 
 
 def trips(program: Program, loop: Instruction) -> int:
-    """How often a `while` turns: the known count, else the constant that its condition compares with."""
+    """Trip count of a `while`: the known one, else the constant that its condition tests."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
     condition = _named(loop, "condition")
@@ -131,12 +136,12 @@ def array_bytes(result: str) -> int:
 
 
 def _executed(program: Program, computation: str, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-    """Every instruction that is run by itself (not as a part of a fusion), its computation, and how often."""
+    """Yields each instruction that runs outside fusions, its computation, and how often it runs."""
     for instruction in program[computation]:
         match instruction.operation:
             case "while":
                 yield from _executed(program, _named(instruction, "body"), times * trips(program, instruction))
-            case "conditional":  # one branch is taken; all of them is on the safe side
+            case "conditional":  # one branch is taken; counting all is on the safe side
                 for branches in _BRANCHES.findall(instruction.text):
                     for name in filter(None, re.split(r"[%,\s]+", " ".join(branches))):
                         yield from _executed(program, name, times)
@@ -148,21 +153,22 @@ def _executed(program: Program, computation: str, times: int = 1) -> Iterator[tu
 
 
 def _collectives(program: Program, computation: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-    """The collectives that an instruction starts: itself, or one in its fusion; and the computation each is in.
+    """Yields the collectives that an instruction starts, and the computation that each is in.
 
-    An asynchronous collective is in three fusions, the first of which starts it, and the others go on with it.
+    A collective is the instruction itself, or is in its fusion. An asynchronous collective is in
+    three fusions; the first of them starts it, and the others continue it.
     """
     if _plain(instruction.operation) in COLLECTIVES and not instruction.operation.endswith("-done"):
         yield computation, instruction
     elif instruction.operation == "fusion" and (called := _called(instruction)):
         inner = program[called]
         begins = any("AsyncCollectiveStart" in each.text for each in inner)
-        if begins or not (called.startswith("async_collective_fusion") or _goes_on(inner)):
+        if begins or not (called.startswith("async_collective_fusion") or _continues(inner)):
             for each in inner:
                 yield from _collectives(program, called, each)
 
 
-def _goes_on(computation: list[Instruction]) -> bool:
+def _continues(computation: list[Instruction]) -> bool:
     return any("AsyncCollectiveDone" in each.text for each in computation)
 
 
@@ -174,7 +180,7 @@ def _operations(program: Program, computation: str) -> frozenset[str]:
 
 
 def _kind(instruction: Instruction, inside: frozenset[str]) -> str:
-    """What a cost goes under; `inside` are the operations of a fusion."""
+    """Kind of work that an instruction counts as; `inside` are the operations of a fusion."""
     operations = inside or {instruction.operation}
     if operations & {"convolution", "dot"}:
         return "matmul"
@@ -190,7 +196,7 @@ def _kind(instruction: Instruction, inside: frozenset[str]) -> str:
 
 
 def _payload(collective: Instruction, computation: list[Instruction]) -> int:
-    """Bytes that one device contributes; of an all-gather, that it receives."""
+    """Bytes that one device contributes; for an all-gather, that it receives."""
     results = {instruction.name: instruction.result for instruction in computation}
     arguments = collective.text.partition(f" {collective.operation}(")[2].partition(")")[0]
     size = sum(array_bytes(results[name]) for name in re.findall(r"%([\w.\-]+)", arguments) if name in results)
@@ -224,7 +230,7 @@ def _named(instruction: Instruction, role: str) -> str:
 
 
 def _bits(kind: str) -> int:
-    """Of one number: pred and s8 have 8, s4 has 4; tokens have none."""
+    """Bits of one element: pred and s8 have 8, s4 has 4; tokens have none."""
     if kind == "pred":
         return 8
     match = re.match(r"[a-z]+?(\d+)", kind)

@@ -1,7 +1,8 @@
-"""Cycles of Pallas kernels, for which the TPU compiler makes no estimate: the instruction bundles of its final schedule.
+"""Cycles of Pallas kernels, counted from the instruction bundles of the compiler's final schedule.
 
-A bundle is issued in a cycle. What is counted is a lower bound where the matrix unit stalls or memory is waited for, and an
-upper one where a part of the body is skipped at some steps of the grid.
+The TPU compiler makes no estimate for them. One bundle is issued per cycle. The count is a lower
+bound where the matrix unit stalls or memory is waited for, and an upper bound where code of the
+body is skipped at some steps of the grid.
 """
 
 import re
@@ -10,10 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
-"""For libtpu, beside `--xla_jf_dump_to=DIRECTORY`: of every instruction of a program, the final schedule and nothing else."""
+"""Flags of libtpu beside `--xla_jf_dump_to=DIRECTORY`.
+
+They dump the final schedule of every instruction of a program, and nothing else.
+"""
 
 PIPELINE_STEPS = 2
-"""Turns of the loop over a kernel's grid beyond the steps of the grid, which fill and empty the pipeline of its copies."""
+"""Iterations of the loop over a kernel's grid beyond the steps of the grid.
+
+They fill and empty the pipeline of the kernel's copies.
+"""
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)([A-Z\s]*):([\s>]*)\{")
 _EXIT = re.compile(r"%(\w+) = scmp\.[gl][et]\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) +/\* loop exit test \*/")
@@ -23,15 +30,18 @@ _ENTRY = re.compile(r"/\* entry bundle: %([\w.\-]+) = custom-call\(")
 
 class Bundle(NamedTuple):
     depth: int
-    """Loops around it, as the schedule marks them."""
+    """Number of loops around the bundle, as the schedule marks them."""
     begins: bool
-    """Whether it is the first of a loop."""
+    """True for the first bundle of a loop."""
     exit: int | None
-    """Where it jumps back or leaves its loop: the count that the loop's test compares with."""
+    """Count that the loop's test compares with, where the bundle jumps back or leaves its loop."""
 
 
 def kernel_cycles(directory: Path) -> dict[str, int]:
-    """Cycles of one call of each custom call in a directory of schedules, by the name of its HLO instruction."""
+    """Cycles of one call of each custom call in a directory of schedules.
+
+    The keys are the names of the HLO instructions.
+    """
     found = {}
     for file in sorted(directory.glob("*final_bundles.txt")):
         if "schedule-analysis" not in file.name and (entry := _ENTRY.search(text := file.read_text("utf-8", "replace"))):
@@ -40,10 +50,10 @@ def kernel_cycles(directory: Path) -> dict[str, int]:
 
 
 def lookup_cycles(instruction: str, known: Mapping[str, int]) -> int:
-    """Cycles of a kernel's call; 0 where there is no schedule of it.
+    """Cycles of a kernel's call; 0 if it has no schedule.
 
-    The compiler does not schedule equal kernels twice: one without a schedule takes as long as the others of its name
-    (`row_attention.9` and `row_attention.8`).
+    The compiler does not schedule equal kernels twice: one without a schedule takes as long as the
+    others of its name (`row_attention.9` and `row_attention.8`).
     """
     name = instruction.rpartition(".")[0]
     alike = [cycles for other, cycles in known.items() if name and other.rpartition(".")[0] == name]
@@ -51,7 +61,7 @@ def lookup_cycles(instruction: str, known: Mapping[str, int]) -> int:
 
 
 def bundles(schedule: str) -> list[Bundle]:
-    """The bundles of a schedule as the compiler writes it."""
+    """Bundles of a schedule, parsed from the compiler's text."""
     found: list[Bundle] = []
     tests: dict[str, int] = {}  # they may come long before the jump
     for line in schedule.splitlines():
@@ -63,12 +73,13 @@ def bundles(schedule: str) -> list[Bundle]:
 
 
 def count(schedule: Sequence[Bundle]) -> int:
-    """Cycles of a schedule, each loop as often as it turns; one without a constant test, once.
+    """Cycles of a schedule; each loop counts once for every iteration.
 
-    A loop goes from its first bundle to the first one behind its jump that is marked as outside, or begins the next loop.
-    Before the jump, some are marked as outside as well.
+    A loop without a constant test counts once. A loop extends from its first bundle to the first
+    one after its jump that is marked as outside, or that begins the next loop. Before the jump,
+    some bundles are marked as outside as well.
     """
-    cycles = [0]  # of each open loop, behind that of what is outside
+    cycles = [0]  # those outside loops, then those of each open loop
     turns: list[int | None] = []
     for bundle in [*schedule, Bundle(0, False, None)]:
         while turns and turns[-1] is not None and bundle.depth - bundle.begins < len(turns):
@@ -81,4 +92,4 @@ def count(schedule: Sequence[Bundle]) -> int:
         cycles[-1] += 1
         if bundle.exit is not None and turns:
             turns[-1] = bundle.exit
-    return sum(cycles) - 1  # the one that was put behind
+    return sum(cycles) - 1  # without the bundle that was appended

@@ -1,4 +1,4 @@
-"""Slices of TPUs by name, and how fast their devices send to one another."""
+"""Slices of TPUs by name, and the rates at which their devices send to one another."""
 
 import re
 from math import prod
@@ -11,7 +11,7 @@ class Topology(NamedTuple):
     """A slice: chips of one kind in a box."""
 
     name: str
-    """As the compiler takes it."""
+    """Name that the compiler takes."""
     peak: float
     """Operations per second of one device."""
     chip: Tpu
@@ -27,7 +27,8 @@ def parse_topology(name: str) -> Topology:
     """The slice that a name such as v5e:4x4 or v5p:4x4x4 means.
 
     Raises:
-        ValueError: no such chip, or not as many axes as its slices have; the message lists what there is.
+        ValueError: there is no such chip, or its slices have another number of axes; the message
+            gives valid names.
     """
     kind, _, sizes = name.partition(":")
     kind = "tpu7x" if kind == "7x" else kind
@@ -39,10 +40,11 @@ def parse_topology(name: str) -> Topology:
 
 
 def send_rate(topology: Topology, group: int) -> float:
-    """Bytes per second that a device can send to the others of its group, over all links it can use at once.
+    """Bytes per second that a device can send to its group, over all links that it can use at once.
 
-    A group of all devices uses every axis. A smaller one is taken to be a row of chips along one axis, the longest. A chip on a
-    ring sends both ways; on a line, where a ring has to go back over the same links, it sends one way's worth.
+    A group of all devices uses every axis. A smaller one is taken to be a row of chips along one
+    axis, the longest. A chip on a ring sends both ways; on a line, where a ring has to go back over
+    the same links, it sends one way's worth.
 
     Args:
         topology: the slice.

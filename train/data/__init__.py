@@ -1,1 +1,1 @@
-"""From files of records to the packed batches of a stage."""
+"""Turns files of records into the packed batches of a stage."""

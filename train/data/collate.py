@@ -1,4 +1,4 @@
-"""From examples to batches: tokenised, masked, packed, in fixed shapes."""
+"""Turns examples into batches: tokenised, masked, packed, in fixed shapes."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,50 +21,54 @@ Either = np.ndarray | jax.Array
 
 
 class TrainBatch(NamedTuple):
-    """What a step takes; n examples of s texts each. On the host, then on devices.
+    """Inputs of a training step: n examples of s texts each, on the host, then on devices.
 
-    Every array's first axis is split evenly over the devices.
+    The first axis of every array is split evenly over the devices.
     """
 
     tokens: Int[Either, "b t"]
     segment_ids: Int[Either, "b t"]
     positions: Int[Either, "b t"]
     adapter_ids: Int[Either, "b g"]
-    """Adapter of each text, among those that the stage trains; -1 = none."""
+    """Adapter of each text: an index into those that the stage trains; -1 = none."""
     labels: Int[Either, "b t"]
-    """Original token where one was masked, else -1."""
+    """Original token of a masked position, -1 elsewhere."""
     places: Int[Either, "n s"]
-    """Where each text is among the b * g of its own device."""
+    """Index of each text among the b * g of its device."""
     scores: Float[Either, " n"]
     groups: Int[Either, " n"]
-    """Examples of equal group are not negatives of one another."""
+    """Group of each example; examples of equal group are not negatives of one another."""
 
 
 class TokenizedTexts(NamedTuple):
-    """The tokenised texts of some examples, one example after the other."""
+    """Tokenised texts of some examples, one example after the other."""
 
     ids: list[np.ndarray]
     labels: list[np.ndarray] | None
-    """For masked-language training."""
+    """Labels of each text for MLM; None for other objectives."""
     adapter_ids: list[int]
 
 
 class BatchShape(NamedTuple):
-    """Sizes of a batch on each device."""
+    """Shapes that a batch may have on each device."""
 
     row_length: int
     row_counts: tuple[int, ...]
-    """Ascending; the last one holds any batch."""
+    """Row counts, ascending; the last one holds any batch."""
 
 
 Encode = Callable[[Sequence[Example]], TokenizedTexts]
 
 
 def batch_shape(texts: int, stage: Stage) -> BatchShape:
-    """Shapes of the batches of a stage that puts so many texts on each device.
+    """Returns the shapes of a stage's batches.
 
-    The largest row count holds them even if all are of full length: packed rows, the last excepted, are so full that no text
-    fits in any more, and so hold row_length // length texts at least.
+    The largest row count holds the texts even if all are of full length: packed rows, except the
+    last, are so full that no further text fits, so each holds at least row_length // max_length.
+
+    Args:
+        texts: texts on each device.
+        stage: gives `row_length`, `max_length`, `num_row_counts` and `encode_chunk_rows`.
     """
     per_row = min(stage.row_length // stage.max_length, packing.max_texts(stage.row_length))
     most, chunk = -(-texts // per_row), stage.encode_chunk_rows or 1
@@ -75,12 +79,15 @@ def batch_shape(texts: int, stage: Stage) -> BatchShape:
 
 
 def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) -> Encode:
-    """The function that tokenises a stage's examples: instructions before, suffixes behind, too long texts cut.
+    """Returns the function that tokenises a stage's examples.
+
+    It puts instructions before the texts and suffixes behind them, and cuts texts that are too
+    long.
 
     Args:
         stage: its adapters' instructions are put before the texts.
         prompts: instruction of each task.
-        tokenizer: is not changed; the returned function may run in several threads.
+        tokenizer: left unchanged; the returned function may run in several threads.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -94,7 +101,8 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
             special_ids=tuple(tokenizer.all_special_ids),
         )
         return lambda examples: _masked_texts(examples, backend, stage.max_length, mask)
-    # The anchor is of the first adapter, what it is compared with of the last: of the same one, save in retrieval.
+    # The anchor takes the first adapter, the texts compared with it the last: the same one, except
+    # in retrieval.
     instructions = [prompts.get(task, "") for task in stage.adapters] or [""]
     last = max(len(stage.adapters) - 1, -1) if stage.adapters else -1
     first = 0 if stage.adapters else -1
@@ -128,17 +136,19 @@ def collate(
     pad_id: int,
     max_over_processes: Callable[[int], int] = lambda rows: rows,
 ) -> TrainBatch:
-    """One batch; each device's share of the examples is packed into rows of its own.
+    """Packs examples into one batch, in separate rows for each device.
 
     Args:
-        examples: of this process.
+        examples: examples of this process.
         encode: from `text_encoder`.
         shape: from `batch_shape`.
-        devices: of this process.
-        pad_id: of the model.
-        max_over_processes: the most rows that a device of any process needs, from the most that one of this process does.
+        devices: devices of this process.
+        pad_id: padding id of the model.
+        max_over_processes: takes the most rows that a device of this process needs, and returns the
+            most that a device of any process needs.
     """
-    # Every d-th, as every p-th example is this process's: on as many devices, any number of processes makes the same shares.
+    # A device takes every d-th example, as a process takes every p-th: so the split over the same
+    # number of devices does not depend on the number of processes.
     shares = [examples[device::devices] for device in range(devices)]
     parts = [encode(share) for share in shares]
     most = packing.max_texts(shape.row_length)
@@ -154,7 +164,7 @@ def collate(
 
 
 def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, length: int, mask: Callable) -> TokenizedTexts:
-    """Texts with masked words; of one that is too long, a window anywhere in it."""
+    """Masks words of the texts; takes a random window of a text that is too long."""
     ids, labels = [], []
     for example, encoding in zip(examples, backend.encode_batch_fast([e.texts[0] for e in examples]), strict=True):
         rng = np.random.default_rng(example.seed)
@@ -169,7 +179,7 @@ def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, le
 
 
 def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
-    """The suffix before the last special token, and the text cut so that all are `length` at most."""
+    """Puts the suffix before the last special token; cuts the text to `length` tokens in all."""
     return np.array([*ids[:-1][: length - 1 - len(suffix)], *suffix, ids[-1]], np.int32)
 
 
@@ -194,8 +204,9 @@ def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int]
 
 
 def _group(example: Example) -> int:
-    """A number for the group; where there is none, for the anchor, since equal anchors have the same positives.
+    """Returns an integer for the group of an example.
 
-    A checksum: the same on every process, and a rare collision costs one negative.
+    Examples without a group are grouped by anchor, since equal anchors have the same positives. The
+    integer is a checksum: it is the same on every process, and a rare collision costs one negative.
     """
     return zlib.crc32((example.group or f"\0{example.texts[0]}").encode()) >> 1

@@ -1,4 +1,7 @@
-"""The bundled corpus: software packages described by people in several languages (see `data/README.md` for its fields)."""
+"""The bundled corpus: software packages described by people in several languages.
+
+See `data/README.md` for its fields.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +13,21 @@ BUNDLED = Path(__file__).parents[2] / "data" / "debian_packages.jsonl.xz"
 SPLITS = ("train", "validation", "test")
 
 SEED = 0
-"""Of the samples that evaluation draws."""
+"""Seed of the samples that evaluation draws."""
 
 
 class Description(NamedTuple):
-    """One package in one language."""
+    """Description of one package in one language."""
 
     title: str
     body: str
 
 
 class Package(NamedTuple):
-    """A package; `source` is the source package it was built from, and packages of one source are near-duplicates."""
+    """A package; `source` is the source package that it was built from.
+
+    Packages of one source are near-duplicates.
+    """
 
     id: str
     source: str
@@ -32,14 +38,15 @@ class Package(NamedTuple):
 
 
 def read_corpus(file: str | Path, split: str) -> list[Package]:
-    """Packages of one split, in the order of the file.
+    """Returns the packages of one split, in the order of the file.
 
     Args:
         file: JSON lines, plain or .xz, with the fields of the bundled corpus.
         split: one of SPLITS.
 
     Raises:
-        ValueError: another split, a split without packages, or a malformed line (DataError with file and line).
+        ValueError: unknown split, a split without packages, or a malformed line (DataError with
+            file and line).
         FileNotFoundError: no such file.
     """
     if split not in SPLITS:
@@ -63,11 +70,11 @@ def _package(fields: dict[str, Any], place: str) -> Package:
 
 
 def tag_overlap(first: Package, second: Package) -> float:
-    """Jaccard overlap of the tags of two packages, at least one of which has some."""
+    """Jaccard overlap of the tags of two packages, at least one of which has tags."""
     return len(set(first.tags) & set(second.tags)) / len(set(first.tags) | set(second.tags))
 
 
 def title_and_body(package: Package, language: str = "en") -> str:
-    """Returns the text of a package in one language: its title, and its body behind a line break."""
+    """Returns the text of a package in one language: its title, a line break, and its body."""
     title, body = package.text[language]
     return f"{title}\n{body}"

@@ -1,7 +1,8 @@
-"""From records to examples: the texts that one record puts into a batch, and in which part each plays.
+"""Turns records into examples: the texts that one record puts into a batch, and the role of each.
 
-What an objective makes of a record is decided here, on the host; what it makes of the embeddings is in `objectives.py`.
-Section 4 of the jina-embeddings-v3 paper (its adapters: sections 4.3.1 to 4.3.4).
+How an objective uses a record is decided here, on the host; how it uses the embeddings, in
+`step/objectives.py`. Section 4 of the jina-embeddings-v3 paper (its adapters: sections 4.3.1 to
+4.3.4).
 """
 
 from collections import defaultdict
@@ -15,29 +16,32 @@ from .records import LabelledText, Pair, PlainText, Record, ScoredPair, Triplet
 
 
 class Example(NamedTuple):
-    """One record as a batch takes it."""
+    """One record in the form that a batch takes."""
 
     texts: tuple[str, ...]
-    """The first is the anchor; every example of a batch has equally many."""
+    """Texts, the anchor first; every example of a batch has equally many."""
     score: float = 0.0
     group: str = ""
-    """Examples of equal group are not negatives of one another; "" = a group of its own."""
+    """Group name; examples of equal group are not negatives of one another. "" = examples
+    with the same anchor are a group."""
     suffix: str = ""
-    """Put behind every text, and never cut off."""
+    """Text put behind every text of the example, and never cut off."""
     seed: int = 0
-    """Of what is drawn for this example later on (masking)."""
+    """Seed of later random draws for this example (masking)."""
 
 
 ToExample = Callable[[Any, np.random.Generator], Example]
 
 
 def to_example(stage: Stage, kind: str, source: Sequence[Record]) -> ToExample:
-    """The function that turns a record of a dataset into an example of a stage's objective, with randomness of its own.
+    """Returns the function that turns a record of a dataset into an example of a stage's objective.
+
+    It takes the record and a random generator for that record's draws.
 
     Args:
         stage: its objective accepts `kind`.
         kind: record kind of the dataset.
-        source: the dataset; other classes' texts are drawn from it.
+        source: the dataset; further texts of the same and of other classes are drawn from it.
     """
     match kind:
         case "text":
@@ -61,7 +65,7 @@ def to_example(stage: Stage, kind: str, source: Sequence[Record]) -> ToExample:
 
 
 def texts_per_example(stage: Stage, kind: str) -> int:
-    """Length of `Example.texts`."""
+    """Length of `Example.texts` for records of one kind."""
     match kind:
         case "text":
             return 1
@@ -73,7 +77,7 @@ def texts_per_example(stage: Stage, kind: str) -> int:
 
 
 class Classes:
-    """The records of each label of a dataset."""
+    """Records of a dataset by label."""
 
     def __init__(self, source: Sequence[Record]):
         self._source = source
@@ -87,7 +91,7 @@ class Classes:
         self._labels = labels
 
     def same(self, record: LabelledText, rng: np.random.Generator) -> LabelledText:
-        """Another record of a record's class; the same one where the class has no other."""
+        """Draws another record of a record's class; the same one if the class has no other."""
         for _ in range(8):
             drawn = self._source[int(rng.choice(self._own[record.label]))]
             if drawn.text != record.text:  # type: ignore[attr-defined]
@@ -95,7 +99,7 @@ class Classes:
         return drawn  # type: ignore[return-value]
 
     def others(self, record: LabelledText, count: int, rng: np.random.Generator) -> list[LabelledText]:
-        """Records of other classes."""
+        """Draws `count` records of other classes."""
         drawn: list[LabelledText] = []
         while len(drawn) < count:
             index = int(rng.integers(len(self._labels)))
@@ -113,7 +117,7 @@ def _pair_example(record: Pair, _: np.random.Generator) -> Example:
 
 
 def _triplet_example(record: Triplet, rng: np.random.Generator, count: int) -> Example:
-    """Negatives are drawn without repetition where the record has enough of them."""
+    """Example of a triplet; negatives are drawn without repetition if there are enough of them."""
     held = len(record.negatives)
     drawn = rng.permutation(held)[:count] if held >= count else rng.integers(held, size=count)
     return Example((record.anchor, record.positive, *(record.negatives[i] for i in drawn)), group=record.group)
@@ -124,17 +128,19 @@ def _scored_example(record: ScoredPair, _: np.random.Generator) -> Example:
 
 
 def _class_example(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
-    """A text, another of its class, and texts of other classes."""
+    """Example of a text, another of its class, and texts of other classes."""
     others = classes.others(record, negatives, rng)
     return Example((record.text, classes.same(record, rng).text, *(other.text for other in others)))
 
 
 def _class_id_suffix(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
-    """All texts end in one number that no other tuple has, so that texts of the same class in another tuple are told apart by
-    it and do no harm as negatives."""
+    """Ends all texts in one number that no other tuple has.
+
+    Texts of the same class in another tuple are told apart by it and do no harm as negatives.
+    """
     return example._replace(suffix=f" {rng.integers(10**9):09d}")
 
 
 def _exclude_same_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
-    """Tuples of one class are one group."""
+    """Puts all tuples of one class into one group."""
     return example._replace(group=f"class {record.label}")

@@ -1,6 +1,7 @@
-"""Mining of hard negatives: texts that a search ranks high for an anchor to which they do not belong.
+"""Mining of hard negatives: texts that a search ranks high for an anchor they do not belong to.
 
-Ranks, scores and margins mean what they mean in sentence-transformers' `mine_hard_negatives`, and give the same negatives.
+Ranks, scores and margins have the meaning that they have in sentence-transformers'
+`mine_hard_negatives`, and give the same negatives.
 """
 
 import logging
@@ -20,10 +21,11 @@ from jina_jax import Embedder
 from .records import Pair, Triplet
 
 SCORES_AT_ONCE = 2**24
-"""Scores of anchors against all candidates that are held at a time."""
+"""Scores of anchors against all candidates that are in memory at a time."""
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Iterator[Float[np.ndarray, "b c"]]]
-"""From anchors and candidates to blocks of scores: the first b anchors against all c candidates, then the next."""
+"""Function from anchors and candidates to blocks of scores: the first b anchors against all c
+candidates, then the next."""
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _TERMS = regex.compile(rf"(?V1)(?P<unspaced>[{_UNSPACED}]+)|[\w--[{_UNSPACED}]]+")
@@ -31,23 +33,23 @@ _TERMS = regex.compile(rf"(?V1)(?P<unspaced>[{_UNSPACED}]+)|[\w--[{_UNSPACED}]]+
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Which of the candidates that a search ranks best become negatives.
+    """Rules that select negatives from the candidates that a search ranks best.
 
     Attributes:
-        num_negatives: negatives of an anchor; an anchor with fewer gets none.
+        num_negatives: negatives per anchor; an anchor with fewer gets none.
         range_min: best candidates to skip: they may be positives that nobody marked.
         range_max: rank of the last candidate to consider.
         max_score: highest score of a negative.
         min_score: lowest score of a negative.
-        absolute_margin: how far below the positive's score a negative's is at least.
+        absolute_margin: least distance of a negative's score below the positive's.
         relative_margin: the same as a fraction of the positive's score.
-        sampling: the best candidates that are left, or random ones of them.
+        sampling: "top" takes the best of the candidates that are left, "random" takes random ones.
 
-    Of several positives of an anchor, the one of the lowest score counts. Ranks are those of the candidates that scores and
-    margins leave.
+    If an anchor has several positives, the one with the lowest score counts. Ranks are those of the
+    candidates that scores and margins leave.
 
     Raises:
-        ValueError: no candidate can meet the numbers.
+        ValueError: a value is out of range, or no candidate can meet the values.
     """
 
     num_negatives: int = 7
@@ -87,18 +89,19 @@ def mine(
 ) -> list[Triplet]:
     """Finds negatives of each pair's anchor among the positives of all pairs.
 
-    Never a negative of an anchor: its positives, a text equal to it, and texts of pairs of its `group`.
+    An anchor's negatives never include its positives, a text equal to it, or texts of pairs of its
+    `group`.
 
     Args:
-        pairs: repeated ones count once.
+        pairs: repeated pairs count once.
         scorer: `bm25_scores`, `embedding_scores(...)`, or any other.
-        config: which of the best candidates to take.
-        same_language: take negatives from pairs of the anchor's language alone.
-        seed: of random sampling.
+        config: selects among the best candidates.
+        same_language: take negatives only from pairs of the anchor's language.
+        seed: seed of random sampling.
 
     Returns:
-        The pairs with their negatives, best first, in the order given (with `same_language` one language after the other);
-        without the pairs whose anchor has too few negatives.
+        The pairs with their negatives, best first, in the order given (with `same_language` one
+        language after the other); without the pairs whose anchor has too few negatives.
 
     Raises:
         ValueError: there are no pairs.
@@ -114,7 +117,8 @@ def mine(
 
 def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.random.Generator) -> Iterator[Triplet]:
     relations = _Relations(pairs)
-    pool = config.range_max + max(map(len, relations.positives))  # leaves room for positives, as sentence-transformers does
+    # Leaves room for positives, as sentence-transformers does.
+    pool = config.range_max + max(map(len, relations.positives))
     blocks, first = [], 0
     for scores in scorer(relations.anchors, relations.candidates):
         own = range(first, first + len(scores))
@@ -130,7 +134,7 @@ def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """The first pair of every anchor and positive."""
+    """Returns the first pair of every anchor and positive."""
     first: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
         first.setdefault((pair.anchor, pair.positive), pair)
@@ -138,12 +142,12 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 class _Relations:
-    """Which candidates belong to which anchor.
+    """Relations between anchors and candidates.
 
     Attributes:
-        anchors: each once.
+        anchors: all anchors, each once.
         candidates: all positives, each once.
-        positives: the indices of each anchor's positives.
+        positives: indices of each anchor's positives.
     """
 
     def __init__(self, pairs: Sequence[Pair]):
@@ -161,7 +165,10 @@ class _Relations:
         self._members = {group: _indices(texts) for group, texts in members.items()}
 
     def excluded(self, anchor: int) -> Int[np.ndarray, " n"]:
-        """Candidates beside its positives that are no negatives of an anchor: a text equal to it, and those of its groups."""
+        """Candidates, other than its positives, that must not be negatives of an anchor.
+
+        They are a text equal to it, and the texts of its groups.
+        """
         text = self.anchors[anchor]
         equal = _indices([self._index[text]] if text in self._index else [])
         group_members = [self._members[group] for group in self._groups.get(text, ())]
@@ -176,13 +183,13 @@ def pick_negatives(
     config: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
-    """Negatives of a block of anchors, as `select` gives them, from the `pool` best of all candidates.
+    """Selects, by `select`, the negatives of a block of anchors from the `pool` best candidates.
 
     Args:
-        scores: of each anchor with each candidate.
+        scores: score of each anchor with each candidate.
         positives: each anchor's positives, at least one.
-        excluded: other candidates of which each anchor's search knows nothing.
-        pool: candidates to rank, positives included.
+        excluded: other candidates, hidden from each anchor's search.
+        pool: number of candidates to rank, positives included.
     """
     scores = scores.copy()
     lowest = np.array([scores[row, own].min() for row, own in enumerate(positives)])
@@ -194,7 +201,7 @@ def pick_negatives(
 
 
 def top(scores: Float[np.ndarray, "b c"], k: int) -> tuple[Float[np.ndarray, "b k"], Int[np.ndarray, "b k"]]:
-    """The k best scores of each row, best first, and where they are; all of them where there are fewer."""
+    """Returns the k best scores of each row, best first, and their indices; all if fewer than k."""
     if k < scores.shape[1]:
         indices = np.argpartition(scores, -k, axis=1)[:, -k:]
     else:
@@ -212,13 +219,13 @@ def select(
     config: MiningConfig,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "b m"]:
-    """The negatives of each anchor among its best candidates, best first; -1 where there are too few.
+    """Selects each anchor's negatives among its best candidates, best first; -1 if too few.
 
     Args:
-        scores: of each anchor's candidates, best first; -inf = no candidate.
-        indices: of the candidates.
-        is_positive: which of them are positives of the anchor.
-        positive_scores: the lowest score of a positive of each anchor.
+        scores: scores of each anchor's candidates, best first; -inf = no candidate.
+        indices: indices of the candidates.
+        is_positive: True for candidates that are positives of the anchor.
+        positive_scores: lowest score of each anchor's positives.
     """
     out_of_reach = is_positive | _beyond_limits(scores, positive_scores[:, None], config)
     order = np.argsort(out_of_reach, axis=1, kind="stable")[:, config.range_min : config.range_max]
@@ -232,8 +239,9 @@ def select(
 
 
 def _beyond_limits(scores: np.ndarray, positive: np.ndarray, config: MiningConfig) -> Bool[np.ndarray, "b k"]:
-    """Scores that miss a margin or a limit."""
-    positive = np.maximum(positive, np.finfo(np.float32).min).astype(np.float64)  # an infinite one times 0 is no number
+    """Marks scores that miss a margin or a limit, and those of no candidate."""
+    # An infinite score times 0 would be NaN.
+    positive = np.maximum(positive, np.finfo(np.float32).min).astype(np.float64)
     excluded = scores == -np.inf
     if config.absolute_margin is not None:
         excluded |= scores + config.absolute_margin > positive
@@ -247,7 +255,7 @@ def _beyond_limits(scores: np.ndarray, positive: np.ndarray, config: MiningConfi
 
 
 def _sample(indices: Int[np.ndarray, " w"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
-    """So many of the candidates in their order, or as many as there are."""
+    """Samples `count` of the candidates, in their order; pads with -1 if there are fewer."""
     options = indices[indices >= 0]
     chosen = np.sort(rng.permutation(len(options))[:count])
     return np.concatenate([options[chosen], np.full(count - len(chosen), -1)])
@@ -257,7 +265,8 @@ def bm25_scores(anchors: Sequence[str], candidates: Sequence[str]) -> Iterator[F
     """Okapi BM25 (a Scorer); a candidate that shares no term with the anchor is not found: -inf."""
     import bm25s
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for its own debug messages when imported
+    # The import of bm25s turns its debug messages on.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25()
     index.index([bm25_terms(text) or [""] for text in candidates], show_progress=False)
     nothing = np.zeros(len(candidates), np.float32)
@@ -267,7 +276,10 @@ def bm25_scores(anchors: Sequence[str], candidates: Sequence[str]) -> Iterator[F
 
 
 def bm25_terms(text: str) -> list[str]:
-    """Words without regard to case; two characters at a time of scripts that put no spaces between words."""
+    """Splits a text into words, without regard to case.
+
+    Scripts without spaces between words give two characters at a time.
+    """
     found = []
     for match in _TERMS.finditer(unicodedata.normalize("NFKC", text).casefold()):
         word = match.group()
@@ -278,12 +290,12 @@ def bm25_terms(text: str) -> list[str]:
 def embedding_scores(
     embedder: Embedder, *, query_task: str | None = None, document_task: str | None = None, **options: Any
 ) -> Scorer:
-    """A Scorer: cosine similarities of embeddings.
+    """Returns a Scorer: cosine similarities of embeddings.
 
     Args:
         embedder: embeds all anchors with `encode_query` and all candidates with `encode_document`.
-        query_task: the anchors' adapter; None = what `encode_query` chooses.
-        document_task: the same for the candidates.
+        query_task: adapter of the anchors; None = the choice of `encode_query`.
+        document_task: adapter of the candidates; None = the choice of `encode_document`.
         options: further arguments of `encode`.
 
     Raises:

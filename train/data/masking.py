@@ -1,4 +1,7 @@
-"""Whole-word masking for masked-language training (Devlin et al., 2019): a word's tokens are masked together or not at all."""
+"""Whole-word masking for masked language modelling (MLM; Devlin et al., 2019).
+
+The tokens of a word are masked together or not at all.
+"""
 
 import math
 import unicodedata
@@ -10,17 +13,19 @@ from jaxtyping import Bool, Int
 from jina_jax.text.tokenizer import Tokenizer
 
 WORD_BOUNDARY = "▁"
-"""What SentencePiece writes for the space before a word."""
+"""Character that SentencePiece writes for the space before a word."""
 
 UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-"""Scripts written without spaces between words, by how Unicode's names of their characters begin."""
+"""Scripts written without spaces between words, as prefixes of the Unicode names of their
+characters."""
 
 
 def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " v"]:
-    """Whether a token of the vocabulary begins a word.
+    """Returns, for each token of the vocabulary, whether it begins a word.
 
-    A word is what stands between spaces. In scripts without spaces that would be a whole sentence, so there every token is a
-    word of its own, together with letters and marks of other scripts that follow it without a space.
+    A word is the text between two spaces. In scripts without spaces that would be an entire
+    sentence, so there every token is a separate word, together with letters and marks of other
+    scripts that follow it without a space.
 
     Raises:
         ValueError: the vocabulary is not SentencePiece's: no token holds a space.
@@ -35,7 +40,10 @@ def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " v"]:
 
 
 def max_masked(tokens: int, rate: float, texts: int = 1) -> int:
-    """Most tokens that are masked in so many texts of so many tokens together; of one text, ceil(rate * tokens)."""
+    """Maximum number of masked tokens in `texts` texts of `tokens` tokens together.
+
+    For one text it is ceil(rate * tokens).
+    """
     return math.ceil(round(rate * tokens, 9)) + texts - 1  # 0.07 * 100 is 7, not the next float
 
 
@@ -50,26 +58,32 @@ def mask_words(
     mask_share: float = 0.8,
     random_share: float = 0.1,
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Masks words of one text, in random order, as long as they fit into `max_masked(ordinary tokens, rate)`.
+    """Masks words of one text in random order.
 
-    A word that does not fit any more is skipped, as in BERT. Where not one word fits, the first tokens of one word are masked
-    up to that number: the only word that is masked in part, so every text with an ordinary token has a masked one.
+    Words are masked as long as they fit into `max_masked(ordinary tokens, rate)`. A word that does
+    not fit any more is skipped, as in BERT. If no word fits, the first tokens of one word are
+    masked up to that number, so that every text with an ordinary token has a masked one. No other
+    word is masked incompletely.
 
     Args:
         tokens: ids of the text, with or without its special tokens.
         starts: from `word_starts`.
-        rate: the share of ordinary tokens to mask, in (0, 1].
+        rate: fraction of ordinary tokens to mask, in (0, 1].
         mask_id: token that replaces a masked one.
-        special_ids: tokens that are never masked, belong to no word and replace no token, `<unk>` among them.
-        rng: the same state gives the same masks.
-        mask_share: probability that a masked token becomes `mask_id`; drawn for each token, as in BERT.
-        random_share: probability that it becomes any ordinary token; it stays as it is with what remains.
+        special_ids: tokens that are never masked, belong to no word and replace no token, `<unk>`
+            among them.
+        rng: random generator; the same state gives the same masks.
+        mask_share: probability that a masked token becomes `mask_id`; drawn for each token, as in
+            BERT.
+        random_share: probability that it becomes any ordinary token; with the remaining probability
+            it stays unchanged.
 
     Returns:
-        The token ids with masks, and labels: the original id where masked, -1 elsewhere; both int32.
+        The token ids with masks, and labels: the original id where masked, -1 elsewhere; both
+        int32.
 
     Raises:
-        ValueError: a rate or share out of its range, or a token id outside the vocabulary.
+        ValueError: a rate or probability out of its range, or a token id outside the vocabulary.
     """
     _check(tokens, starts, rate, mask_share, random_share)
     special = np.isin(tokens, special_ids)
@@ -96,7 +110,7 @@ def _check(tokens: np.ndarray, starts: np.ndarray, rate: float, mask_share: floa
 
 
 def _drawn(words: Int[np.ndarray, " n"], budget: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
-    """Indices of the tokens to mask, at most `budget`; `words` says which word a token belongs to."""
+    """Draws at most `budget` indices of tokens to mask; `words` says which word a token is of."""
     _, words, sizes = np.unique(words, return_inverse=True, return_counts=True)
     order = rng.permutation(len(sizes))
     drawn, left = np.zeros(len(sizes), bool), budget
@@ -110,7 +124,8 @@ def _drawn(words: Int[np.ndarray, " n"], budget: int, rng: np.random.Generator) 
 
 
 def _ordinary_tokens(count: int, vocab_size: int, special_ids: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Tokens drawn evenly from the vocabulary without the special ones."""
+    """Draws tokens uniformly from the vocabulary without the special ones."""
     special = np.unique(special_ids).astype(np.int64)
     drawn = rng.integers(vocab_size - len(special), size=count)
-    return drawn + np.searchsorted(special - np.arange(len(special)), drawn, side="right")  # past the special ones below it
+    # Moves each draw past the special tokens below it.
+    return drawn + np.searchsorted(special - np.arange(len(special)), drawn, side="right")

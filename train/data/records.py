@@ -1,7 +1,7 @@
-"""The five kinds of training records, and their reading from files.
+"""The five kinds of training records, and the functions that read and write them.
 
-The fields have sentence-transformers' names. Every kind may also have `language`, which batches of one language go by, and
-`group`: records of equal group are never negatives of one another.
+The fields have sentence-transformers' names. Every kind may also have `language`, by which batches
+of one language are formed, and `group`: records of equal group are never negatives of one another.
 """
 
 import json
@@ -25,7 +25,7 @@ class Record(BaseModel):
 
 
 class PlainText(Record):
-    """A text on its own, for masked-language training."""
+    """A single text, for MLM."""
 
     text: Text
 
@@ -38,13 +38,13 @@ class Pair(Record):
 
 
 class Triplet(Pair):
-    """A pair with texts that look alike but do not belong to the anchor."""
+    """A pair, and negatives: texts that look alike but do not belong to the anchor."""
 
     negatives: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)]
 
 
 class ScoredPair(Record):
-    """Two texts and how similar they are; only the order of scores matters."""
+    """Two texts and a score of their similarity; only the order of scores matters."""
 
     sentence1: Text
     sentence2: Text
@@ -52,7 +52,7 @@ class ScoredPair(Record):
 
 
 class LabelledText(Record):
-    """A text of a class."""
+    """A text and the label of its class."""
 
     text: Text
     label: Text
@@ -69,7 +69,11 @@ KINDS: dict[str, type[Record]] = {
 
 
 def kind_named(name: str) -> type[Record]:
-    """ValueError that lists the kinds for another name."""
+    """Returns the record class of a kind.
+
+    Raises:
+        ValueError: unknown kind; the message lists the kinds.
+    """
     if name not in KINDS:
         raise ValueError(f"unknown record kind {name!r}; valid are {list(KINDS)}")
     return KINDS[name]
@@ -79,7 +83,8 @@ def read_records(file: str | Path, kind: str) -> Iterator[Record]:
     """Yields the records of a file in any format of `jina_jax.text.readers`, one by one.
 
     Raises:
-        DataError: a record lacks a field or has one of another type; the message names file and line.
+        DataError: a record lacks a field or has one of another type; the message names file and
+            line.
         ValueError: unknown kind or file type.
         FileNotFoundError: no such file.
     """
@@ -91,7 +96,7 @@ def read_records(file: str | Path, kind: str) -> Iterator[Record]:
 
 
 def write_records(file: str | Path, records: Iterator[Record]) -> int:
-    """Writes JSON lines; returns how many."""
+    """Writes records as JSON lines; returns their number."""
     count = 0
     with Path(file).open("w", encoding="utf-8") as lines:
         for record in records:

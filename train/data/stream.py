@@ -1,8 +1,8 @@
-"""The stream of a stage's batches: a pure function of the batch's number, the seed and the datasets.
+"""The stream of a stage's batches: a pure function of the batch number, the seed and the datasets.
 
-Record order, what is drawn at random and which dataset a batch comes from depend on the number alone, so a run that goes on
-from jina_jax.text.tokenizer import Tokenizer
-from a number sees what it would have seen. Batch i holds the same records however many processes share it.
+Record order, random draws and the dataset that a batch comes from depend on the number alone, so a
+run that resumes from a number sees the batches that it would have seen. Batch i holds the same
+records, however many processes it is split over.
 """
 
 import hashlib
@@ -30,11 +30,13 @@ MaxOverProcesses = Callable[[str, int, int], int]
 
 
 def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
-    """The stage's datasets; files of records are turned into TFDS datasets under `workdir` once, by the first process.
+    """Opens the stage's datasets.
+
+    The main process turns files of records into TFDS datasets under `workdir`, once.
 
     Raises:
         ValueError: a dataset is empty, damaged, or has malformed records; the message says where.
-        FileNotFoundError: there is none.
+        FileNotFoundError: a dataset does not exist.
     """
     with main_process_first(f"datasets/{stage.name}"):
         prepared = [_prepared(dataset, workdir) for dataset in stage.datasets]
@@ -53,21 +55,21 @@ def batch_stream(
     processes: int = 1,
     max_over_processes: MaxOverProcesses = lambda name, number, rows: rows,
 ) -> grain.MapDataset[tuple[str, TrainBatch]]:
-    """This process's part of every batch of a stage, with the kind of its records, by number, without end.
+    """Returns the process-local batches of a stage, endless and by number, with their record kind.
 
     Args:
-        stage: what is to be learned.
+        stage: stage that the batches are for.
         sources: from `open_datasets`.
-        config: its prompts are the tasks' instructions.
-        tokenizer: of the model.
-        seed: of the order of records and of everything drawn.
-        devices: of this process.
-        process, processes: which of how many.
-        max_over_processes: (name, number, value) -> the largest value of all processes; batches need as many
-            rows in all of them.
+        config: configuration of the model; its prompts are the tasks' instructions.
+        tokenizer: tokenizer of the model.
+        seed: seed of the order of records and of all random draws.
+        devices: devices of this process.
+        process, processes: index of this process, and number of processes.
+        max_over_processes: (name, number, value) -> the largest value of all processes; a batch
+            needs the same number of rows in all of them.
 
     Raises:
-        ValueError: the batch does not divide by the devices.
+        ValueError: the batch size is not divisible by the devices.
     """
     if stage.batch_size % (devices * processes):
         raise ValueError(f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {devices * processes} devices")
@@ -101,13 +103,13 @@ def batch_stream(
 
 
 def prefetch(dataset: grain.MapDataset[tuple[str, TrainBatch]], threads: int) -> grain.DatasetIterator[tuple[str, TrainBatch]]:
-    """Reads batches in order and ahead of their use; its state is the number of the next one."""
+    """Reads batches in order and ahead of their use; its state is the number of the next batch."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1) if threads else 0)
     return iter(dataset.to_iter_dataset(options))
 
 
 class _Subset(Sequence[Record]):
-    """Some records of a source."""
+    """Subset of the records of a source."""
 
     def __init__(self, source: Sequence[Record], indices: np.ndarray):
         self._source, self._indices = source, indices
@@ -123,7 +125,10 @@ class _Subset(Sequence[Record]):
 
 
 def _by_language(source: Sequence[Record], dataset: DatasetConfig, least: int) -> Iterator[Sequence[Record]]:
-    """The dataset, or its languages. Languages with less than a batch of records share one part."""
+    """Yields the dataset, or one subset for each language.
+
+    Languages with less than a batch of records are joined in one subset.
+    """
     if not dataset.by_language:
         yield source
         return
@@ -152,5 +157,5 @@ def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
 
 
 def _seed(seed: int, *names: Any) -> int:
-    """Another stream of random numbers for each name, whatever else the run has."""
+    """Returns a seed that differs for each name, and does not depend on what else the run has."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])

@@ -1,7 +1,7 @@
 """TFDS datasets of training records, as ArrayRecord files, written and read without TensorFlow.
 
-`RecordFiles` is made from a user's JSON lines or Parquet files, `DebianPackages` from the bundled corpus. `open_dataset` gives
-random access to either.
+`RecordFiles` is made from a user's files of records, `DebianPackages` from the bundled corpus.
+`open_dataset` gives random access to either.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from .word_overlap import overlaps
 
 
 class RecordFiles(tfds.core.GeneratorBasedBuilder):
-    """A user's records of one kind, from JSON lines or Parquet."""
+    """A user's records of one kind, from files that `records.read_records` reads."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -72,21 +72,24 @@ class DebianPackages(tfds.core.GeneratorBasedBuilder):
 
 
 def plain_texts(packages: Sequence[Package]) -> Iterator[PlainText]:
-    """Title and body of each description, as one text."""
+    """Yields title and body of each description, as one text."""
     for package in packages:
         for language in package.text:
             yield PlainText(text=title_and_body(package, language), language=language)
 
 
 def title_body_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
-    """A title and its body, in one language."""
+    """Yields pairs of a title and its body, in one language."""
     for package in packages:
         for language, text in package.text.items():
             yield Pair(anchor=text.title, positive=text.body, language=language, group=package.source)
 
 
 def translation_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
-    """The title in another language than English with the English body, and the English title with the foreign body."""
+    """Yields two pairs for each language other than English.
+
+    They are the foreign title with the English body, and the English title with the foreign body.
+    """
     for package in packages:
         for language, text in package.text.items():
             if language != "en":
@@ -96,7 +99,11 @@ def translation_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
 
 
 def search_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
-    """What retrieval is measured on: the title in English, and in one other language in turn, with the English body."""
+    """Yields the pairs that retrieval is measured on.
+
+    They are the English body with the title in English, and with the title in one of the package's
+    languages, which are taken in turn.
+    """
     for number, package in enumerate(packages):
         languages = sorted(package.text)
         for language in dict.fromkeys(("en", languages[number % len(languages)])):
@@ -105,7 +112,10 @@ def search_pairs(packages: Sequence[Package]) -> Iterator[Pair]:
 
 
 def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[ScoredPair]:
-    """Descriptions in one language, scored by the overlap of their packages' tags (Jaccard); half of them share a section."""
+    """Yields two descriptions in one language, scored by the overlap of their packages' tags.
+
+    The score is the Jaccard overlap. Half of the pairs share a section.
+    """
     rng = random.Random(0)
     tagged = [package for package in packages if package.tags]
     by_section = defaultdict(list)
@@ -127,7 +137,7 @@ def tag_overlaps(packages: Sequence[Package], per_package: int = 4) -> Iterator[
 
 
 def section_labels(packages: Sequence[Package]) -> Iterator[LabelledText]:
-    """Each description with its package's section."""
+    """Yields each description with its package's section as the label."""
     for package in packages:
         for language in package.text:
             yield LabelledText(
@@ -143,24 +153,25 @@ CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Reco
     "scored": ("scored_pair", tag_overlaps),
     "labelled": ("labelled_text", section_labels),
 }
-"""Kind and maker of the records of each configuration of the bundled corpus."""
+"""Record kind and generator function of each configuration of the bundled corpus."""
 
 
 def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *, drop_overlapping: bool = False) -> Path:
     """Turns files of records into a TFDS dataset.
 
     Args:
-        files: JSON lines or Parquet files of each split.
+        files: files of records of each split, in any format that `records.read_records` reads.
         kind: one of `records.KINDS`.
-        directory: where the dataset goes.
-        drop_overlapping: leave out pairs whose texts say the same words (`overlap.py`).
+        directory: directory under which the dataset is written.
+        drop_overlapping: leave out pairs whose texts share nearly all words (`word_overlap.py`).
 
     Returns:
-        The dataset's own directory, what `open_dataset` takes.
+        The directory of the dataset itself, as `open_dataset` takes it.
 
     Raises:
-        DataError: a malformed record, with file and line; there is no dataset then.
-        DataError: a split without records.
+        DataError: a malformed record, with file and line, in which case there is no dataset; or a
+            split without records.
+        ValueError: unknown kind, or `drop_overlapping` for records that are not pairs or triplets.
     """
     kind_named(kind)
     if drop_overlapping and not issubclass(KINDS[kind], Pair):
@@ -174,14 +185,20 @@ def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *,
 
 
 def prepare_corpus(name: str, directory: Path, file: Path = BUNDLED) -> Path:
-    """Turns the corpus into a TFDS dataset of records, `name` being one of `CORPUS_RECORDS`; returns its directory."""
+    """Turns the corpus into a TFDS dataset of records; returns its directory.
+
+    Args:
+        name: one of `CORPUS_RECORDS`.
+        directory: directory under which the dataset is written.
+        file: the corpus, as `read_corpus` takes it.
+    """
     if name not in CORPUS_RECORDS:
         raise ValueError(f"unknown records {name!r}; valid are {list(CORPUS_RECORDS)}")
     return _prepared(DebianPackages(config=name, file=file, data_dir=directory, file_format="array_record"), [file])
 
 
 class RecordSource(Sequence[Record]):
-    """Random access to the records of one split. TFDS has shuffled them, always in the same way."""
+    """Random access to the records of one split, shuffled by TFDS always in the same way."""
 
     def __init__(self, source: Any, kind: str, path: Path):
         self._source, self._record, self._path = source, KINDS[kind], path
@@ -199,7 +216,7 @@ class RecordSource(Sequence[Record]):
         return self.many(range(len(self)))
 
     def many(self, indices: Sequence[int] | np.ndarray) -> Iterator[Record]:
-        """Records read together, several times as fast as one by one."""
+        """Yields records that are read together, several times as fast as one by one."""
         for start in range(0, len(indices), 1024):
             block = [int(index) for index in indices[start : start + 1024]]
             with self._damage(f"one of the records {min(block)} to {max(block)}"):
@@ -207,7 +224,8 @@ class RecordSource(Sequence[Record]):
             yield from map(self._made, read)
 
     def _made(self, fields: dict[str, Any]) -> Record:
-        return self._record.model_construct(**{name: _text(value) for name, value in fields.items()})  # text comes as bytes
+        # Text comes as bytes.
+        return self._record.model_construct(**{name: _text(value) for name, value in fields.items()})
 
     @contextlib.contextmanager
     def _damage(self, where: str) -> Iterator[None]:
@@ -218,18 +236,19 @@ class RecordSource(Sequence[Record]):
 
 
 def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
-    """One split of a TFDS directory.
+    """Opens one split of a TFDS directory.
 
     Raises:
         FileNotFoundError: no such directory.
-        DataError: not a dataset, of another kind, without this split or records, or truncated.
+        DataError: it is not a dataset, has another kind, lacks this split or records, or is
+            truncated.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no dataset {path}")
     try:
         builder = tfds.builder_from_directory(str(path))
-    except Exception as error:  # of TFDS, of the JSON reader, of protobuf
+    except Exception as error:  # raised by TFDS, the JSON reader or protobuf
         raise DataError(f"{path} is not a TFDS dataset: {error}") from error
     fields = set(builder.info.features or ())  # type: ignore[arg-type]
     if missing := sorted(set(kind_named(kind).model_fields) - fields):
@@ -271,12 +290,16 @@ def _text(value: Any) -> Any:
 
 
 def _prepared(builder: Any, files: Iterable[Path]) -> Path:
-    """Writes a builder's dataset, unless it is there: an unfinished one has another name and is written again."""
+    """Writes a builder's dataset, unless it exists; returns its directory.
+
+    An unfinished one has another name and is written again.
+    """
     tfds.disable_progress_bar()
     local = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download
+        # TFDS prints messages about a download.
+        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_dir=downloads, download_config=local)
-    except AssertionError as error:  # TFDS's way to say so
+    except AssertionError as error:  # raised by TFDS for a split without records
         raise DataError(f"no records for a split of {builder.data_dir} in {', '.join(map(str, files))}") from error
     return Path(builder.data_dir)

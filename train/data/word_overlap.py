@@ -1,18 +1,22 @@
-"""The filter of pairs in the jina-embeddings-v3 paper: pairs that share nearly all words teach only to compare words."""
+"""Filter of pairs in the jina-embeddings-v3 paper.
+
+Pairs that share nearly all words teach only to compare words.
+"""
 
 MIN_WORDS = 4
-"""Fewer words than this are too few to call two texts alike."""
+"""Shared words from which on two texts may be called alike; fewer are too few."""
 
 MAX_SHARE = 0.8
-"""Share of the shorter text's words in the longer one from which on a pair is dropped."""
+"""Fraction of the shorter text's words in the longer one from which on a pair is dropped."""
 
 
 def overlaps(a: str, b: str) -> bool:
-    """Whether at least 80 % of the words of the shorter text, and at least 4, occur in the longer text.
+    """Tells whether at least 80 % and at least 4 of the shorter text's words occur in the longer.
 
-    Words are what stands between white space, repeated ones counted each time, compared without regard to case; they count
-    where they occur inside other words, too. The shorter text is that of fewer words, at a tie that of fewer characters.
-    The paper leaves these open.
+    Words are strings between white space, compared without regard to case. Repeated words count
+    each time, and a word counts where it occurs inside another one, too. The shorter text is the
+    one with fewer words, at a tie the one with fewer characters. The paper leaves these points
+    open.
 
     A text written without spaces, as in Japanese, is one word, so such a pair never overlaps.
     """

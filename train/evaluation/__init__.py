@@ -1,1 +1,1 @@
-"""Embeddings measured on the corpus, and the reports of what was measured."""
+"""Evaluation of embeddings on the corpus, and reports of the scores."""

@@ -1,4 +1,4 @@
-"""BM25, the system without a model: what words in common alone retrieve."""
+"""BM25, the system without a model: it retrieves by words in common alone."""
 
 import logging
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from jaxtyping import Float
 from .retrieval import Retrieval, ndcg_at_10
 from .scores import Score
 
-logging.getLogger("bm25s").setLevel(logging.INFO)  # the library sets DEBUG, and writes a line for each index
+# The library sets DEBUG, and writes a line for each index.
+logging.getLogger("bm25s").setLevel(logging.INFO)
 
 
 def bm25_score(task: Retrieval) -> Score:
-    """BM25 as Lucene has it (k1 = 1.5, b = 0.75), words by the library's pattern.
+    """Score of BM25 in Lucene's form (k1 = 1.5, b = 0.75), with words by the library's pattern.
 
-    English queries: with English stop words and stemming. Queries of other languages share names and loanwords with the English
-    candidates; no stop words and no stemming there.
+    English queries have English stop words and stemming. Queries of other languages share names and
+    loanwords with the English candidates; they have no stop words and no stemming.
     """
     options = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english")} if task.subset == "en" else {"stopwords": []}
 

@@ -16,7 +16,10 @@ from sklearn.preprocessing import StandardScaler
 from ..data.corpus import SEED, Package, title_and_body
 
 FITTED_PER_SECTION = 16
-"""Packages of each section that the classifier is fitted on; a section with fewer in the train split is left out."""
+"""Packages of each section that the classifier is fitted on.
+
+A section with fewer in the train split is left out.
+"""
 
 CLUSTERING_RUNS = 5
 """Starts of k-means; the one with the least inertia counts."""
@@ -24,7 +27,7 @@ CLUSTERING_RUNS = 5
 
 @dataclass(frozen=True)
 class Classification:
-    """Texts that a logistic regression is fitted on (left), and those whose section it predicts (right)."""
+    """Texts to fit a logistic regression on (left), and texts whose section it predicts (right)."""
 
     left: Sequence[str]
     left_sections: Sequence[str]
@@ -40,7 +43,10 @@ class Classification:
         return len(self.right)
 
     def score(self, fitted: Float[np.ndarray, "m d"], measured: Float[np.ndarray, "n d"]) -> float:
-        """Accuracy. Features are standardised, so that the penalty weighs the same whatever their spread."""
+        """Accuracy of the logistic regression.
+
+        Features are standardised, so that the penalty weighs the same whatever their spread.
+        """
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         classifier.fit(fitted, self.left_sections)
         return float(classifier.score(measured, self.right_sections))
@@ -63,7 +69,10 @@ class Clustering:
         return len(self.left)
 
     def score(self, embeddings: Float[np.ndarray, "n d"], _: Float[np.ndarray, "0 d"]) -> float:
-        """V-measure between the sections and the clusters of k-means, as many as there are sections."""
+        """V-measure between the sections and the clusters of k-means.
+
+        There are as many clusters as sections.
+        """
         distinct = len(np.unique(embeddings, axis=0))  # there cannot be more clusters than that
         clusters = min(len(set(self.sections)), distinct)
         means = KMeans(clusters, n_init=CLUSTERING_RUNS, random_state=SEED)  # type: ignore[arg-type]
@@ -71,7 +80,11 @@ class Clustering:
 
 
 def classification_tasks(english: Sequence[Package], train: Sequence[Package]) -> Iterator[Classification]:
-    """Fits on a sample of each section of `train`, and measures the packages of these sections that it did not see."""
+    """Yields the task that fits on a sample of each section of `train`.
+
+    It measures the packages of these sections in `english` that it was not fitted on. A single
+    section, or no package to measure, gives no task.
+    """
     present = {package.section for package in english}
     members: dict[str, list[Package]] = defaultdict(list)
     for package in train:
@@ -88,7 +101,7 @@ def classification_tasks(english: Sequence[Package], train: Sequence[Package]) -
 
 
 def clustering_tasks(english: Sequence[Package]) -> Iterator[Clustering]:
-    """All texts, if they are of more than one section."""
+    """Yields the task of all texts, if they have more than one section."""
     sections = _sections(english)
     if len(set(sections)) > 1:
         yield Clustering(_texts(english), sections)

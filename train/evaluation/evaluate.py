@@ -26,12 +26,13 @@ def evaluate(
     """Scores of BM25, the untrained model and the model.
 
     Args:
-        untrained: measured without adapters, for fresh ones change nothing; None = not measured.
+        untrained: measured without adapters, since fresh ones change nothing; None = not measured.
         packages: those of the split to measure.
         train_packages: classifiers are fitted on a sample of these.
-        every_adapter: also measure adapters on the tasks that they were not trained for, at full dimension.
+        every_adapter: also measure adapters on the tasks that they were not trained for, at full
+            dimension.
         batch_size: as in `Embedder.encode`.
-        progress: shows bars.
+        progress: shows progress bars.
 
     Raises:
         ValueError: too few packages, or embeddings that are not finite.
@@ -53,7 +54,7 @@ def evaluate(
 
 
 def untrained(embedder: Embedder, seed: int = 0) -> Embedder:
-    """A model of the same configuration and tokenizer as it is before training."""
+    """A model of the same configuration and tokenizer before training: its weights are random."""
     encoder = embedder.encoder
     fresh = Encoder(encoder.config, dtype=encoder.dtype, rngs=nnx.Rngs(seed))
     return Embedder(fresh, embedder.config, embedder.tokenizer)

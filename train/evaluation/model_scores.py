@@ -1,4 +1,7 @@
-"""A model as a system: which of its adapters are measured on which task, and the embeddings that this takes."""
+"""Scores of a model.
+
+Chooses the adapters that are measured on each task, and makes the embeddings that they need.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,11 +17,11 @@ from .scores import Score, System
 from .tasks import EvalTask
 
 TEXTS_PER_CALL = 1024
-"""Steps of the progress bar."""
+"""Texts of one call of `Embedder.encode`; the progress bar moves after each call."""
 
 
 class Sides(NamedTuple):
-    """How the two sides of a task are embedded; None is the base model."""
+    """Adapters that embed the two sides of a task; None is the base model."""
 
     name: str
     left: str | None
@@ -29,7 +32,7 @@ BASE = Sides("none", None, None)
 
 
 def both_sides(adapter: str) -> Sides:
-    """One adapter for both sides."""
+    """Returns one adapter for both sides."""
     return Sides(adapter, adapter, adapter)
 
 
@@ -43,11 +46,11 @@ OWN_ADAPTERS = {
     "clustering": (both_sides("separation"), both_sides("classification")),
     "similarity": (both_sides("text-matching"),),
 }
-"""The adapters that were trained for a task, the one to use first."""
+"""Adapters trained for each task; the first is the one to use."""
 
 
 class Run(NamedTuple):
-    """One task, embedded in one way, at these dimensions."""
+    """One task, embedded with one choice of adapters, at some dimensions."""
 
     task: EvalTask
     sides: Sides
@@ -55,16 +58,22 @@ class Run(NamedTuple):
 
 
 def matryoshka_dims(config: ModelConfig) -> tuple[int, ...]:
-    """The dimensions that a model is measured at, in ascending order; a model that lists none has its full one."""
+    """Dimensions that a model is measured at, in ascending order.
+
+    A model that lists none is measured at its full dimension.
+    """
     return tuple(sorted(config.matryoshka_dims)) or (config.hidden_size,)
 
 
 def planned_runs(task: EvalTask, adapters: Sequence[str], dims: tuple[int, ...], every_adapter: bool) -> Iterator[Run]:
-    """The base and the task's own adapters at all dimensions; the others at the largest.
+    """Yields runs of the base and of the task's adapters at all dimensions, others at the largest.
 
     Args:
+        task: the task to measure.
         adapters: those that the model has.
-        every_adapter: also the adapters of other tasks. Those of no known task are measured anyway.
+        dims: ascending.
+        every_adapter: also yields the adapters of other tasks. Those of no known task are always
+            measured.
     """
     yield Run(task, BASE, dims)
     own = [sides for sides in OWN_ADAPTERS[task.name] if {sides.left, sides.right} <= set(adapters)]
@@ -103,7 +112,7 @@ def model_scores(
 
 
 class TextEmbeddings:
-    """Embeddings of all texts that runs need, under the adapters that they need them for."""
+    """Embeddings of all texts that runs need, under the adapters that the runs use."""
 
     def __init__(self, embedder: Embedder, runs: Sequence[Run], batch_size: int, title: str, progress: bool):
         self._rows: dict[str | None, dict[str, int]] = {}
@@ -120,7 +129,7 @@ class TextEmbeddings:
             }
 
     def lookup(self, texts: Sequence[str], adapter: str | None, dim: int) -> Float[np.ndarray, "n dim"]:
-        """The leading dimensions, normalised: what `Embedder.encode` gives with `truncate_dim`."""
+        """Leading dimensions, normalised, equal to `Embedder.encode` with `truncate_dim`."""
         rows = [self._rows[adapter][text] for text in texts]
         return normalize(self._arrays[adapter][rows, :dim])
 

@@ -1,4 +1,4 @@
-"""Scores as JSON, as Markdown tables and as a plot over dimensions; training metrics as loss curves."""
+"""Scores as JSON, Markdown tables and a plot over dimensions; training metrics as loss curves."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from .model_scores import BASE, OWN_ADAPTERS
 from .scores import Score, System, write_scores
 
 ACROSS = "X-en"
-"""The mean over the retrieval subsets of all languages but English."""
+"""Subset with the mean over the retrieval subsets of all languages but English."""
 
 EVAL_TASKS = {
     ("retrieval", "en"): "retrieval en, nDCG@10",
@@ -26,11 +26,11 @@ EVAL_TASKS = {
     ("similarity", "en"): "similarity en, Spearman",
     ("similarity", "en-other"): "similarity en-other, Spearman",
 }
-"""Task and subset: the columns of tables, and the panels of the plot."""
+"""Titles by task and subset: the columns of tables, and the panels of the plot."""
 
 
 class Column(NamedTuple):
-    """A system, and of a model the adapter; None is the one trained for the task."""
+    """A system and, for a model, the adapter; None is the adapter trained for the task."""
 
     label: str
     system: System
@@ -45,13 +45,13 @@ COLUMNS = (BM25, UNTRAINED, BASE_MODEL, OWN_ADAPTER)
 
 
 class Results:
-    """Scores by what they are of, with means across languages.
+    """Scores by system, adapter, task, subset and dimension, with means across languages.
 
     Attributes:
-        dims: the dimensions measured, in ascending order.
-        tasks: of TASKS, those measured.
+        dims: measured dimensions, in ascending order.
+        tasks: the measured ones of EVAL_TASKS.
         languages: retrieval subsets.
-        adapters: of the model, the base among them.
+        adapters: those of the model, the base among them.
     """
 
     def __init__(self, scores: Sequence[Score]):
@@ -69,12 +69,17 @@ class Results:
         return self._scores.get((column.system, column.adapter or OWN_ADAPTERS[task][0].name, task, subset, dim))
 
     def columns(self, task: str, subset: str) -> list[Column]:
-        """Those measured at full dimension."""
+        """Columns that were measured at full dimension."""
         return [column for column in COLUMNS if self.get(column, task, subset, self.dims[-1])]
 
 
 def check_writable(output: Path) -> None:
-    """Before long work: can `write` write there?"""
+    """Raises if `write` could not write there; called before long work.
+
+    Raises:
+        ValueError: the file does not end in .json.
+        OSError: nothing can be written there.
+    """
     if output.suffix != ".json":
         raise ValueError(f"the file of scores must end in .json, not {output.name!r}")
     for file in (output, output.with_suffix(".md"), output.with_suffix(".png")):
@@ -112,7 +117,7 @@ def markdown(scores: Sequence[Score]) -> str:
 
 
 def plot_dims(scores: Sequence[Score], output: Path) -> None:
-    """One panel for each task: its metric over the dimensions, for every system."""
+    """Plots the metric of each task over the dimensions, one panel a task, for every system."""
     results = Results(scores)
     figure, panels = _panels(len(results.tasks))
     for panel, task in zip(panels, results.tasks, strict=True):
@@ -130,15 +135,16 @@ def plot_dims(scores: Sequence[Score], output: Path) -> None:
 
 
 def plot_losses(metrics: Iterable[Path], output: Path) -> None:
-    """One panel for each stage: its loss over the steps.
+    """Plots the loss of each stage over the steps, one panel for each stage.
 
     Args:
-        metrics: files of training metrics, each line an object with `step`, `stage` and `loss`; lines without a loss are not
-            drawn.
+        metrics: files of training metrics, each line an object with `step`, `stage` and `loss`;
+            lines without a loss are not drawn.
         output: a .png.
 
     Raises:
-        ValueError: a malformed line, named by file and number, or no loss at all.
+        ValueError: a line is malformed (the message gives file and line), or there is no loss at
+            all.
     """
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for file in metrics:
@@ -164,7 +170,7 @@ def _means_across_languages(scores: Sequence[Score]) -> Iterator[Score]:
 
 
 def _by_system(results: Results, tasks: dict[tuple[str, str], str]) -> str:
-    """A row for each task or language, a column for each system."""
+    """Table with a row for each task or language, and a column for each system."""
     full = results.dims[-1]
     columns = [column for column in COLUMNS if any(column in results.columns(*task) for task in tasks)]
     rows = []

@@ -1,4 +1,4 @@
-"""Retrieval: titles find the English bodies of their packages, within English and from other languages."""
+"""Retrieval of English bodies of packages by their titles, in English and in other languages."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,18 @@ from sklearn.metrics import ndcg_score
 from ..data.corpus import Package
 
 MIN_PACKAGES = 20
-"""Packages that a language needs in the split for a subset of its own."""
+"""Packages that a language needs in the split to be a subset."""
 
 QUERIES_AT_ONCE = 1024
-"""Bounds memory: rows of the matrix of scores that are ranked at once."""
+"""Rows of the score matrix that are ranked at once; bounds memory."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries (left), candidates (right), and for each query the index of the candidate of the same package."""
+    """Queries (left), candidates (right), and the index of each query's candidate.
+
+    Query and candidate are of the same package.
+    """
 
     subset: str
     left: Sequence[str]
@@ -40,9 +43,11 @@ class Retrieval:
 
 
 def retrieval_tasks(english: Sequence[Package]) -> Iterator[Retrieval]:
-    """English titles over English bodies, then titles of every other language with enough packages, the largest first.
+    """Yields titles over English bodies: English titles first, then those of other languages.
 
-    A language's titles over its own bodies are left out: these bodies are most of the corpus, and would take most of the time.
+    Every other language with enough packages is a task, the largest first. Its titles over bodies
+    in the same language are left out: these bodies are most of the corpus, and would take most of
+    the time.
     """
     bodies = [package.text["en"].body for package in english]
     members: dict[str, list[int]] = defaultdict(list)
@@ -56,10 +61,12 @@ def retrieval_tasks(english: Sequence[Package]) -> Iterator[Retrieval]:
 
 
 def ndcg_at_10(scores: Callable[[slice], Float[np.ndarray, "rows c"]], relevant: Int[np.ndarray, " q"]) -> float:
-    """Mean nDCG@10 of queries with one relevant candidate each. A tie with it counts as the mean over all its orders.
+    """Mean nDCG@10 of queries with one relevant candidate each.
+
+    A tie with the relevant candidate counts as the mean over all orders of the tie.
 
     Args:
-        scores: gives the scores of all candidates for a slice of the queries.
+        scores: returns the scores of all candidates for a slice of the queries.
         relevant: for each query the index of its relevant candidate.
     """
     total = 0.0
@@ -68,6 +75,7 @@ def ndcg_at_10(scores: Callable[[slice], Float[np.ndarray, "rows c"]], relevant:
         ranked, index = scores(rows), relevant[rows, None]
         relevance = np.zeros(ranked.shape)
         np.put_along_axis(relevance, index, 1, axis=1)
-        tied = (ranked == np.take_along_axis(ranked, index, axis=1)).sum() > len(index)  # without, a faster way is exact
+        # Without ties a faster computation is exact.
+        tied = (ranked == np.take_along_axis(ranked, index, axis=1)).sum() > len(index)
         total += len(index) * float(ndcg_score(relevance, ranked, k=10, ignore_ties=not tied))
     return total / len(relevant)

@@ -1,4 +1,4 @@
-"""What an evaluation gives: one score for each system, task, subset, adapter and dimension."""
+"""Results of an evaluation: one score for each system, task, subset, adapter and dimension."""
 
 import json
 import math
@@ -16,11 +16,12 @@ class Score(NamedTuple):
 
     system: System
     task: str
-    """retrieval, classification, clustering or similarity."""
+    """One of retrieval, classification, clustering and similarity."""
     subset: str
-    """The languages, as in `en`, or `de-en` for German queries over English documents."""
+    """Languages: `en`, or `de-en` for German queries over English documents."""
     adapter: str | None
-    """`none` for the base model; of retrieval, the adapters of queries and passages joined by +. None for bm25."""
+    """Adapter's name; `none` for the base model; for retrieval, the adapters of queries and of
+    passages joined by +. None for bm25."""
     dim: int | None
     """Leading dimensions of the embeddings that were kept. None for bm25."""
     metric: str
@@ -30,7 +31,7 @@ class Score(NamedTuple):
 
 
 def write_scores(file: Path, scores: Sequence[Score]) -> None:
-    """Writes `{"records": [...]}`, a record for each score, with the fields of `Score`."""
+    """Writes `{"records": [...]}`, with a record of the fields of `Score` for each score."""
     if wrong := [score for score in scores if not math.isfinite(score.value)]:
         raise ValueError(f"a score is not finite: {wrong[0]}")
     records = {"records": [score._asdict() for score in scores]}

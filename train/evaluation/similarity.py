@@ -1,4 +1,4 @@
-"""Similarity: is the cosine of two packages' texts in the order of the overlap of their tags?"""
+"""Similarity: rank correlation of the cosines of packages' texts and the overlaps of their tags."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ PAIRS = {"en": 2000, "en-other": 1000}
 MIN_PAIRS = 10
 
 DRAWS_PER_PAIR = 4
-"""A small corpus has fewer different pairs than asked for."""
+"""Draws for each pair that is asked for: a small corpus has fewer different pairs than that."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,15 @@ class Similarity:
         """Spearman correlation of cosine and overlap; embeddings are normalised."""
         cosines = np.einsum("pd,pd->p", first, second)
         if np.ptp(cosines) == 0:
-            return 0.0  # not defined: such a model tells no pair from another
+            return 0.0  # not defined: such a model cannot tell one pair from another
         return float(spearmanr(cosines, self.overlaps)[0])  # type: ignore[arg-type]
 
 
 def similarity_tasks(english: Sequence[Package]) -> Iterator[Similarity]:
-    """Both subsets; half of the pairs at random and half that share a tag or the section, so that overlaps spread."""
+    """Yields both subsets, if they have enough pairs, and overlaps that differ.
+
+    Half of the pairs are random, and half share a tag or the section, so that overlaps spread.
+    """
     tagged = [package for package in english if package.tags]
     for subset, count in PAIRS.items():
         rng = np.random.default_rng(SEED)
@@ -61,7 +64,7 @@ def similarity_tasks(english: Sequence[Package]) -> Iterator[Similarity]:
 
 
 Pairs = dict[tuple[str, str], tuple[Package, Package]]
-"""By the ids of both in alphabetical order, so that no pair is drawn twice."""
+"""Pairs by both ids in alphabetical order, so that no pair is drawn twice."""
 
 
 def _random_pairs(firsts: Sequence[Package], seconds: Sequence[Package], count: int, rng: np.random.Generator) -> Pairs:
@@ -69,7 +72,7 @@ def _random_pairs(firsts: Sequence[Package], seconds: Sequence[Package], count: 
 
 
 def _related_pairs(firsts: Sequence[Package], seconds: Sequence[Package], count: int, rng: np.random.Generator) -> Pairs:
-    """Pairs that share a tag or the section, whichever is drawn of the first package's."""
+    """Pairs that share a tag or the section; the shared label is drawn from the first package's."""
     sharing: dict[str, list[Package]] = defaultdict(list)
     for package in seconds:
         for label in (package.section, *package.tags):
@@ -89,7 +92,7 @@ def _draws(firsts: Sequence[Package], seconds: Sequence[Package], count: int) ->
 
 
 def _different_sources(drawn: Iterator[tuple[Package, Package]], count: int) -> Pairs:
-    """The first `count` different pairs; packages of one source are near-duplicates, and left out."""
+    """The first `count` different pairs; packages of one source, near-duplicates, are left out."""
     pairs: Pairs = {}
     for first, second in drawn:
         if len(pairs) == count:

@@ -1,4 +1,7 @@
-"""The report of a run through all stages: what each of them brought, loss curves, and the tables of the evaluation."""
+"""The report of a run through all stages.
+
+It shows what each stage brought, the loss curves, and the tables of the evaluation.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,10 +30,10 @@ def write_summary(
     """Writes metrics.json, the plots losses.png, validation.png and test.png, and last report.md.
 
     Args:
-        directory: of the run.
-        scores: of the finished model on the splits `validation` and `test`.
-        pretrained: of the model after masked-language training alone, on the test split.
-        metrics: training metrics of the stages.
+        directory: that of the run.
+        scores: those of the finished model on the splits `validation` and `test`.
+        pretrained: scores of the model after MLM alone, on the test split.
+        metrics: files of training metrics of the stages.
     """
     records = {split: [score._asdict() for score in split_scores] for split, split_scores in scores.items()}
     contents = {
@@ -56,7 +59,7 @@ def write_summary(
 
 
 def stage_table(scores: Sequence[Score], pretrained: Sequence[Score]) -> str:
-    """A row for each task, a column for each stage; Markdown."""
+    """Markdown table with a row for each task, and a column for each stage."""
     full = max(score.dim for score in scores if score.dim is not None)
     held = {(score.system, score.task, score.subset, score.adapter, score.dim): score.value for score in scores}
     first = {(score.task, score.subset, score.dim): score.value for score in pretrained if score.system == "model"}

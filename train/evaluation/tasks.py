@@ -1,7 +1,8 @@
-"""Embeddings measured on the corpus: retrieval, classification, clustering and similarity.
+"""Evaluation tasks on the corpus: retrieval, classification, clustering and similarity.
 
-Each task has two sides of texts, `left` and `right`, and `score` gives one number from the embeddings of both. Samples are
-drawn with a fixed seed, so that every system and every run is measured on the same texts.
+Each task has two sides of texts, `left` and `right`, and `score` returns one number from the
+embeddings of both. Samples are drawn with a fixed seed, so that every system and every run is
+measured on the same texts.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ EvalTask = Retrieval | Classification | Clustering | Similarity
 
 
 def corpus_tasks(packages: Sequence[Package], train_packages: Sequence[Package]) -> list[EvalTask]:
-    """All tasks that the packages allow: no clustering of a single section, no similarity without tags.
+    """All tasks that the packages allow.
+
+    There is no clustering of a single section, and no similarity without tags.
 
     Args:
         packages: those of the split to measure.

@@ -1,1 +1,1 @@
-"""What drives a step: the loop, its checkpoints, its metrics and the model it starts from."""
+"""Driver of the training step: the loop, its checkpoints, its metrics and the initial model."""

@@ -1,7 +1,8 @@
-"""Training checkpoints: saved beside the run, whole or not at all, checked before they are used.
+"""Training checkpoints: saved in the background by atomic writes, verified before they are used.
 
-A checkpoint is a directory with a manifest (`jina_jax/checkpoint.py`) named after its step. It holds what training changes and
-where the data stood; what a run only reads is told apart by its fingerprint.
+A checkpoint is a directory named after its step, with a manifest
+(`jina_jax/checkpoints/sealed_directory.py`). It holds the arrays that training changes and the
+positions in the data; arrays that a run only reads are recognised by their fingerprint.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _ARRAYS, _RUN = "arrays", "run.json"
 
 CHUNK_BYTES = 8 * 2**20
-"""Of the pieces that arrays are stored in: a part of an array is read from whole ones."""
+"""Bytes of the chunks that arrays are stored in. A slice of an array is read in complete chunks."""
 
 
 class Checkpoint(NamedTuple):
@@ -37,13 +38,13 @@ class Checkpoint(NamedTuple):
     step: int
     directory: Path
     run: dict[str, Any]
-    """What was saved beside the arrays."""
+    """Fields that were saved beside the arrays."""
 
 
 class Saver:
-    """Saves in the background, one at a time; each process writes what its devices hold.
+    """Saves checkpoints in the background, one at a time; each process writes its devices' shards.
 
-    A failed save is raised by the next call; what was saved before it stays.
+    The next call raises the error of a failed save; checkpoints saved before it stay.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -52,7 +53,10 @@ class Saver:
         self._running: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, tree: Any, run: dict[str, Any]) -> None:
-        """Begins a save. The arrays are copied to the host first, since the next step takes over their buffers."""
+        """Begins a save.
+
+        The arrays are copied to the host first, since the next step takes over their buffers.
+        """
         self.wait()
         try:
             with contextlib.ExitStack() as stack:
@@ -64,7 +68,11 @@ class Saver:
             raise _not_saved(step, error) from error
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; OSError where it is not."""
+        """Waits until the last save is on disk.
+
+        Raises:
+            OSError: the save failed.
+        """
         if self._running is not None:
             (step, running), self._running = self._running, None
             try:
@@ -73,7 +81,7 @@ class Saver:
                 raise _not_saved(step, error) from error
 
     def close(self) -> None:
-        """Lets a save under way end."""
+        """Waits for the end of a save under way."""
         self._pool.shutdown()
 
     def _finish(self, stack: contextlib.ExitStack, target: Path, arrays: ocp.AsyncResponse, run: dict[str, Any]) -> None:
@@ -84,23 +92,28 @@ class Saver:
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
         for _, old in _saved(self._directory)[: -self._keep]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))  # never half a checkpoint under its name
+            # Renamed first: there is never half a checkpoint under its name.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))
 
 
 def _not_saved(step: int, error: Exception) -> OSError:
-    """Orbax has many ways to say that a disk is full."""
+    """Returns one kind of error for all that a save raises: Orbax has many for a full disk."""
     return OSError(f"the checkpoint of step {step} was not saved; those before it are as they were: {error}")
 
 
 def _copied(tree: Any) -> dict[str, Any]:
-    """By name, on this host. Of arrays that several hosts share, Orbax copies each host's part before it returns."""
+    """Copies arrays to this host; returns them by name.
+
+    Arrays sharded over several hosts stay: Orbax copies each host's shards before it returns.
+    """
     return {name: np.array(leaf) if leaf.is_fully_addressable else leaf for name, leaf in _by_name(tree).items()}
 
 
 def latest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is as it was written. Damaged ones are reported and put aside, unfinished ones removed.
+    """Returns the newest checkpoint that is unchanged since it was written.
 
-    The first process looks, and tells the others.
+    Damaged ones are reported and put aside, unfinished ones removed. The main process searches, and
+    tells the others.
     """
     step = broadcast_from_main("newest checkpoint", lambda: str(_newest(directory)))
     if step == "None":
@@ -127,13 +140,18 @@ def _newest(directory: Path) -> int | None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a killed run left half-written, see `atomic_directory`."""
+    """Removes directories that a killed run left half-written, see `atomic_directory`."""
     for unfinished in directory.glob(".*.partial-*"):
         shutil.rmtree(unfinished)
 
 
 def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
-    """The arrays of a checkpoint in the structure of `tree`, whose leaves give shapes and dtypes, split as `shardings` says.
+    """Restores the arrays of a checkpoint.
+
+    Args:
+        checkpoint: from `latest`.
+        tree: structure of the result; its leaves give shapes and dtypes.
+        shardings: shardings of the arrays, in the same structure.
 
     Raises:
         CheckpointError: the checkpoint has other arrays.
@@ -154,30 +172,37 @@ def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
 
 
 def _in_chunks() -> ocp.Context:
-    """Arrays are stored in pieces along the axis that a mesh splits, so that a device reads its part alone."""
+    """Context in which arrays are saved in chunks along the axis that a mesh splits.
+
+    So a device reads only its shard.
+    """
     context = all_processes()
     storage = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def storage_options(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
         axis = split_axis(jax.tree_util.keystr(key, simple=True, separator="/").rpartition("/")[2])
-        # Along an axis that it is told, Orbax cuts single entries, and there are 250,112 in the table. Its longest axis is the
-        # first, which Orbax cuts by itself.
+        # Along an axis that it is given, Orbax cuts single entries, and the token table has 250,112
+        # of them. The table's longest axis is its first, which Orbax cuts without being told.
         return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=(axis,) if axis else None)
 
-    context.array.saving.use_compression = False  # weights hardly get smaller, and it takes longer than to write them
+    # Compression hardly makes weights smaller, and takes longer than writing them.
+    context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = storage_options  # type: ignore[assignment]
     return context
 
 
 def _reading_at_once(most: int) -> ocp.Context:
-    """Orbax reads everything at the same time if it may, and holds every array twice meanwhile."""
+    """Context that limits the bytes that Orbax reads at the same time.
+
+    Without a limit it reads everything at once, and holds every array twice meanwhile.
+    """
     context = all_processes()
     context.memory.read_concurrent_bytes = most
     return context
 
 
 def _bytes_to_read(leaf: jax.ShapeDtypeStruct, stored: Any) -> int:
-    """Of the stored pieces that one device's part of an array lies in, at most."""
+    """Maximum bytes of the stored chunks that contain one device's shard of an array."""
     assert leaf.sharding is not None
     part, piece = leaf.sharding.shard_shape(leaf.shape), stored.storage_metadata.chunk_shape
     pieces = [-(-n // size) + (n % size > 0) for n, size in zip(part, piece, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run is: a checkpoint of another one is refused."""
+"""Identity of a run: a checkpoint of another run is refused."""
 
 import hashlib
 import zlib
@@ -16,7 +16,7 @@ from ..step.trainable_split import split_trainable
 
 
 def fingerprint(arrays: Mapping[str, Array]) -> str:
-    """SHA-256 over arrays by path."""
+    """SHA-256 over arrays and their paths, in the order of the paths."""
     digest = hashlib.sha256()
     for path in sorted(arrays):
         digest.update(path.encode())
@@ -25,17 +25,20 @@ def fingerprint(arrays: Mapping[str, Array]) -> str:
 
 
 RUNNING = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "read_threads")
-"""Fields that say how a run is done and not what it is: a resumed run may change them."""
+"""Fields that set how a run is executed and do not identify it: a resumed run may change them."""
 
 
 def run_identity(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
-    """What a checkpoint must agree with to be of this run."""
+    """Returns the fields that a checkpoint must agree with to belong to this run."""
     fields = {name: value for name, value in to_dict(config).items() if name not in RUNNING}
     frozen = split_trainable(encoder, config.stages[0]).frozen
     return {"config": fields, "model": encoder.config.to_dict(), "frozen": fingerprint(frozen)}
 
 
 def dataset_fingerprint(source: Sequence[Record]) -> str:
-    """Tells a dataset from another one under the same path: how many records, and a checksum of some of them."""
+    """Fingerprint that tells a dataset from another one under the same path.
+
+    It is the number of records, and a checksum of some of them.
+    """
     some = [repr(source[i * (len(source) - 1) // 15]) for i in range(16)]
     return f"{len(source)} records, {zlib.crc32(''.join(some).encode()):08x}"

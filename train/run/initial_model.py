@@ -1,4 +1,4 @@
-"""The model that a run starts from, and what of it a stage trains."""
+"""The model that a run starts from, with the adapters and heads that its stages train."""
 
 import hashlib
 from collections.abc import Iterable
@@ -23,11 +23,13 @@ from ..config import InitialModel, TrainConfig
 
 
 def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
-    """The model of `config.start` in float32, with every adapter and head that the stages need, and its tokenizer.
+    """Loads the model of `config.start` in float32, and its tokenizer.
+
+    The model has every adapter and head that the stages need.
 
     Raises:
-        ValueError: the source is damaged or not supported, the tokenizer is another model's, or a stage has longer texts than
-            the model can have.
+        ValueError: the source is damaged or not supported, the tokenizer is another model's, or a
+            stage has longer texts than the model can have.
         FileNotFoundError: a path does not exist.
     """
     start = config.start
@@ -43,12 +45,12 @@ def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
 
 
 def fresh_sizes(model: ModelConfig) -> ModelConfig:
-    """Of a model with random weights: its stages bring adapters and head."""
+    """Sizes of a model with random weights, without adapters and head: its stages bring them."""
     return replace(model, mlm_head=False, tasks=())
 
 
 def prepare_for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
-    """The source's model with what `config.start` changes, and with every adapter and head that the stages need.
+    """Applies the changes of `config.start`, and adds every adapter and head that the stages need.
 
     Raises:
         ValueError: a stage has longer texts than the model can have.
@@ -61,19 +63,20 @@ def prepare_for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
             raise ValueError(f"stage {stage.name}: max_length {stage.max_length} is above the model's {most} tokens")
     if config.stages[0].adapters:
         return _with_new_adapters(encoder, config, key)
-    encoder = _with_config(encoder, replace(encoder.config, tasks=()))  # they were trained above another base
+    # Adapters of the source are dropped: they were trained on another base.
+    encoder = _with_config(encoder, replace(encoder.config, tasks=()))
     return _with_head(encoder, config.stages[0].objective == "mlm", key)
 
 
 def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b t"]]) -> Encoder:
-    """A masked-language model whose fresh head begins with the tokens' log frequencies as its bias; a trained head stays.
+    """Sets the bias of a fresh MLM head to the tokens' log frequencies; a trained head stays.
 
-    Adam moves the bias too slowly to learn them in a short run. The table, which the head shares with the input, takes them up
-    meanwhile, and every text's mean state points the same way.
+    Adam moves the bias too slowly to learn them in a short run. The table, which the head shares
+    with the input, takes them up meanwhile, and every text's mean state points the same way.
 
     Args:
-        encoder: with a head.
-        labels: original tokens of masked positions, -1 elsewhere.
+        encoder: model with an MLM head.
+        labels: batches of labels: original tokens of masked positions, -1 elsewhere.
     """
     bias = variables(encoder)["mlm_head.bias"].get_value()
     if jnp.any(bias):
@@ -98,7 +101,10 @@ def _fresh(config: ModelConfig, key: Array) -> Encoder:
 
 
 def _with_overrides(encoder: Encoder, start: InitialModel) -> Encoder:
-    """A model with absolute positions loses their table and becomes a rotary one, as section 3 of the paper does to XLM-R."""
+    """Applies the changes of `start` to a model, which becomes a rotary one.
+
+    A model with absolute positions loses their table, as section 3 of the paper does to XLM-R.
+    """
     config = encoder.config
     changes = {
         "rope_theta": start.rope_theta,
@@ -111,13 +117,13 @@ def _with_overrides(encoder: Encoder, start: InitialModel) -> Encoder:
         defaults = {"rope_theta": SERVING_ROPE_THETA, "max_position_embeddings": ModelConfig().max_position_embeddings}
         changes = {name: defaults.get(name) if value is None else value for name, value in changes.items()}
     given = {name: value for name, value in changes.items() if value is not None}
-    if config.tasks:  # the rank of the adapters that are there; new ones are widened to fit
+    if config.tasks:  # existing adapters keep their rank; new ones are padded to fit
         given.pop("lora_rank", None)
     return _with_config(encoder, replace(config, position_type="rope", **given))
 
 
 def _with_config(encoder: Encoder, config: ModelConfig) -> Encoder:
-    """The arrays that a configuration has a place for."""
+    """Encoder of a configuration, with those arrays that it has a place for."""
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
     wanted = abstract_variables(config)
     return from_arrays(config, {path: arrays[path] for path in wanted}, dtype=encoder.dtype)
@@ -140,7 +146,7 @@ def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Enc
 
 
 def _with_head(encoder: Encoder, head: bool, key: Array) -> Encoder:
-    """With a fresh masked-language head where it is needed and missing, without it where it is not needed."""
+    """Adds a fresh MLM head where it is needed and missing; drops it where it is not needed."""
     if head == encoder.config.mlm_head:
         return encoder
     config = replace(encoder.config, mlm_head=head)

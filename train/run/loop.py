@@ -1,7 +1,9 @@
-"""The training loop: data, model, state, restore, step. One run of a configuration in a working directory.
+"""The training loop: model, data, state, restore, step.
 
-WORKDIR/config.json      what the run is
-WORKDIR/checkpoints/     to go on from
+It does one run of a configuration in a working directory:
+
+WORKDIR/config.json      configuration of the run
+WORKDIR/checkpoints/     checkpoints to resume from
 WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
 WORKDIR/model/           the finished model, for Embedder.load
 """
@@ -47,49 +49,54 @@ logger = logging.getLogger(__name__)
 
 
 FREQUENCY_BATCHES = 16
-"""Batches that tell how frequent tokens are, for a fresh masked-language head."""
+"""Batches over which token frequencies are counted, for a fresh MLM head."""
 
 
 class StageRun(NamedTuple):
-    """A stage under way."""
+    """A stage in training."""
 
     stage: Stage
     frozen: Arrays
     batches: grain.DatasetIterator
     steps: dict[str, Step]
-    """By kind of the batch's records."""
+    """Compiled steps by the kind of a batch's records."""
     flops_per_token: float
 
 
 def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path | None:
-    """Trains until the last step and writes the model. A run that was interrupted goes on from its newest good checkpoint.
+    """Trains until the last step and writes the model.
+
+    An interrupted run resumes from its newest good checkpoint.
 
     Args:
-        config: what to train.
-        workdir: where everything of this run is kept.
+        config: configuration of the run.
+        workdir: directory of everything that the run writes.
         progress: show a progress bar on a terminal.
 
     Returns:
-        The directory of the finished model; None where SIGTERM stopped the run after a save.
+        The directory of the finished model; None if SIGTERM stopped the run after a save.
 
     Raises:
-        RunError: `workdir` holds another run, and the message lists the differences; or another process is at work in it.
-        TrainingDiverged: a loss or gradient was not finite; the message has the step. Nothing of it is saved.
-        ValueError, OSError: the configuration, the data or the disk.
+        RunError: `workdir` holds another run, and the message lists the differences; or another
+            process is training in it.
+        TrainingDiverged: a loss, gradient or parameter was not finite; the message has the step.
+            Nothing of it is saved.
+        ValueError, OSError: errors of the configuration, the data or the disk.
     """
     host = _host()
     with main_process_first("workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    # The whole model is kept on the host, for the end: the memory of the devices is for what a step needs.
+    # The full model stays on the host, for the end: device memory is for what a step needs.
     with _only_run(workdir) if is_main_process() else contextlib.nullcontext(), jax.default_device(host):
         return _train(config, workdir, progress)
 
 
 def _host() -> Any:
-    """The CPU as a device of JAX, which leaves it out where JAX_PLATFORMS names other platforms alone."""
+    """Returns the CPU as a device; JAX omits it if JAX_PLATFORMS names only other platforms."""
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     if platforms and "cpu" not in platforms.split(","):
-        jax.config.update("jax_platforms", f"{platforms},cpu")  # too late, and an error below, once JAX is at work
+        # Once JAX has started this is too late, and an error below.
+        jax.config.update("jax_platforms", f"{platforms},cpu")
     return jax.local_devices(backend="cpu")[0]
 
 
@@ -109,7 +116,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         records.append([dataset_fingerprint(source) for source in sources])
         stream = partial(batch_stream, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
-            global_stream = stream()  # whatever the processes
+            global_stream = stream()  # the same for any number of processes
             labels = (global_stream[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
             encoder = with_token_frequencies(encoder, labels)  # type: ignore[arg-type]
         local_stream = stream(
@@ -120,7 +127,8 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         )
         model, trained, frozen = split_trainable(encoder, stage)
         base = base or shard_params({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
-        frozen = base | shard_params({path: x for path, x in frozen.items() if path not in base}, mesh)  # stages share the base
+        # Stages share the base.
+        frozen = base | shard_params({path: x for path, x in frozen.items() if path not in base}, mesh)
         kinds = {dataset.kind for dataset in stage.datasets}
         steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
@@ -167,13 +175,13 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
                     bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
                 bar.update(len(pending))
                 pending, began = [], time.perf_counter()
-            if save:  # nothing that is not finite: `fetch_metrics` has looked at the losses
+            if save:  # only what is finite: `fetch_metrics` has checked the losses
                 if not all_finite(states):
                     raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
                 saver.save(step, states, identity | _position(done, runs))
         saver.wait()
     if sum(done) < config.steps:
-        logger.warning("stopped at step %d of %d; start it again to go on", sum(done), config.steps)
+        logger.warning("stopped at step %d of %d; start it again to resume", sum(done), config.steps)
         return None
 
     # ---- the finished model
@@ -186,7 +194,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
 
 
 def _on_host(arrays: Arrays, mesh: Mesh) -> Arrays:
-    """Whole arrays on the host of each process."""
+    """Gathers full arrays on the host of each process."""
     if mesh.is_multi_process:
         arrays = {path: multihost_utils.process_allgather(x, tiled=True) for path, x in arrays.items()}
     return jax.device_put(arrays, _host())
@@ -194,7 +202,10 @@ def _on_host(arrays: Arrays, mesh: Mesh) -> Arrays:
 
 @contextlib.contextmanager
 def _only_run(workdir: Path) -> Iterator[None]:
-    """Two processes that train in one directory would each remove what the other writes. The lock goes with its process."""
+    """Locks the directory: two processes that train in it would each remove what the other writes.
+
+    The lock ends with its process.
+    """
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +215,7 @@ def _only_run(workdir: Path) -> Iterator[None]:
 
 
 def next_stage(config: TrainConfig, done: list[int]) -> int:
-    """Index of the stage whose turn it is: the one that is furthest behind. A function of the counts alone."""
+    """Index of the stage to train next: the one furthest behind. It depends on the counts only."""
     return min(range(len(done)), key=lambda i: (done[i] / config.stages[i].steps, i))
 
 
@@ -229,12 +240,16 @@ def _resumed(
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop behind a step because the job was asked to end (SIGTERM): in all processes behind the same one."""
-    if jax.process_count() > 1:  # JAX has caught the signal since the processes met, and agrees on the step
+    """Yields a function that says whether to stop after a step, because of SIGTERM.
+
+    All processes stop after the same step.
+    """
+    # JAX has caught the signal since the processes met, and agrees on the step.
+    if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only that one can listen
+    if threading.current_thread() is not threading.main_thread():  # only that one can catch signals
         yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())

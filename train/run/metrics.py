@@ -1,4 +1,7 @@
-"""A run's numbers: read from the devices, checked, averaged, and written as JSON lines and to TensorBoard."""
+"""Metrics of a run: fetched from the devices, checked, averaged, and written.
+
+They are written as JSON lines and to TensorBoard.
+"""
 
 import json
 import math
@@ -22,28 +25,28 @@ FILE = "metrics.jsonl"
 
 
 class TrainingDiverged(ValueError):
-    """The loss or a gradient is not finite."""
+    """Error of a run whose loss, gradient or parameters are not finite."""
 
 
 class StepRecord(NamedTuple):
-    """A step that has been started; its metrics are on the device and may not be there yet."""
+    """A dispatched step; its metrics are on the device and may not be computed yet."""
 
     step: int
-    """Of the run, from 1."""
+    """Number of the step in the run, from 1."""
     stage: Stage
     own_step: int
-    """Of the stage, from 1."""
+    """Number of the step in its stage, from 1."""
     metrics: Metrics
     slots: int
-    """Of tokens, padding included."""
+    """Token slots of the batch, padding included."""
     flops_per_token: float
 
 
 def fetch_metrics(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """The steps with their metrics as numbers, once they are there.
+    """Waits for the steps' metrics; returns the steps with metrics as numbers on the host.
 
     Raises:
-        TrainingDiverged: one of them is not finite; the message names the step.
+        TrainingDiverged: a metric is not finite; the message names the step.
     """
     there = [step._replace(metrics=jax.device_get(step.metrics)) for step in steps]
     for done in there:
@@ -56,12 +59,12 @@ def fetch_metrics(steps: Sequence[StepRecord]) -> list[StepRecord]:
 
 
 def summarise(steps: Sequence[StepRecord], seconds: float, peak: float | None) -> Iterator[tuple[int, str, dict[str, float]]]:
-    """(step, stage, numbers) for each stage of some steps: means, and speed over all of them.
+    """Yields (step, stage, numbers) for each stage of some steps: means, and speed over all.
 
     Args:
         steps: from `fetch_metrics`.
-        seconds: that they took together.
-        peak: FLOP/s of all devices, where known; None leaves the share of it out.
+        seconds: time that they took together.
+        peak: peak FLOP/s of all devices; None if it is not known, which leaves `mfu` out.
     """
     tokens = sum(int(step.metrics.tokens) for step in steps)
     speed = {
@@ -83,9 +86,10 @@ def summarise(steps: Sequence[StepRecord], seconds: float, peak: float | None) -
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard's event files.
+    """Appends to `metrics.jsonl`, one object per line, and to TensorBoard's event files.
 
-    A run that goes on from a step drops the lines behind it: they are written again. Of several processes the first writes.
+    A run that resumes from a step drops the lines of later steps: they are written again. Only the
+    main process writes.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -112,7 +116,10 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of a run's metrics; a last line that was cut off is left out."""
+    """Reads the lines of a run's metrics, with the new names of old fields.
+
+    A last line that was cut off is left out.
+    """
     path = workdir / FILE
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     read = [json.loads(line) for line in lines if line.endswith("\n")]

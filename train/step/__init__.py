@@ -1,1 +1,1 @@
-"""What is compiled: the loss, its gradient and the update of one training step."""
+"""Compiled code of a training step: the loss, its gradient and the update."""

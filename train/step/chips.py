@@ -1,6 +1,6 @@
-"""Accelerators: how much each computes, holds and sends.
+"""Accelerators: compute, memory and link speed of each.
 
-Everything is of one device, as JAX counts them: a chip, but half a chip of TPU7x.
+All values are per device, as JAX counts them: a chip, but half a chip for TPU7x.
 """
 
 from typing import Any, NamedTuple
@@ -9,37 +9,38 @@ GIB = 2**30
 
 
 class Tpu(NamedTuple):
-    """What the estimates of a slice of TPUs need to know beside the peak."""
+    """Values of a TPU that the estimates of a slice need beside the peak."""
 
     clock: float
     """Cycles per second."""
     hbm: int
-    """Bytes that a program may use: the limit in the compiler's message for one that does not fit."""
+    """Bytes that a program may use: the limit in the compiler's message for a larger one."""
     link: float
-    """Bytes per second, one way, of a link to a neighbour."""
+    """Bytes per second, one way, over a link to a neighbour."""
     axes: int
-    """Of the torus. A chip has two links on each."""
+    """Axes of the torus. A chip has two links on each."""
     full_axis: int
-    """An axis of a multiple of so many chips is a ring; a shorter one is a line."""
+    """Chips of the shortest ring: an axis of a multiple of them is a ring, any other a line."""
     devices: int = 1
     """Devices of a chip."""
     options: tuple[tuple[str, str], ...] = ()
-    """For the compiler, beside the topology's name."""
+    """Options for the compiler, beside the topology's name."""
 
 
 class Chip(NamedTuple):
     """One generation of accelerators."""
 
     peak: float
-    """Operations per second in bfloat16, from the maker's data sheet."""
+    """Peak operations per second in bfloat16, from the maker's data sheet."""
     device_kinds: tuple[str, ...]
-    """What JAX calls it."""
+    """Names that JAX gives its devices."""
     tpu: Tpu | None = None
 
 
-# Peaks, links and axes: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where the bandwidth between chips is that of all
-# links in both directions: v5e 400 GB/s = 4 links x 2 x 50, v6e 800 = 4 x 2 x 100, v5p and tpu7x 1,200 = 6 x 2 x 100, of tpu7x
-# for two devices, v4 600 = 6 x 2 x 50. Memory: what libtpu 0.0.42 says of a program that needs more.
+# Peaks, links and axes: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where the bandwidth
+# between chips is that of all links in both directions: v5e 400 GB/s = 4 links x 2 x 50,
+# v6e 800 = 4 x 2 x 100, v5p and tpu7x 1,200 = 6 x 2 x 100 (of tpu7x for two devices),
+# v4 600 = 6 x 2 x 50. Memory: the limit that libtpu 0.0.42 reports for a program that needs more.
 CHIPS = {
     "v4": Chip(
         275e12,
@@ -54,10 +55,10 @@ CHIPS = {
     "h100": Chip(989e12, ("NVIDIA H100 80GB HBM3",)),
     "h200": Chip(989e12, ("NVIDIA H200",)),
 }
-"""By the name that topologies begin with; GPUs by their own."""
+"""Chips by the name that topologies begin with; GPUs by their own name."""
 
 
 def peak_flops(device: Any, count: int) -> float | None:
-    """Returns what `count` devices of a kind compute per second; None for kinds without an entry, such as CPUs."""
+    """Returns the peak FLOP/s of `count` devices; None for kinds without an entry, such as CPUs."""
     peak = next((chip.peak for chip in CHIPS.values() if device.device_kind in chip.device_kinds), None)
     return None if peak is None else peak * count

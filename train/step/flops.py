@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, for model FLOPs utilisation."""
+"""Floating-point operations of a training step, for model FLOPs utilisation (MFU)."""
 
 from jina_jax.config import ModelConfig
 
@@ -6,10 +6,11 @@ from ..config import Stage
 
 
 def training_flops(config: ModelConfig, stage: Stage) -> float:
-    """Operations per token of forward and backward pass, at full texts; what is computed twice to save memory counts once.
+    """Operations per token of forward and backward pass, for texts of full length.
 
-    The layers' products cost 2 operations per parameter forward, twice that backward, half of the latter where only adapters
-    are trained; attention costs 4 d operations per token and key.
+    Rematerialisation does not count. The layers' matmuls cost 2 operations per parameter forward,
+    twice that backward, half of the latter where only adapters are trained; attention costs 4 d
+    operations per token and key.
     """
     d = config.hidden_size
     layer = 2 * (4 * d * d + 2 * d * config.mlp_size) + 4 * d * stage.max_length

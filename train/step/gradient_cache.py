@@ -1,4 +1,7 @@
-"""Loops over the rows of a batch in chunks: memory holds the activations of one chunk, and gradients are added up in place."""
+"""Loops over the rows of a batch in chunks: gradient caching and gradient accumulation.
+
+Memory holds the activations of one chunk, and gradients are accumulated in place.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,17 +19,31 @@ from ..data.collate import TrainBatch
 
 Chunk = dict[str, Array]
 ChunkFunction = Callable[[Encoder, GradientSums, TrainBatch], tuple[Array, GradientSums]]
-"""Of some rows of a batch, and the sums behind them."""
+"""Function of the encoder, the gradient sums before some rows of a batch, and these rows; returns a
+result, and the sums after them."""
 
 
 def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Array:
-    """function(encoder, sums, chunk of rows) for each chunk, stacked, and computed again in the backward pass (gradient
-    caching, Gao et al., 2021): for a loss that needs all chunks before any gradient is known."""
+    """Encodes chunks of rows with gradient caching (Gao et al., 2021).
+
+    This is for a loss that needs all chunks before any gradient is known: each chunk is recomputed
+    in the backward pass.
+
+    Args:
+        function: called for each chunk as function(encoder, sums, chunk of rows).
+        encoder: model to differentiate.
+        batch: the batch; its rows are split into chunks.
+        chunk_rows: rows of a chunk; None = all.
+
+    Returns:
+        The function's results, stacked along a new first axis.
+    """
     if (chunks := _chunks(batch, chunk_rows)) is None:
         return function(encoder, GradientSums.start(encoder), batch)[0][None]
     graphdef, state = nnx.split(encoder)
 
-    @partial(jax.checkpoint, prevent_cse=False)  # in a scan nothing can be merged with the first pass
+    # In a scan nothing can be merged with the first pass.
+    @partial(jax.checkpoint, prevent_cse=False)
     def step(sums: GradientSums, state: nnx.State, chunk: Chunk) -> tuple[GradientSums, Array]:
         result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
         return sums, result
@@ -35,8 +52,21 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, 
 
 
 def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Float[Array, ""]:
-    """The sum of function(encoder, sums, chunk of rows), a number for each chunk. No chunk's gradient depends on another chunk,
-    so each is made in the first pass, and nothing is computed twice."""
+    """Sums a loss over chunks of rows, with gradient accumulation.
+
+    No chunk's gradient depends on another chunk, so each is computed in the first pass, and nothing
+    is recomputed.
+
+    Args:
+        function: called for each chunk as function(encoder, sums, chunk of rows); its result is a
+            scalar.
+        encoder: model to differentiate.
+        batch: the batch; its rows are split into chunks.
+        chunk_rows: rows of a chunk; None = all.
+
+    Returns:
+        The sum of the function's results.
+    """
     if (chunks := _chunks(batch, chunk_rows)) is None:
         return function(encoder, GradientSums.start(encoder), batch)[0]
     graphdef, large, small = nnx.split(encoder, _is_summed, ...)
@@ -70,7 +100,7 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch
 
 
 def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:
-    """What the encoder reads of a batch, split by rows; None where all rows are one chunk."""
+    """Splits the rows of a batch's arrays into chunks; None if all rows are one chunk."""
     rows = batch.tokens.shape[0]
     if chunk_rows is None or chunk_rows >= rows:
         return None
@@ -79,5 +109,5 @@ def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether the gradient of an encoder's parameter arrives at `GradientSums`."""
+    """True if the gradient of an encoder's parameter arrives at `GradientSums`."""
     return path[0] == "layers" or path == ("tokens", "table")

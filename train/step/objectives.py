@@ -1,4 +1,4 @@
-"""What each objective makes of a batch: pure functions of an encoder and a batch to this device's share of the loss."""
+"""Losses of the objectives: pure functions of an encoder and a batch to a device's local loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,17 +20,17 @@ from .gradient_cache import accumulate_loss, encode_cached
 AxisName = str | tuple[str, ...] | None
 ChunkStates = Callable[[Encoder, GradientSums, TrainBatch], tuple[Float[Array, "b t d"], GradientSums]]
 Loss = Callable[[Encoder, TrainBatch], Float[Array, ""]]
-"""A device's share: the shares of all devices add up to the loss."""
+"""Local loss of a device: the local losses of all devices add up to the loss."""
 
 
 def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gather | None = None) -> Loss:
-    """The loss of a stage on batches of one record kind.
+    """Returns the loss of a stage on batches of one record kind.
 
     Args:
-        stage: says which objective and with which constants.
+        stage: gives the objective and its constants.
         kind: record kind of the batch's dataset.
         axis_name: mesh axes over which the batch is split, inside a `shard_map`.
-        gather: as the encoder takes it.
+        gather: as `Encoder.__call__` takes it.
     """
     states = partial(chunk_states, stage=stage, gather=gather)
     if kind == "text":
@@ -47,7 +47,10 @@ def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gathe
 
 
 def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
-    """InfoNCE in both directions of anchors and positives, with all other texts of an example as negatives of every anchor."""
+    """InfoNCE in both directions of anchors and positives.
+
+    All other texts of an example are negatives of every anchor.
+    """
     return info_nce(
         embeddings[:, 0],
         embeddings[:, 1],
@@ -62,7 +65,7 @@ def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: S
 
 
 def cosent_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
-    """CoSENT on graded pairs."""
+    """CoSENT loss on graded pairs."""
     return cosent(
         embeddings[:, 0],
         embeddings[:, 1],
@@ -77,9 +80,11 @@ def cosent_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Sta
 def separation_loss(
     embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName
 ) -> Float[Array, ""]:
-    """CoSENT with two grades: a text is closer to one of its own class than any text to one of another class.
+    """CoSENT loss with two grades.
 
-    The paper's equation (5) has pairs of one class alone, which leaves nothing to rank; pairs across classes are the others.
+    A text should be closer to one of its class than any text to one of another class. The paper's
+    equation (5) has only pairs of one class, which leaves nothing to rank; here pairs across
+    classes are the others.
     """
     own, other = embeddings[:, 1], embeddings[:, 2]
     return cosent(
@@ -96,10 +101,10 @@ def separation_loss(
 def mlm_loss(
     encoder: Encoder, batch: TrainBatch, *, states: ChunkStates, stage: Stage, axis_name: AxisName
 ) -> Float[Array, ""]:
-    """Cross-entropy of the masked tokens, rows in chunks."""
+    """Cross-entropy of the masked tokens, computed in chunks of rows."""
     assert encoder.mlm_head is not None
     rows = stage.encode_chunk_rows or batch.tokens.shape[0]
-    # Each text rounds its share up, and a row of t slots has t / 16 texts at most.
+    # Each text rounds its masked tokens up, and a row of t slots has t / 16 texts at most.
     most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.adapter_ids.shape[1])
     total = (jnp.asarray(batch.labels) >= 0).sum()
     if axis_name is not None:
@@ -116,8 +121,11 @@ def mlm_loss(
 
 
 def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage: Stage) -> Float[Array, "n s d"]:
-    """Embeddings of this device's examples, rows in chunks (gradient caching, Gao et al., 2021): the loss sees the whole batch,
-    and memory holds the activations of one chunk."""
+    """Embeddings of this device's examples, computed in chunks of rows.
+
+    By gradient caching (Gao et al., 2021) the loss sees the complete batch, and memory holds the
+    activations of one chunk.
+    """
 
     def pooled(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
         x, sums = states(encoder, sums, chunk)
@@ -130,8 +138,9 @@ def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage:
 def chunk_states(
     encoder: Encoder, sums: GradientSums, batch: TrainBatch, *, stage: Stage, gather: Gather | None
 ) -> tuple[Float[Array, "b t d"], GradientSums]:
-    """Token states of packed rows, and the sums behind them."""
-    # Per text and not folded: a folded kernel would need the base kernel's whole gradient on the way to its adapter's.
+    """Token states of packed rows, and the gradient sums after them."""
+    # Adapters are per text and not folded: a folded kernel would need the full gradient of the base
+    # kernel on the way to its adapter's.
     adapter_ids = jnp.asarray(batch.adapter_ids) if stage.adapters else None
     rows = batch.tokens, batch.segment_ids, batch.positions
     return encoder.encode_accumulating(sums, *rows, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]

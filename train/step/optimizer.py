@@ -7,11 +7,14 @@ from jax import Array
 from ..config import Stage
 
 _DECAYED = ("kernel", "table", "a", "b")
-"""Names of the parameters that weight decay acts on: matrices. Biases and LayerNorms it leaves alone."""
+"""Names of the parameters with weight decay: matrices. Biases and LayerNorms have none."""
 
 
 def learning_rate(stage: Stage) -> optax.Schedule:
-    """Linear from 0 to the highest in `warmup_steps`, linear to 0 in the rest; step 0 is the first update's."""
+    """Schedule: linear from 0 to the peak in `warmup_steps`, then linear to 0.
+
+    Step 0 is the first update's.
+    """
     rise = optax.linear_schedule(0.0, stage.learning_rate, stage.warmup_steps)
     fall = optax.linear_schedule(stage.learning_rate, 0.0, stage.steps - stage.warmup_steps)
     first = 1 if stage.warmup_steps else 0  # an update with a rate of 0 would be lost
@@ -19,14 +22,17 @@ def learning_rate(stage: Stage) -> optax.Schedule:
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 2019) on a mapping of paths to arrays. It treats every number alone, so that arrays may be
-    split; clipping, which needs the norm of all gradients, is in the step."""
+    """AdamW (Loshchilov & Hutter, 2019) on a mapping of paths to arrays.
+
+    It treats every element separately, so that arrays may be sharded; clipping, which needs the
+    norm of all gradients, is in the step.
+    """
     b1, b2 = stage.betas
     return optax.adamw(learning_rate(stage), b1=b1, b2=b2, eps=stage.epsilon, weight_decay=stage.weight_decay, mask=_decayed)
 
 
 def clipped(gradients: dict[str, Array], norm: Array, stage: Stage) -> dict[str, Array]:
-    """Gradients whose norm is the stage's `clip_norm` at most, given the norm that they have."""
+    """Scales gradients of norm `norm` so that it is at most the stage's `clip_norm`."""
     factor = jnp.minimum(1, stage.clip_norm / norm)
     return {path: x * factor for path, x in gradients.items()}
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model a stage trains, and which it only uses."""
+"""Split of a model's parameters into those that a stage trains and those that it only uses."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ..config import Stage
 
 
 class TrainableSplit(NamedTuple):
-    """A stage's model, by path: what it trains, and what it only uses."""
+    """A stage's model, by path: the arrays that it trains, and those that it only uses."""
 
     config: ModelConfig
     trained: Arrays
@@ -26,20 +26,23 @@ class TrainableSplit(NamedTuple):
 
 
 def split_trainable(encoder: Encoder, stage: Stage) -> TrainableSplit:
-    """The encoder with the stage's adapters alone, split into what the stage trains and what it does not. The vocabulary is
-    padded, whatever the mesh, so that checkpoints fit every other one."""
+    """Splits the encoder, with the stage's adapters only, into trained and frozen arrays.
+
+    The vocabulary is padded, whatever the mesh, so that checkpoints fit every other mesh.
+    """
     config = replace(encoder.config, tasks=stage.adapters)
     arrays = base_arrays(encoder) | (extract_adapters(encoder, stage.adapters) if stage.adapters else {})
     trained = {}
     for path, variable in abstract_variables(config).items():
-        unused = path.startswith("pooler.")  # embeddings do not use it, but weight decay would shrink it
+        # Embeddings do not use the pooler, but weight decay would shrink it.
+        unused = path.startswith("pooler.")
         if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
             trained[path] = arrays.pop(path)
     return TrainableSplit(config, pad_vocabulary(trained), pad_vocabulary(arrays))
 
 
 def merge_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:
-    """The model after a stage; inverse of `split_trainable`."""
+    """Returns the model after a stage; the inverse of `split_trainable`."""
     if stage.adapters:
         return replace_adapters(encoder, stage.adapters, trained)
     arrays = base_arrays(encoder) | unpad_vocabulary(trained, encoder.config)

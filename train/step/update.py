@@ -23,7 +23,7 @@ from .optimizer import clipped, optimizer
 
 
 class State(NamedTuple):
-    """What a stage changes. Every stage has its own."""
+    """Arrays that the steps of a stage change. Each stage has a separate state."""
 
     parameters: Arrays
     optimizer: Any
@@ -34,7 +34,7 @@ class Metrics(NamedTuple):
 
     loss: Array
     grad_norm: Array
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     tokens: Array
 
 
@@ -43,38 +43,44 @@ Step = Callable[[State, Arrays, TrainBatch], tuple[State, Metrics]]
 
 @jax.jit
 def all_finite(tree: Any) -> Array:
+    """Returns whether all elements of all arrays are finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def abstract_state(stage: Stage, trained: Mapping[str, Any]) -> State:
-    """The shapes of a stage's state, from its parameters or their shapes."""
+    """Shapes of a stage's state, from its parameters or their shapes."""
     shapes = jax.eval_shape(dict, trained)
     return State(shapes, jax.eval_shape(optimizer(stage).init, shapes))
 
 
 def initial_state(stage: Stage, trained: Arrays, mesh: Mesh) -> State:
-    """The parameters on the mesh, copied since a step takes them over, and the optimizer's beginning."""
+    """Parameters and initial optimizer state on the mesh.
+
+    The parameters are copied, since a step takes over its state's buffers.
+    """
     parameters = shard_params(jax.tree.map(jnp.copy, trained), mesh)
     begin = jax.jit(optimizer(stage).init, out_shardings=shardings(abstract_state(stage, trained).optimizer, mesh))
     return State(parameters, begin(parameters))
 
 
 def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Mesh) -> Step:
-    """The compiled step of a stage on batches of one record kind.
+    """Returns the compiled step of a stage on batches of one record kind.
 
     Args:
-        stage: what is trained.
+        stage: stage to train.
         kind: record kind of the batches.
-        config: of the stage's model, see `start.Parts`.
-        dtype: of the computation; parameters, gradients and optimizer are float32.
+        config: configuration of the stage's model, see `trainable_split.TrainableSplit`.
+        dtype: compute dtype; parameters, gradients and optimizer state are float32.
         mesh: the batch is split over it, and large parameters over its `fsdp` axis.
 
     Returns:
-        (state, frozen arrays, batch) -> (new state, metrics). It takes the state's buffers over.
+        Function (state, frozen arrays, batch) -> (new state, metrics). It takes over the state's
+        buffers.
     """
     check_divides(config, mesh)
     split = mesh.shape["fsdp"] > 1
-    if split:  # kept for the backward pass, every layer's kernels would be there whole, and all at once
+    # Without remat the backward pass would keep the gathered kernels of all layers, all at once.
+    if split:
         stage = replace(stage, remat="full" if stage.remat == "none" else stage.remat)
     gather = partial(fsdp.gather_layer, dtype=dtype) if split else None
     loss_share, transform = objective(stage, kind, AXES, gather), optimizer(stage)
@@ -86,7 +92,8 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
                 arrays = fsdp.gather_outside_layers(arrays, dtype)
             return loss_share(from_local_arrays(config, arrays, dtype=dtype), batch)
 
-        # The shares are summed after the gradient: inside it, the transpose of psum would be another psum.
+        # Local losses are summed after the gradient: inside it, the transpose of psum would be
+        # another psum.
         share, gradients = jax.value_and_grad(local_loss)(state.parameters)
         gradients = fsdp.sum_gradients(gradients)
         norm = fsdp.global_norm(gradients)

@@ -1,6 +1,7 @@
-"""What attention in blocks shares: the score of a foreign key, and which blocks of a packed row may be left out.
+"""Mask of attention in blocks: the score of a foreign key, and the blocks that can be skipped.
 
-Texts lie one behind the other in a row, so the blocks of keys that a block of queries needs are neighbours.
+The texts of a row lie one behind the other, so the blocks of keys that a block of queries needs are
+contiguous.
 """
 
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 MASK_VALUE = -1e30
-"""Score of a foreign key. Finite: the difference of two of them is a number, and exp(MASKED - m) is exactly 0."""
+"""Score of a foreign key, one of another segment.
+
+Finite: the difference of two of them is a number, and exp(MASK_VALUE - m) is exactly 0.
+"""
 
 LAST = np.iinfo(np.int32).max
 
@@ -17,9 +21,13 @@ LAST = np.iinfo(np.int32).max
 def block_ranges(
     segment_ids: Int[Array, "b t"], size: int, others: int
 ) -> tuple[Int[Array, "b blocks"], Int[Array, "b blocks"]]:
-    """Of each block of `size` tokens, the first and one past the last block of `others` tokens that may share a text with it.
+    """Range of blocks of `others` tokens that may share a text with each block of `size` tokens.
 
-    By the lowest and highest segment of a block, so unordered segments are right too, but may cost more visits.
+    Blocks are compared by their lowest and highest segment id, so unordered segments are right too,
+    but may cost more visits.
+
+    Returns:
+        For each block, the first block of its range and one past the last.
     """
     order = jnp.where(segment_ids <= 0, LAST, segment_ids)  # padding lies behind the texts
     low, high = _extremes(order, size)
@@ -29,7 +37,7 @@ def block_ranges(
 
 
 def bounds(wanted: Bool[Array, "... blocks"]) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
-    """The first block that is wanted, and one past the last."""
+    """Returns the index of the first wanted block, and one past the last."""
     stop = wanted.shape[-1] - jnp.argmax(wanted[..., ::-1], -1)
     return jnp.argmax(wanted, -1).astype(jnp.int32), stop.astype(jnp.int32)
 
@@ -40,4 +48,4 @@ def _extremes(segment_ids: Array, size: int) -> tuple[Array, Array]:
 
 
 ATTENTION_RESIDUALS = "attended"
-"""Name of what the backward pass needs of the forward pass, for `jax.checkpoint`'s policies."""
+"""Checkpoint name of the residuals of attention, for `jax.checkpoint`'s policies."""

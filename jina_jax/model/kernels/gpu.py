@@ -1,14 +1,16 @@
-"""Attention within the texts of packed rows, for GPUs: forward and backward of rows of any length, through Triton.
+"""Flash attention within the texts of packed rows, for GPUs, through Triton.
 
-Flash attention (Dao 2023): a program of the grid takes a block of queries of one row and head, goes through the keys block by
-block, and keeps the highest score, the sum of the weights and the weighted values so far. The backward pass computes the
-weights again from each query's highest score and sum, once for the queries' gradient and once for that of keys and values. The
-log of both in one number would be wrong for large scores.
+Forward and backward of rows of any length. As in Dao (2023), a program of the grid takes a block of
+queries of one row and head, loops over the blocks of keys, and keeps the running maximum of the
+scores, the sum of the weights and the weighted sum of the values. The backward pass recomputes the
+weights from each query's maximum and sum, once for the gradient of the queries and once for that of
+keys and values. The log of both in one number would be wrong for large scores.
 
-Texts lie one behind the other in a row, so most blocks of keys have no text in common with a block of queries. `block_ranges`
-says which ones may, and a program goes through those alone: the work grows with the texts' lengths, not with the row's.
+The texts of a row lie one behind the other, so most blocks of keys have no text in common with a
+block of queries. `block_ranges` says which ones may, and a program visits those alone: the work
+grows with the lengths of the texts, not of the row.
 
-Letters as in `model.py`, and s for keys.
+Shape letters are those of `model/encoder.py`, and s for keys.
 """
 
 from functools import partial
@@ -27,16 +29,16 @@ from .block_mask import ATTENTION_RESIDUALS, MASK_VALUE, block_ranges
 from .tpu import LOG2_E
 
 QUERIES, KEYS = 128, 64
-"""Blocks of the forward pass; those of the backward pass, which holds more in registers, are KEYS by KEYS."""
+"""Block sizes of the forward pass; the backward pass needs more registers and has KEYS by KEYS."""
 
 SHORTEST = 16
-"""A product of Triton needs 16 numbers a side."""
+"""Length of the shortest padded row: a Triton matmul needs 16 elements a side."""
 
 
 def supports(qkv: Array, num_heads: int) -> bool:
-    """True for a projection [3, b, t, d] with heads of 16, 32, 64 or 128 elements in half precision.
+    """True for a half-precision projection [3, b, t, d] with heads of 16, 32, 64 or 128 elements.
 
-    In float32 it is right as well, but its blocks do not fit into the registers.
+    In float32 the kernel is right as well, but its blocks do not fit into the registers.
     """
     return qkv.shape[3] // num_heads in (16, 32, 64, 128) and qkv.dtype in (jnp.bfloat16, jnp.float16)
 
@@ -49,18 +51,20 @@ def gpu_flash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b t n h"]:
-    """softmax(q k) v among tokens of equal segment.
+    """Computes softmax(q k) v among tokens of equal segment.
 
     Args:
-        q, k, v: rotated, and q scaled.
-        segment_ids: 0 or above, in any order. Fastest where they ascend, with padding (0) at the end.
-        interpret: run on any backend, slowly, for tests.
+        q, k, v: heads; q and k rotated, and q scaled.
+        segment_ids: 0 or above, in any order. Fastest where they ascend, with padding (0) at the
+            end.
+        interpret: runs on any backend, slowly, for tests.
     """
     t = segment_ids.shape[1]
     padded_length = pl.cdiv(t, QUERIES) * QUERIES if t > QUERIES else max(SHORTEST, pl.next_power_of_2(t))
     padding = ((0, 0), (0, padded_length - t))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
-    # What is added is a segment of its own, so that even the row's own padding comes out as in the plain form.
+    # The added slots are a separate segment, so that the row's padding, too, comes out as in
+    # `plain_attention`.
     out: Array = _attend(q, k, v, jnp.pad(segment_ids, padding, constant_values=-1), interpret)
     return out[:, :t]
 
@@ -81,7 +85,8 @@ def _attend_forward(q: Array, k: Array, v: Array, segment_ids: Array, interpret:
 def _attend_backward(interpret: bool, residuals: tuple, d_out: Array):
     q, k, v, segment_ids, out, row_max, row_sum = residuals
     size = min(KEYS, q.shape[1])
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [b, n, t]
+    # [b, n, t]
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     of_queries = q, d_out, row_max, 1 / row_sum, delta
     (d_q,) = _run(_backward_queries, size, size, segment_ids, of_queries, (k, v), (q,), interpret)
     d_k, d_v = _run(_backward_keys, size, size, segment_ids, (k, v), of_queries, (k, v), interpret)
@@ -101,7 +106,10 @@ def _run(
     outputs: tuple,
     interpret: bool,
 ) -> tuple[Array, ...]:
-    """The kernel for each block of `size` tokens of a row and head. It gets that block of `own`, and all of `visited`."""
+    """Runs the kernel for each block of `size` tokens of a row and head.
+
+    The kernel gets that block of the arrays `own`, and all of the arrays `visited`.
+    """
     b, t = segment_ids.shape
     n = own[0].shape[2]
 
@@ -187,7 +195,8 @@ def _backward_queries(
     def visit(j, d_q):
         block = pl.ds(j * others, others)
         k = k_ref[block, :]
-        weights = jnp.exp2(_scores(q, k, query_segments, segments_ref[block]) - row_max[:, None])  # times `share`, below
+        # Not yet multiplied by `share_ref`: that follows after the loop.
+        weights = jnp.exp2(_scores(q, k, query_segments, segments_ref[block]) - row_max[:, None])
         d_scores = weights * (_dot(d_out, v_ref[block, :], trans_b=True) - delta[:, None])
         return d_q + _dot(d_scores.astype(k.dtype), k)
 
@@ -211,7 +220,10 @@ def _backward_keys(
     d_k_ref,
     d_v_ref,
 ) -> None:
-    """Scores, weights and their gradients are [s, t] here, keys first."""
+    """Computes the gradients of keys and values.
+
+    Scores, weights and their gradients are [s, t] here, keys first.
+    """
     i = pl.program_id(2)
     k, v = k_ref[...], v_ref[...]
     query_segments = segments_ref[pl.ds(i * size, size)]
@@ -232,11 +244,11 @@ def _backward_keys(
 
 
 def _scores(x: Array, y: Array, x_segments: Array, y_segments: Array) -> Array:
-    """x y of tokens of equal segment, to base 2: 2^x is what the hardware computes."""
+    """Scores x y of tokens of equal segment, to base 2: 2^x is what the hardware computes."""
     scores = _dot(x, y, trans_b=True) * LOG2_E
     return jnp.where(x_segments[:, None] == y_segments[None, :], scores, MASK_VALUE)
 
 
 def _dot(x: Array, y: Array, trans_b: bool = False) -> Array:
-    """In float32."""
+    """Matrix product with a float32 result."""
     return triton.dot(x, y, trans_b=trans_b, precision=matmul_precision(x.dtype))

@@ -1,17 +1,21 @@
-"""What the attention kernels share: a pair of heads, the mask within the product, rotary positions.
+"""Parts that the two TPU kernels share: head pairs, the mask within the matmul, rotary positions.
 
-A TPU works on tiles of 128 lanes, a head has 64 numbers. So a program of the grid takes two heads of a row, straight from the
-fused projection [3, b, t, d] and into [b, t, d], and no array is ever transposed or padded outside. Inside, with the letters of
-`model.py` and s for keys:
+A TPU works on tiles of 128 lanes, and a head has 64 elements. So a program of the grid takes two
+heads of a row, straight from the fused projection [3, b, t, d] and into [b, t, d], and no array is
+ever transposed or padded outside. Inside, with the shape letters of `model/encoder.py` and s for
+keys:
 
-  * Everything is on its side: q, k and v are [h, t], scores [s, t]. A token is a lane. The halves that rotary positions turn
-    are rows apart, and what belongs to a query (its maximum, its sum) is one row; in lanes both would have to be moved about.
-  * The products are written so that scores are the side that stays in the matrix unit and the 64 numbers of a head are what
-    streams through it: [h, s] @ [s, t] moves 64 rows where [t, s] @ [s, h] moves t.
-  * The mask is part of the product of queries and keys. That product contracts 128 numbers at no more cost than the 64 of a
-    head. The other 64 hold the 32 bits of the segment, two numbers a bit: `segment_code`. They add 0, exactly, to the score of
-    two tokens of one segment, and at most -2^100 to any other: whatever the ids, their order and number, and the logits.
-  * Logits are to base 2 (log2 e is folded into the scale of q), since 2^x is what the hardware computes.
+  * Everything is transposed: q, k and v are [h, t], scores [s, t]. A token is a lane. The halves
+    that rotary positions rotate are rows apart, and the values of a query (its maximum, its sum)
+    are one row; in lanes both would have to be moved about.
+  * The matmuls are written so that the scores stay in the matrix unit and the 64 elements of a head
+    stream through it: [h, s] @ [s, t] moves 64 rows where [t, s] @ [s, h] moves t.
+  * The mask is part of the matmul of queries and keys. That matmul contracts 128 elements at no
+    more cost than the 64 of a head. The other 64 hold the 32 bits of the segment id, two elements a
+    bit: `segment_code`. They add exactly 0 to the score of two tokens of one segment, and at most
+    -2^100 to any other, whatever the ids, their order and number, and the logits.
+  * Logits are to base 2 (log2 e is folded into the scale of q), since 2^x is what the hardware
+    computes.
 """
 
 import jax
@@ -25,35 +29,41 @@ from ..matmul import matmul_precision
 HEAD_DIM, LANES = 64, 128
 
 STEP = 2.0**50
-"""Size of the numbers of `segment_code`: their product, 2^100, outweighs every score. Powers of two are exact in any dtype."""
+"""Magnitude of the elements of `segment_code`: their product, 2^100, outweighs every score.
+
+Powers of two are exact in any dtype.
+"""
 
 SCALE = HEAD_DIM**-0.5
 LOG2_E = float(np.log2(np.e))
 
 VMEM_LIMIT = 60 * 2**20
-"""Bytes of on-chip memory the compiler may use. Chips have 64 MiB at least."""
+"""Bytes of on-chip memory that the compiler may use. Chips have at least 64 MiB."""
 
 OVER_QUERIES = (((1,), (1,)), ((), ()))
-"""Contract [h, t] and [s, t] to [h, s]."""
+"""Dimension numbers that contract [h, t] and [s, t] to [h, s]."""
 
 
 def supports_head_pairs(qkv: Array, num_heads: int) -> bool:
-    """Whether the projection [3, b, t, d] has heads of 64, an even number of them, in bfloat16 or float32."""
+    """True for a bfloat16 or float32 projection [3, b, t, d] with an even number of heads of 64."""
     d = qkv.shape[3]
     return d == num_heads * HEAD_DIM and d % LANES == 0 and qkv.dtype in (jnp.bfloat16, jnp.float32)
 
 
 Shared = tuple[Array, tuple[Array, ...]]
-"""What all heads of a row share: segments [b, 1, t], and cosines and sines [b, h/2, t] or nothing."""
+"""Arrays shared by all heads of a row.
+
+They are segment_ids [b, 1, t], and cosines and sines [b, h/2, t] or nothing.
+"""
 
 
 def shared_by_heads(segment_ids: Array, tables: tuple[Array, Array] | None) -> Shared:
-    """Segments [b, t], and tables [b, t, h/2] or None, laid on their side."""
+    """Lays out segment_ids [b, t], and tables [b, t, h/2] or None, with tokens as lanes."""
     return segment_ids.astype(jnp.int32)[:, None], tuple(jnp.swapaxes(x, 1, 2) for x in tables or ())
 
 
 def padded_to_blocks(x: Array, size: int) -> Array:
-    """Zeros behind the tokens of [.., .., t, ..], up to a multiple of `size`."""
+    """Pads the tokens of [.., .., t, ..] with zeros, up to a multiple of `size`."""
     missing = -x.shape[2] % size
     return jnp.pad(x, [(0, missing if axis == 2 else 0) for axis in range(x.ndim)]) if missing else x
 
@@ -63,12 +73,13 @@ def dot(x: Array, y: Array, axes=(((1,), (0,)), ((), ()))) -> Array:
 
 
 def segment_code(segment_ids: Array, tokens: int | Array, dtype: DTypeLike) -> Array:
-    """What stands below the 64 numbers of a query for its segment [1, t]: -STEP in row 2i of [h, t] where bit i is set, in row
-    2i + 1 where it is not.
+    """Code [h, t] of the queries' segments [1, t], placed below the 64 elements of each query.
 
-    A key has 0 where a query of its segment has -STEP, and STEP where that has 0. Equal segments multiply to 0 in all rows;
-    each bit in which two segments differ gives -STEP^2 in one of its rows. The slots behind the first `tokens`, which fill up a
-    tile or block, differ from everything in every bit.
+    It is -STEP in row 2i where bit i of the segment id is set, in row 2i + 1 where it is not, and 0
+    elsewhere. A key has 0 where a query of its segment has -STEP, and STEP where that query has 0.
+    Equal segments multiply to 0 in all rows; each bit in which two segments differ gives -STEP^2 in
+    one of its rows. As keys, the slots behind the first `tokens`, which fill up a tile or block,
+    differ from every token in every bit.
     """
     row, slot = (jax.lax.broadcasted_iota(jnp.int32, (HEAD_DIM, segment_ids.shape[1]), axis) for axis in (0, 1))
     differs = (segment_ids ^ -(row & 1)) & jax.lax.shift_left(jnp.ones_like(row), row >> 1)
@@ -78,28 +89,34 @@ def segment_code(segment_ids: Array, tokens: int | Array, dtype: DTypeLike) -> A
 
 
 def query_side(q: Array, code: Array) -> Array:
-    """[2h, t] of q [h, t]: what a product with `key_side` makes scores of."""
+    """Query operand [2h, t] of q [h, t]; multiplied with `key_side` it gives the scores."""
     return jnp.concatenate([q, code])
 
 
 def key_side(k: Array, code: Array) -> Array:
-    """[s, 2h] of k [h, s]. `key_side @ query_side` is [s, t], to base 2; at most -2^100 between segments."""
+    """Key operand [s, 2h] of k [h, s].
+
+    `key_side @ query_side` is the scores [s, t], to base 2; at most -2^100 between segments.
+    """
     return jnp.concatenate([k, code + jnp.asarray(STEP, code.dtype)]).T
 
 
 def head_rows(x: Array, head: int) -> Array:
-    """One head's rows of [2h, t]."""
+    """Rows of one head in [2h, t]."""
     return x[head * HEAD_DIM : (head + 1) * HEAD_DIM]
 
 
 def other_head_zeroed(head: int, x: Array) -> Array:
-    """[t, 2h] with zeros for the other head."""
+    """Zeroes the columns of the other head in [t, 2h]."""
     first = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < HEAD_DIM
     return jnp.where(first, x, jnp.zeros_like(x)) if head == 0 else jnp.where(first, jnp.zeros_like(x), x)
 
 
 def rotate(x: Array, rotary: list[Array], scale: float = 1.0, *, back: bool = False) -> Array:
-    """Turns the two halves of [h, t] by the angles of the tokens, or `back`, in float32; then scales. Result in x's dtype."""
+    """Rotates the two halves of [h, t] by the angles of the tokens, or `back`, then scales.
+
+    Computes in float32; returns x's dtype.
+    """
     y = x.astype(jnp.float32)
     if rotary:
         cos, sin = rotary

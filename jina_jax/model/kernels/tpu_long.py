@@ -1,6 +1,6 @@
 """Attention within the texts of long packed rows, for TPU: forward and backward of rows of 1,025 to 16,384 tokens.
 
-A program of the grid takes two heads of a row, as `pairs.py` describes, and goes through their scores in blocks.
+A program of the grid takes two heads of a row, as `tpu.py` describes, and goes through their scores in blocks.
 
   * All of the two heads is in the chip's memory. Keys are turned and laid on their side once, not for every block of queries;
     for the gradient it is queries.
@@ -8,7 +8,7 @@ A program of the grid takes two heads of a row, as `pairs.py` describes, and goe
     which that key multiplies by 2^-(2^100) = 0: the mask stays exact.
   * Scores are computed a block ahead, so that the matrix unit works on the next block while the exponentials of this one are
     taken. A turn of the loop is two blocks, which gives the compiler more to overlap.
-  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in `rows.py`. The gradient is one pass (Dao
+  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in `tpu_short.py`. The gradient is one pass (Dao
     et al. 2022): blocks of keys outside, of queries inside, the gradient of all queries gathered in float32.
   * A block meets others from the first to the last that may hold one of its segments, by the lowest and highest of each.
 """

@@ -1,6 +1,6 @@
 """Attention within the texts of packed rows, for TPU: forward and backward of rows of up to 1,024 tokens.
 
-A program of the grid takes two heads of a row, as `pairs.py` describes, with all their scores at once.
+A program of the grid takes two heads of a row, as `tpu.py` describes, with all their scores at once.
 
   * The sum of the softmax weights comes from rows of ones below v. The forward pass leaves the backward pass each query's
     maximum and 1 / sum. The log of both in one number would be a subtraction less and wrong for large logits.
