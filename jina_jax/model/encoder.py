@@ -5,11 +5,13 @@ Letters of all shapes, in docstrings and einsum strings:
     b rows   t tokens of a row   d model   n heads   h head dim   f mlp   k tasks (adapters)   r LoRA rank
     g texts of a row   v vocabulary   l layers
 
-A row holds several texts (`packing.py`). The code is local: it knows no mesh. How it is spread over devices is decided outside.
+A row holds several texts (`text/packing.py`). The code is local: it knows no mesh. How it is spread over
+devices is decided outside.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..config import ModelConfig, Remat
-from . import gradient_sums
 from .attention import attention
 from .kernels.block_mask import ATTENTION_RESIDUALS
 from .layers import DeferredLayerNorm, LayerNorm, gelu
@@ -59,6 +60,8 @@ class Layer(nnx.Module):
 
 
 Gather = Callable[[Layer], Layer]
+LayerFunction = Callable[[Layer, DeferredLayerNorm], DeferredLayerNorm]
+Carried = TypeVar("Carried")
 
 
 class MLMHead(nnx.Module):
@@ -73,20 +76,22 @@ class MLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
 
     def __call__(self, states: Float[Array, "b t d"], table: Float[Array, "v d"]) -> Float[Array, "b t v"]:
-        """Logits of every position in float32. `losses.masked_lm` computes those of masked positions alone."""
+        """Logits of every position in float32; `losses.masked_lm` computes masked positions alone."""
         logits = matmul_transposed(self.transform(states), table)
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
     def transform(self, states: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns what is multiplied with the embedding table."""
         return self.norm(gelu(self.dense(states))).astype(states.dtype)
 
 
 class Encoder(nnx.Module):
-    """Packed rows of tokens to token states.
+    """XLM-RoBERTa: packed rows of tokens to token states.
 
-    Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary angles and pooling are in
-    float32 whatever the dtype. A model without tasks has no adapter parameters at all. `layers` is one layer whose parameters
-    have a leading layer axis, or a list of layers (`parameters.unstack_layers`).
+    Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary
+    angles and pooling are in float32 whatever the dtype. A model without tasks has no adapter
+    parameters at all. `layers` is one layer whose parameters have a leading layer axis, or a list of
+    layers (`parameters.unstack_layers`).
     """
 
     def __init__(
@@ -110,16 +115,17 @@ class Encoder(nnx.Module):
         self.positions = nnx.data(embed(config.max_position_embeddings, None) if absolute else None)
         self.embed_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
+        # A vmap over keys makes one layer whose parameters have a leading axis [l], as the scan takes it.
         def layer(key: Array) -> Layer:
             return Layer(config, dtype=self.dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key))
 
         self.layers: Layer | nnx.List[Layer] = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_layers))
-        pooler = config.pooler and AdaptedDense(
-            d, (d,), adapters, stddev=stddev, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.pooler = nnx.data(pooler or None)
-        head = config.mlm_head and MLMHead(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-        self.mlm_head = nnx.data(head or None)
+        self.pooler: AdaptedDense | None = nnx.data(None)
+        if config.pooler:
+            self.pooler = AdaptedDense(d, (d,), adapters, stddev=stddev, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlm_head: MLMHead | None = nnx.data(None)
+        if config.mlm_head:
+            self.mlm_head = MLMHead(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -134,79 +140,72 @@ class Encoder(nnx.Module):
         """Token states in the compute dtype; those of padding mean nothing.
 
         Args:
-            tokens, segment_ids, positions: packed rows, see `packing.PackedBatch`.
+            tokens, segment_ids, positions: packed rows, see `text.packing.PackedBatch`.
             adapter_ids: adapter of each text of a row [b, g], -1 = the base model; or one index [] for
                 the whole batch, which costs next to nothing where [b, g] costs a quarter; or None for
                 the base model.
-            gather: makes a layer's parameters whole before they are used, inside the loop over layers. For parameters that
-                are spread over devices.
-            remat: what of a layer a gradient computes again, in place of keeping it, see `config.Remat`.
+            gather: makes the parameters of a layer that are sharded over devices complete before they
+                are used, inside the loop over layers.
+            remat: what of a layer a gradient recomputes instead of keeping it, see `config.Remat`.
         """
-        adapter_ids = layer_adapter_ids(adapter_ids, segment_ids)
-        run = self._layer_function(segment_ids, positions, adapter_ids, gather, remat)
-        x = DeferredLayerNorm.identity(self.embed(self.tokens.rows(tokens), tokens, positions, adapter_ids))
-        if isinstance(self.layers, Layer):
-            x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers, unroll=self.config.unroll or 1)
-        else:
-            for layer in self.layers:
-                x = jax.lax.optimization_barrier(run(layer, x))  # without it each layer has memory of its own
-        return x.value().astype(self.dtype)
+        rows = self.tokens.rows(tokens)
+        apply = self.layer_function(segment_ids, positions, adapter_ids, gather, remat)
+        states, _ = self.forward(rows, tokens, segment_ids, positions, adapter_ids, partial(self._apply_layers, apply))
+        return states
 
-    def encode_accumulating(
+    def forward(
         self,
-        sums: "GradientSums",
+        rows: Float[Array, "b t d"],
         tokens: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None = None,
-        *,
-        gather: Gather | None = None,
-        remat: Remat = "none",
-    ) -> "tuple[Float[Array, 'b t d'], GradientSums]":
-        """`__call__` inside a loop over chunks of a batch: the gradients of the large parameters arrive at `sums` and are added
-        up there. Returns the states, and the sums for the next chunk; they begin as `GradientSums.start(encoder)`."""
-        adapter_ids = layer_adapter_ids(adapter_ids, segment_ids)
-        run = self._layer_function(segment_ids, positions, adapter_ids, gather, remat)
-        table = self.tokens.table[...]
-        if gather:
-            table = table.astype(self.dtype)  # as it came from the other devices; XLA would write it out in float32
-        rows, table_sum = gradient_sums.track_gather(table, sums.table, tokens)
+        adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+        apply_layers: Callable[[DeferredLayerNorm], tuple[DeferredLayerNorm, Carried]],
+    ) -> tuple[Float[Array, "b t d"], Carried]:
+        """Embeds, applies the layers, and normalises: the one body of every forward pass.
 
-        def step(
-            carry: tuple[DeferredLayerNorm, Layer], inputs: tuple[Layer, Array]
-        ) -> tuple[tuple[DeferredLayerNorm, Layer], None]:
-            (x, totals), (layer, i) = carry, inputs
-            leaves, structure = jax.tree.flatten(layer)
-            pairs = [
-                gradient_sums.track_slice(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)
-            ]
-            layer, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
-            return (run(layer, x), totals), None
+        Args:
+            rows: the tokens' rows of the embedding table, in float32.
+            apply_layers: from the first layer's input to the last one's output, and what else its loop
+                carries out.
+        """
+        x = self.embed(rows, tokens, positions, layer_adapter_ids(adapter_ids, segment_ids))
+        last, carried = apply_layers(DeferredLayerNorm.identity(x))
+        return last.value().astype(self.dtype), carried
 
-        first = DeferredLayerNorm.identity(self.embed(rows.astype(jnp.float32), tokens, positions, adapter_ids))
-        numbered = jax.lax.stop_gradient(self.stacked_layers), jnp.arange(self.config.num_layers)
-        (last, layers), _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=self.config.unroll or 1)
-        return last.value().astype(self.dtype), GradientSums(layers, table_sum)
+    def _apply_layers(self, apply: LayerFunction, x: DeferredLayerNorm) -> tuple[DeferredLayerNorm, None]:
+        if isinstance(self.layers, Layer):
+            return jax.lax.scan(lambda x, layer: (apply(layer, x), None), x, self.layers, unroll=self.config.unroll or 1)
+        for layer in self.layers:
+            x = jax.lax.optimization_barrier(apply(layer, x))  # without it each layer has memory of its own
+        return x, None
 
     @property
     def stacked_layers(self) -> Layer:
-        """All layers as one, with a leading layer axis; a TypeError where they are a list."""
+        """All layers as one with a leading layer axis; TypeError where they are a list."""
         if not isinstance(self.layers, Layer):
-            raise TypeError("the layers of this encoder lie apart, for inference; gradients need them in one stack")
+            raise TypeError("the layers of this encoder are unstacked, for inference; gradients need them stacked")
         return self.layers
 
-    def _layer_function(
-        self, segment_ids: Array, positions: Array, adapter_ids: AdapterIds, gather: Gather | None, remat: Remat
-    ) -> Callable[[Layer, DeferredLayerNorm], DeferredLayerNorm]:
-        tables = self.rotary_tables(positions)
+    def layer_function(
+        self,
+        segment_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+        gather: Gather | None,
+        remat: Remat,
+    ) -> LayerFunction:
+        """What one step of the loop over layers computes: one layer, gathered and rematerialised as asked for."""
+        tables, layer_ids = self.rotary_tables(positions), layer_adapter_ids(adapter_ids, segment_ids)
 
-        def run(layer: Layer, x: DeferredLayerNorm) -> DeferredLayerNorm:
-            return (gather(layer) if gather else layer)(x, segment_ids, tables, adapter_ids)
+        def apply(layer: Layer, x: DeferredLayerNorm) -> DeferredLayerNorm:
+            return (gather(layer) if gather else layer)(x, segment_ids, tables, layer_ids)
 
         if remat == "none":
-            return run
+            return apply
         policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS) if remat == "except_attention" else None
-        return jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan nothing can be merged with the first pass
+        # In a scan nothing can be merged with the first pass, so no barrier has to prevent it.
+        return jax.checkpoint(apply, prevent_cse=False, policy=policy)
 
     def embed(
         self, rows: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], adapter_ids: AdapterIds
@@ -224,31 +223,26 @@ class Encoder(nnx.Module):
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
 
 
-class GradientSums(NamedTuple):
-    """The large parameters of an encoder, as the sums of `accumulate`."""
-
-    layers: Layer
-    table: Float[Array, "v d"]
-
-    @classmethod
-    def start(cls, encoder: Encoder) -> "GradientSums":
-        return cls(encoder.stacked_layers, encoder.tokens.table[...])
-
-
 def layer_adapter_ids(adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None, segment_ids: Int[Array, "b t"]) -> AdapterIds:
-    """The encoder's tasks as its layers take them."""
+    """Returns the adapter ids of a batch as its layers take them: of each token, or one, or None."""
     return adapter_ids if adapter_ids is None or adapter_ids.ndim == 0 else token_adapter_ids(adapter_ids, segment_ids)
 
 
 def token_adapter_ids(adapter_ids: Int[Array, "b g"], segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Adapter of each token; padding has none."""
+    """Returns the adapter of each token; padding has none (-1)."""
     padded = jnp.pad(adapter_ids, ((0, 0), (1, 0)), constant_values=-1)
     return jnp.take_along_axis(padded, segment_ids, axis=1)
 
 
-def pool(states: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
-    """Mean of each text's token states in float32, [b, g, d] with g = `texts`; zeros where a row has no such text."""
-    member = segment_ids[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
+def pool(states: Float[Array, "b t d"], pool_ids: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
+    """Means of token states in float32: g = `texts` of them a row, over the tokens of equal pool id.
+
+    Args:
+        states: token states.
+        pool_ids: 1..g = the mean that a token belongs to, 0 = none.
+        texts: means of a row; zeros where no token belongs to one.
+    """
+    member = pool_ids[:, None, :] == jnp.arange(1, texts + 1)[None, :, None]
     total = jnp.einsum(
         "bgt,btd->bgd",
         member.astype(jnp.float32),

@@ -13,10 +13,16 @@ The parameter itself gets no gradient: pass the parameter as the first sum, and 
 respect to that sum.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from ..config import Remat
+from .encoder import Encoder, Gather, Layer
+from .layers import DeferredLayerNorm
 
 
 @jax.custom_vjp
@@ -71,3 +77,60 @@ def _track_gather_backward(indices: Array, gradients: tuple[Array, Array]) -> tu
 
 
 track_gather.defvjp(_track_gather_forward, _track_gather_backward)
+
+
+class GradientSums(NamedTuple):
+    """Sums of the large parameters of an encoder: its stacked layers and its embedding table."""
+
+    layers: Layer
+    table: Float[Array, "v d"]
+
+    @classmethod
+    def start(cls, encoder: Encoder) -> "GradientSums":
+        """The sums before the first chunk."""
+        return cls(encoder.stacked_layers, encoder.tokens.table[...])
+
+
+def encode_accumulating(
+    encoder: Encoder,
+    sums: GradientSums,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None = None,
+    *,
+    gather: Gather | None = None,
+    remat: Remat = "none",
+) -> tuple[Float[Array, "b t d"], GradientSums]:
+    """Encodes one chunk of a batch; the gradients of the large parameters are added up in `sums`.
+
+    Args:
+        sums: of the chunk before; the first one's are `GradientSums.start(encoder)`.
+
+    The others are those of `Encoder.__call__`.
+
+    Returns:
+        Token states, and the sums for the next chunk.
+    """
+    apply = encoder.layer_function(segment_ids, positions, adapter_ids, gather, remat)
+    table = encoder.tokens.table[...]
+    if gather:
+        table = table.astype(encoder.dtype)  # as it came from the other devices; XLA would write it out in float32
+    rows, table_sum = track_gather(table, sums.table, tokens)
+
+    def step(
+        carry: tuple[DeferredLayerNorm, Layer], inputs: tuple[Layer, Array]
+    ) -> tuple[tuple[DeferredLayerNorm, Layer], None]:
+        (x, totals), (layer, i) = carry, inputs
+        leaves, structure = jax.tree.flatten(layer)
+        pairs = [track_slice(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)]
+        layer, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
+        return (apply(layer, x), totals), None
+
+    def apply_layers(first: DeferredLayerNorm) -> tuple[DeferredLayerNorm, Layer]:
+        numbered = jax.lax.stop_gradient(encoder.stacked_layers), jnp.arange(encoder.config.num_layers)
+        carry, _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=encoder.config.unroll or 1)
+        return carry
+
+    states, layers = encoder.forward(rows.astype(jnp.float32), tokens, segment_ids, positions, adapter_ids, apply_layers)
+    return states, GradientSums(layers, table_sum)

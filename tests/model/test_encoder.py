@@ -15,7 +15,8 @@ import torch
 
 from jina_jax import Encoder, ModelConfig, pool
 from jina_jax.embed.forward import text_embeddings, token_states
-from jina_jax.model.encoder import GradientSums, token_adapter_ids
+from jina_jax.model.encoder import token_adapter_ids
+from jina_jax.model.gradient_sums import GradientSums
 from jina_jax.model.layers import DeferredLayerNorm, LayerNorm, gelu
 from jina_jax.model.lora import AdapterParam, AdapterScale
 from jina_jax.model.parameters import abstract_variables, from_arrays, unstack_layers, variables

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from jina_jax.model.encoder import Encoder, GradientSums
+from jina_jax.model.encoder import Encoder
+from jina_jax.model.gradient_sums import GradientSums
 
 from ..data.collate import TrainBatch
 

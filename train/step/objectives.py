@@ -10,7 +10,8 @@ from jaxtyping import Float
 
 from jina_jax.losses import cosent, info_nce, masked_lm
 from jina_jax.model import gradient_sums
-from jina_jax.model.encoder import Encoder, Gather, GradientSums, pool
+from jina_jax.model.encoder import Encoder, Gather, pool
+from jina_jax.model.gradient_sums import GradientSums
 
 from ..config import Stage
 from ..data.collate import TrainBatch
@@ -143,4 +144,4 @@ def chunk_states(
     # kernel on the way to its adapter's.
     adapter_ids = jnp.asarray(batch.adapter_ids) if stage.adapters else None
     rows = batch.tokens, batch.segment_ids, batch.positions
-    return encoder.encode_accumulating(sums, *rows, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
+    return gradient_sums.encode_accumulating(encoder, sums, *rows, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]

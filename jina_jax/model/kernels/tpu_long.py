@@ -1,15 +1,15 @@
-"""Attention within the texts of long packed rows, for TPU: forward and backward of rows of 1,025 to 16,384 tokens.
+"""Flash attention within the texts of long packed rows, for TPU: rows of 1,025 to 16,384 tokens, forward and backward.
 
 A program of the grid takes two heads of a row, as `tpu.py` describes, and goes through their scores in blocks.
 
-  * All of the two heads is in the chip's memory. Keys are turned and laid on their side once, not for every block of queries;
-    for the gradient it is queries.
-  * The softmax is a running one (Milakov & Gimelshein 2018). Foreign blocks before the first own key leave something finite,
-    which that key multiplies by 2^-(2^100) = 0: the mask stays exact.
-  * Scores are computed a block ahead, so that the matrix unit works on the next block while the exponentials of this one are
-    taken. A turn of the loop is two blocks, which gives the compiler more to overlap.
-  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in `tpu_short.py`. The gradient is one pass (Dao
-    et al. 2022): blocks of keys outside, of queries inside, the gradient of all queries gathered in float32.
+  * All of the two heads is in the chip's memory. Keys are rotated and transposed once, not for every block of queries; for
+    the gradient it is queries.
+  * The softmax is online (Milakov & Gimelshein 2018). Foreign blocks before the first key of the same text leave something
+    finite, which that key multiplies by 2^-(2^100) = 0: the mask stays exact.
+  * Scores are computed a block ahead, so that the matrix unit works on the next block while the exponentials of this one
+    are taken. An iteration of the loop is two blocks, which gives the compiler more to overlap.
+  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in `tpu_short.py`. The gradient is one
+    pass (Dao et al. 2022): blocks of keys outside, of queries inside, the gradient of all queries summed in float32.
   * A block meets others from the first to the last that may hold one of its segments, by the lowest and highest of each.
 """
 

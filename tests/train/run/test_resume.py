@@ -135,7 +135,7 @@ def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(runs, undisturbe
     process.join()
     assert process.exitcode == 0
     (last,) = steps_saved(tmp_path)[-1:]
-    assert last < STEPS and f"stopped at step {last} of {STEPS}; start it again to go on" in log_of(tmp_path)
+    assert last < STEPS and f"stopped at step {last} of {STEPS}; start it again to resume" in log_of(tmp_path)
     assert not (tmp_path / "model").exists()
     assert runs.finish(tmp_path) == 0
     assert f"resumed {tmp_path} at step {last}" in log_of(tmp_path)
