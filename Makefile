@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: quickstart test lint types smoke312 smoke313
 .NOTPARALLEL:
 
-quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; goes on where it was stopped
+quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; resumes where it was stopped
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
 
 test: .venv/.test  ## everything but the tests marked slow or hub

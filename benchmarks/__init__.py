@@ -1,1 +1,1 @@
-"""Programs that measure the numbers in README, and the modules they share."""
+"""Programs that measure the numbers in README and docs, and the modules they share."""

@@ -1,4 +1,4 @@
-"""Plots of the results in benchmarks/results/, for README: docs/images/*.svg.
+"""Plots of the results in benchmarks/results/, for the docs: docs/images/*.svg.
 
     python -m benchmarks.plots
 

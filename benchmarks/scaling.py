@@ -101,7 +101,7 @@ def tables(rows: dict[str, Any]) -> str:
     One table of programs, one of the recipe's hours, and lines on how steps scale.
     """
     lines = [
-        "| program | slice | rows at once | HBM peak, GB | step, s | sending, s | tokens/s | share of peak |",
+        "| program | slice | rows at once | HBM peak, GB | step, s | sending, s | tokens/s | MFU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:

@@ -1,1 +1,5 @@
-"""Runs as Python files: each has `get_config()`, and says how it is started and what of it is not in the paper."""
+"""Runs as Python files.
+
+Each has `get_config()`, and a docstring that says how to start it, what of it is in the paper, and
+what to expect.
+"""

@@ -1,12 +1,21 @@
-"""Contrastive training on long pairs: section 4.2 and table A1 of the jina-embeddings-v3 paper.
+"""Contrastive training on long pairs.
+
+Section 4.2 and table A1 of the jina-embeddings-v3 paper.
 
     python -m train configs/pairs_long.py --workdir runs/pairs_long
 
-Hardware: 2 devices in the paper, 512 pairs on each; 50,000 steps are 51 million pairs. Data: the long pairs of `pairs_short`.
+Hardware: 2 devices in the paper, 512 pairs on each; 50,000 steps are 51 million pairs.
+Data: the long pairs of `pairs_short`.
 
-From the paper: batch, length, steps, rate and temperature. Chosen here: as in `pairs_short`; chunks of 8 rows.
+From the paper: batch, length, steps, rate and temperature.
+Chosen here: as in `pairs_short`; chunks of 8 rows.
+
+Expected: 44.2 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper:
+nDCG@10 of 37.63 (misleading syntax), 93.04 (named entities) and 45.91 (polar questions) on
+synthetic failure cases (table 6).
 """
 
+from configs._common import PAPER_DIMS
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 
@@ -25,7 +34,7 @@ def get_config() -> TrainConfig:
                 row_length=1024,
                 learning_rate=2e-5,
                 temperature=0.02,
-                dims=(32, 64, 128, 256, 512, 768, 1024),
+                dims=PAPER_DIMS,
                 encode_chunk_rows=8,
                 remat="except_attention",
             ),

@@ -6,10 +6,17 @@
     python -m train configs/quickstart.py:pairs --workdir runs/quickstart/pairs
     python -m train configs/quickstart.py:adapters --workdir runs/quickstart/adapters
 
-Hardware: two CPU cores. Data: the bundled corpus, as `train/quickstart.py` prepares it.
+Hardware: two CPU cores.
+Data: the bundled corpus, as `train/quickstart.py` prepares it.
 
-Sizes, steps and rates are chosen for this size; nothing of them is in the paper. What is: the order of the stages, the losses,
-rotary base 10,000 in training and 20,000 from the adapters on, a frozen base under the adapters, which query and passage share.
+From the paper: the order of the stages, the losses, rotary base 10,000 in training and 20,000 in
+serving (here from the adapters on), a frozen base under the adapters, query and passage trained
+jointly.
+Chosen here: sizes, steps and rates, for a model this small.
+
+Expected: 15 minutes with evaluation, of which MLM takes 1, pairs 4 and adapters 5.5; nDCG@10 of
+61.7 from English titles to their bodies, measured on two cores of an AMD EPYC, 2026-11-26
+(docs/quickstart.md).
 """
 
 from jina_jax.config import ModelConfig
@@ -87,7 +94,8 @@ def adapters() -> TrainConfig:
             # The published rank of 4 leaves words nowhere to go in a run this short.
             lora_rank=32,
             lora_alpha=2.0,
-            # Titles have five tokens: the published instructions, of ten, would be most of a query's mean.
+            # Titles have five tokens: the published instructions, of ten, would be most of a
+            # query's mean.
             instructions=(("retrieval.query", ""), ("retrieval.passage", "")),
         ),
         checkpoint_every=50,
@@ -96,7 +104,8 @@ def adapters() -> TrainConfig:
                 name="retrieval",
                 objective="retrieval",
                 adapters=("retrieval.query", "retrieval.passage"),
-                # Without mined negatives: many of them answer the title as well, and the adapters fell behind the base.
+                # Without mined negatives: many of them answer the title as well, and the adapters
+                # fell behind the base.
                 datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
                 temperature=0.05,
                 **_sizes(steps=180, batch_size=128, max_length=96),

@@ -151,7 +151,10 @@ def test_the_command_as_a_process(embedder, model, texts, tmp_path):
 
 
 def test_half_written_entries_of_the_compilation_cache_are_removed(tmp_path, monkeypatch):
-    """JAX writes an entry and then its time of use; a program killed between the two would end all caching."""
+    """JAX writes an entry and then its time of use.
+
+    A program killed between the two would end all caching.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = tmp_path / "jina-jax"
     cache.mkdir()

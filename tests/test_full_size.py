@@ -1,4 +1,7 @@
-"""At the published size, with random weights, against transformers with PEFT. Takes minutes: marked slow."""
+"""At the published size, with random weights, against transformers with PEFT.
+
+Takes minutes: marked slow.
+"""
 
 import json
 from pathlib import Path
@@ -36,7 +39,10 @@ TEXTS = (
 
 
 def random_model() -> Encoder:
-    """Every parameter random. The writer is ours; what it writes is checked against transformers' names by their loader."""
+    """Every parameter random.
+
+    The writer is ours; transformers' loader checks the names that it writes.
+    """
     config = ModelConfig(tasks=TASKS, prompts=tuple((task, PUBLISHED_INSTRUCTIONS[task]) for task in TASKS), pooler=True)
     encoder = jax.jit(lambda: Encoder(config, rngs=nnx.Rngs(0)))()
     arrays = base_arrays(encoder) | extract_adapters(encoder)

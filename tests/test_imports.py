@@ -1,4 +1,4 @@
-"""Who may import whom: rooms import only rooms below them, and heavy packages stay where they belong."""
+"""Who may import whom: rooms only rooms below them; heavy packages stay where they belong."""
 
 import ast
 import subprocess
@@ -22,7 +22,10 @@ LIBRARY = (
     ("__init__",),
     ("cli",),
 )
-"""The floors of jina_jax, from the ground up: a room imports only from floors below its own, and from itself."""
+"""The floors of jina_jax, from the ground up.
+
+A room imports only from floors below its own, and from itself.
+"""
 
 PROGRAMS = (
     ("renamed", "__init__"),
@@ -56,7 +59,7 @@ AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[tuple[str, int]]:
-    """(module, relative level) of every import of a file; those inside functions too, unless `top_level`."""
+    """(module, relative level) of a file's imports; with `top_level`, of none inside functions."""
     found = set()
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level else ast.walk(tree):

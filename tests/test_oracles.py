@@ -1,4 +1,4 @@
-"""The torch oracles agree with one another, so that a parity test against one of them means something."""
+"""The torch oracles agree with one another, so that a parity test against one means something."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def difference(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[dict, dict, Path]:
-    """The same random tensors as an original state with its config, and as a transformers directory."""
+    """The same random tensors as an original state with its config and a transformers directory."""
     state, config = checkpoints.write_original(tmp_path_factory.mktemp("original"), **SMALL)
     native = tmp_path_factory.mktemp("native")
     checkpoints.write_transformers(native, original=(state, config), tokenizer=None)

@@ -1,4 +1,4 @@
-"""What commit 4fe3f70 saved is read, and what it began is gone on with.
+"""What commit 4fe3f70 saved is read, and what it began resumes.
 
 The README.md of tests/fixtures/commit_4fe3f70 says what there is.
 """

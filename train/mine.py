@@ -41,8 +41,8 @@ def main(
     seed: int,
     **numbers: Any,
 ) -> None:
-    """Write the pairs of PAIRS (.jsonl, .csv or .tsv, also as .gz or .xz, or .parquet) as triplets with
-    hard negatives.
+    """Write the pairs of PAIRS (.jsonl, .csv or .tsv, also as .gz or .xz, or .parquet) as triplets
+    with hard negatives.
 
     Candidates are the positives of all pairs. An anchor's negatives never include its own
     positives, an equal text, or texts of its group.

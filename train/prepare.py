@@ -35,7 +35,8 @@ def main() -> None:
 @click.option("--split", default="train", show_default=True, help="Name of the split that the records become.")
 @click.option("--drop-overlapping", is_flag=True, help="Leave out pairs whose texts say the same words, as the paper does.")
 def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_overlapping: bool) -> None:
-    """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or .parquet)."""
+    """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or
+    .parquet)."""
     with _new(out):
         dataset = prepare_records({split: list(files)}, kind, out, drop_overlapping=drop_overlapping)
     _tell(dataset, kind, (split,))

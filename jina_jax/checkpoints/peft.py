@@ -149,7 +149,7 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
         path = entry.path.removesuffix(".a")
         shape = () if not path.startswith("layers.") else (layers, down_projections) if path == "layers.qkv" else (layers,)
         array = scales.setdefault(path, np.zeros(shape, np.float32))
-        layer, qkv_index = entry.index[:1], entry.index[2:3]  # qkv: (layer, EVERY, c, task)
+        layer, qkv_index = entry.place[:1], entry.place[2:3]  # qkv: (layer, EVERY, c, task)
         place = () if not shape else layer + qkv_index if path == "layers.qkv" else layer
         array[place] = adapter.scale(name.rpartition(".lora_")[0])
     return scales

@@ -150,25 +150,25 @@ EVERY = slice(None)
 class TensorMapping(NamedTuple):
     """One line of the table.
 
-    The tensor, after `transform`, is `array[index]` of the Flax array at `path`.
+    The tensor, after `transform`, is `array[place]` of the Flax array at `path`.
     """
 
     path: str
-    index: Index
+    place: Index
     transform: Transform
 
     def tensor_shape(self, array_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the PyTorch tensor, given the shape of the full Flax array."""
-        return self.transform.to_torch(np.broadcast_to(np.zeros(()), array_shape)[self.index]).shape
+        return self.transform.to_torch(np.broadcast_to(np.zeros(()), array_shape)[self.place]).shape
 
     def fill(self, array: np.ndarray, tensor: np.ndarray) -> None:
         """Writes the tensor to its place; an adapter of smaller rank fills the leading entries."""
-        value, place = self.transform.to_flax(tensor), array[self.index]
-        place[tuple(slice(size) for size in value.shape)] = value
+        value, target = self.transform.to_flax(tensor), array[self.place]
+        target[tuple(slice(size) for size in value.shape)] = value
 
     def extract(self, array: np.ndarray) -> np.ndarray:
         """Returns the PyTorch tensor, contiguous."""
-        return np.ascontiguousarray(self.transform.to_torch(array[self.index]))
+        return np.ascontiguousarray(self.transform.to_torch(array[self.place]))
 
 
 def base_mappings(config: ModelConfig, scheme: NameScheme, *, parametrized: bool = False) -> dict[str, TensorMapping]:

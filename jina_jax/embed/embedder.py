@@ -1,4 +1,4 @@
-"""The Embedder: texts to vectors, with the names and meanings of sentence-transformers."""
+"""`Embedder`: texts to vectors, with the names and meanings of sentence-transformers."""
 
 import logging
 import warnings
@@ -36,7 +36,7 @@ SLOTS_PER_TEXT = 256
 """Token slots that one text of `batch_size` stands for."""
 
 WORTH_FOLDING = 16_384
-"""Characters of one task, among texts of several tasks, from which on its adapter is folded into the kernels."""
+"""Characters of one task in a call of several above which its adapter is folded."""
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
@@ -60,7 +60,7 @@ class Embedder:
     """A model and its tokenizer.
 
     Attributes:
-        config: the model's configuration; its `adapter_ids` and `prompts` are what `encode` takes.
+        config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
         mesh: devices that share the work; None = one.
         max_length: most tokens of a text, special tokens included.
     """
@@ -85,19 +85,23 @@ class Embedder:
         revision: str | None = None,
         mesh: Mesh | None = None,
     ) -> "Embedder":
-        """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any supported layout.
+        """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any
+        supported layout.
 
         Args:
-            source: a native checkpoint, or jina-embeddings-v3 (original, transformers with PEFT adapters), XLM-RoBERTa or
-                multilingual-E5.
-            dtype: of parameters and computation; None = float32 on CPU, and on accelerators that of the file.
+            source: a native checkpoint, or jina-embeddings-v3 (original, transformers with PEFT
+                adapters), XLM-RoBERTa or multilingual-E5.
+            dtype: of parameters and computation; None = float32 on CPU, and on accelerators that of
+                the file.
             revision: branch, tag or commit on the hub.
-            mesh: from `sharding.make_mesh`; texts are embedded on all its devices. If these belong to several processes, all of
-                them call `encode` with the same texts, each computes a share, and each gets all embeddings. None = one device.
+            mesh: from `make_mesh`; texts are embedded on all its devices. If these belong
+                to several processes, all of them call `encode` with the same texts, each computes a
+                share, and each gets all embeddings. None = one device.
 
         Raises:
             FileNotFoundError: the source or one of its files does not exist.
-            ValueError: the checkpoint is damaged, ambiguous or not supported; the message says what and where.
+            ValueError: the checkpoint is damaged, ambiguous or not supported; the message says what
+                and where.
         """
         if dtype is None and jax.default_backend() == "cpu":
             dtype = jnp.float32
@@ -129,7 +133,8 @@ class Embedder:
         return self.encode(sentences, **self._retrieval_options("retrieval.query", ("query",), options))
 
     def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Any:
-        """`encode` with the task retrieval.passage, else with the prompt named document or passage, else plain."""
+        """`encode` with the task retrieval.passage, else with the prompt named document or passage,
+        else plain."""
         prompts = ("document", "passage", "corpus")
         return self.encode(sentences, **self._retrieval_options("retrieval.passage", prompts, options))
 
@@ -185,23 +190,27 @@ class Embedder:
 
         Args:
             sentences: a text, or several.
-            task: the adapter, one for all texts or one for each; None = the base model. A task puts its instruction before
-                the text.
+            task: the adapter, one for all texts or one for each; None = the base model. A task puts
+                its instruction before the text.
             prompt: text put before every input, in place of the task's instruction.
             prompt_name: the same by its name in `config.prompts`.
-            batch_size: bounds memory: the token slots computed at once, on each device, are at most 256 times this, or one row.
-            truncate_dim: leading dimensions to keep, best one of those that the model was trained at.
+            batch_size: bounds memory: the token slots computed at once, on each device, are at most
+                256 times this, or one row.
+            truncate_dim: leading dimensions to keep, best one of those that the model was trained
+                at.
             normalize_embeddings: scale to length 1, after truncation.
             precision: float32, int8, uint8, binary or ubinary, as in sentence-transformers.
-            max_length: most tokens of a text, special tokens included; longer texts are cut, with a warning.
-            output_value: "sentence_embedding", or "token_embeddings" for the token states of each text.
+            max_length: most tokens of a text, special tokens included; longer texts are cut, with a
+                warning.
+            output_value: "sentence_embedding", or "token_embeddings" for the token states of each
+                text.
             show_progress_bar: None = where the logger of this module shows INFO.
             convert_to_numpy: False gives a list of vectors in place of a matrix.
             convert_to_tensor, device: not supported, see the error.
 
         Returns:
-            For one text a vector [dim], for several a matrix [n, dim] in the order given; for token embeddings [tokens, d],
-            one array or a list.
+            For one text a vector [dim], for several a matrix [n, dim] in the order given; for token
+            embeddings [tokens, d], one array or a list.
 
         Raises:
             ValueError: an argument is not valid; the message lists what is.
@@ -227,7 +236,8 @@ class Embedder:
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
     ) -> Float[np.ndarray, "n m"]:
-        """Cosine similarities between every row of one and every row of the other; a vector counts as one row."""
+        """Cosine similarities between every row of one and every row of the other; a vector counts
+        as one row."""
         return cosine_similarity(embeddings1, embeddings2)
 
     def similarity_pairwise(
@@ -246,7 +256,8 @@ class Embedder:
         return options
 
     def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[tuple[packing.PackedBatch, Array]]:
-        """Yields every batch with its result, which may still be under way; `texts` are indices in the call."""
+        """Yields every batch with its result, which may still be under way; `texts` are indices in
+        the call."""
         budget, devices = request.batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
 
         def token_ids(texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
@@ -268,7 +279,8 @@ class Embedder:
                 yield batch._replace(texts=indices), compute(encoder, *inputs, mesh=self.mesh)
 
     def _groups(self, texts: list[str], adapter_ids: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
-        """(encoder, texts, whether their tasks are mixed): large tasks one by one with their adapter folded, the rest mixed."""
+        """Yields (encoder, indices of texts, whether their adapters are mixed): each large task
+        with its adapter folded, the rest together."""
         names = np.unique(adapter_ids).tolist()
         mixed = []
         for index in names:
@@ -283,7 +295,7 @@ class Embedder:
             yield self._base, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:
-        """The base, or the encoder with one task folded in; the last one is kept."""
+        """Returns the base, or the encoder with one adapter folded in; the last one is kept."""
         if index < 0:
             return self._base
         task = self.config.tasks[index]
@@ -297,7 +309,8 @@ class Embedder:
 
 
 def _one_ahead(results: Iterator[tuple[packing.PackedBatch, Array]]) -> Iterator[tuple[packing.PackedBatch, Array]]:
-    """Starts each batch before the one before it is read, so that the device never waits for the host."""
+    """Starts each batch before the one before it is read, so that the device never waits for the
+    host."""
     waiting = None
     for result in results:
         if waiting is not None:

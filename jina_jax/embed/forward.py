@@ -1,4 +1,5 @@
-"""The compiled forward passes of the embedder: packed rows to token states, and to one vector a text."""
+"""The compiled forward passes of the embedder: packed rows to token states, and to one vector a
+text."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,8 @@ def token_states(
     *,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b t d"]:
-    """Token states of packed rows; one program for each shape. Over a mesh every process gets all of them.
+    """Token states of packed rows; one program for each shape. Over a mesh every process gets all
+    of them.
 
     Args:
         encoder: replicated over the mesh.
@@ -49,7 +51,8 @@ def text_embeddings(
     """Means of token states, before normalisation: of the tokens of equal `pool_ids` in a row.
 
     Args:
-        pool_ids: 1..g = the mean that a token belongs to, 0 = none; None = `segment_ids`, a mean for each text.
+        pool_ids: 1..g = the mean that a token belongs to, 0 = none; None = `segment_ids`, a mean
+            for each text.
 
     The others are those of `token_states`.
     """
@@ -67,8 +70,8 @@ def _encode(encoder: Encoder, *inputs: Any) -> Array:
 
 
 def _over_mesh(compute: Callable[..., Array], mesh: Mesh | None) -> Callable[..., Array]:
-    """`compute` with rows split over a mesh, and all parameters on every device: in half precision the published model has
-    1.1 GB."""
+    """`compute` with rows split over a mesh, and all parameters on every device: in half precision
+    the published model has 1.1 GB."""
     if mesh is None:
         return compute
 

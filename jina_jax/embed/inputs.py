@@ -1,4 +1,5 @@
-"""Validates and normalises the arguments of `Embedder.encode`. A ValueError says what would be valid."""
+"""Validates and normalises the arguments of `Embedder.encode`. A ValueError says what would be
+valid."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,8 @@ class Output(NamedTuple):
 def parse_request(
     sentences: Any, task: Any, prompt: Any, prompt_name: Any, batch_size: Any, max_length: Any, config: ModelConfig, limit: int
 ) -> Request:
-    """Returns the texts of a call with their instructions, adapters and limits; `limit` is the model's of tokens."""
+    """Returns the texts of a call with their instructions, adapters and limits; `limit` is the
+    model's of tokens."""
     if not is_int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, and an integer, not {batch_size!r}")
     texts, adapter_ids = with_prompts(as_texts(sentences), task, prompt, prompt_name, config)
@@ -93,7 +95,8 @@ def with_prompts(
 ) -> tuple[list[str], np.ndarray]:
     """Returns texts behind their instructions, and the adapter of each [n], -1 = none."""
     tasks = _tasks(task, len(texts))
-    names = {*tasks, task if isinstance(task, str) else None}  # a wrong one is an error for no texts, too
+    # a wrong one is an error for no texts, too
+    names = {*tasks, task if isinstance(task, str) else None}
     indices = {name: -1 if name is None else config.task_index(name) for name in names}
     prefixes = {name: _prefix(name, prompt, prompt_name, config) for name in indices}
     texts = [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)]
@@ -102,7 +105,8 @@ def with_prompts(
 
 
 def resolve_truncate_dim(truncate_dim: int | None, config: ModelConfig) -> int:
-    """Returns how many leading dimensions to keep: any from 1 to all. One that the model does not list is logged, once."""
+    """Returns how many leading dimensions to keep: any from 1 to all. One that the model does not
+    list is logged, once."""
     d, dims = config.hidden_size, config.matryoshka_dims
     dim = config.truncate_dim if truncate_dim is None else truncate_dim
     if dim is None:

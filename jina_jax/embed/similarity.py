@@ -17,7 +17,8 @@ def normalize(embeddings: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"
 def cosine_similarity(
     embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
 ) -> Float[np.ndarray, "n m"]:
-    """Returns the cosine of every row of one with every row of the other; a vector counts as one row."""
+    """Returns the cosine of every row of one with every row of the other; a vector counts as one
+    row."""
     return _unit_rows(embeddings1) @ _unit_rows(embeddings2).T
 
 

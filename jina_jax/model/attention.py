@@ -14,12 +14,8 @@ from jaxtyping import Float, Int
 
 from .chunked_attention import blockwise_attention
 from .device import device_kind, platform
+from .kernels import gpu, tpu_long, tpu_short
 from .kernels.block_mask import ATTENTION_RESIDUALS, MASK_VALUE
-from .kernels.gpu import gpu_flash_attention
-from .kernels.gpu import supports as serves_gpu
-from .kernels.tpu_long import supports as serves_long
-from .kernels.tpu_long import tpu_flash_attention
-from .kernels.tpu_short import supports, tpu_fused_attention
 from .matmul import einsum
 from .rotary import RotaryTables, rotated_heads
 
@@ -54,19 +50,19 @@ def attention(
         num_heads: n, with d = n * h.
     """
     on_tpu = platform() == "tpu"
-    if on_tpu and supports(qkv, num_heads):
-        form = tpu_fused_attention
-    elif on_tpu and serves_long(qkv, num_heads) and not device_kind().startswith(SMALL_CHIPS):
-        form = tpu_flash_attention
-    elif platform() == "gpu" and serves_gpu(qkv, num_heads):
-        form = gpu_attention
+    if on_tpu and tpu_short.supports(qkv, num_heads):
+        implementation = tpu_short.tpu_fused_attention
+    elif on_tpu and tpu_long.supports(qkv, num_heads) and not device_kind().startswith(SMALL_CHIPS):
+        implementation = tpu_long.tpu_flash_attention
+    elif platform() == "gpu" and gpu.supports(qkv, num_heads):
+        implementation = gpu_attention
     elif qkv.shape[2] > LONGEST_PLAIN_ROW:
-        form = blockwise_attention
+        implementation = blockwise_attention
     elif platform() == "cpu" and num_heads * qkv.shape[2] ** 2 > MOST_PLAIN_SCORES:
-        form = rowwise_attention
+        implementation = rowwise_attention
     else:
-        form = plain_attention
-    return form(qkv, segment_ids, tables, num_heads=num_heads)
+        implementation = plain_attention
+    return implementation(qkv, segment_ids, tables, num_heads=num_heads)
 
 
 def plain_attention(
@@ -103,4 +99,6 @@ def gpu_attention(
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
     """`plain_attention` by the Triton kernel; XLA rotates, in one pass with the qkv bias."""
-    return gpu_flash_attention(*rotated_heads(qkv, tables, num_heads), segment_ids, interpret=interpret).reshape(qkv.shape[1:])
+    return gpu.gpu_flash_attention(*rotated_heads(qkv, tables, num_heads), segment_ids, interpret=interpret).reshape(
+        qkv.shape[1:]
+    )

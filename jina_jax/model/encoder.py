@@ -1,12 +1,13 @@
-"""The encoder: XLM-RoBERTa with rotary (or absolute) positions and task adapters, read from top to bottom.
+"""The encoder: XLM-RoBERTa with rotary (or absolute) positions and task adapters, read from top to
+bottom.
 
 Letters of all shapes, in docstrings and einsum strings:
 
-    b rows   t tokens of a row   d model   n heads   h head dim   f mlp   k tasks (adapters)   r LoRA rank
-    g texts of a row   v vocabulary   l layers
+    b rows   t tokens of a row   d model   n heads   h head dim   f mlp   k tasks (adapters)   r
+    LoRA rank g texts of a row   v vocabulary   l layers
 
-A row holds several texts (`text/packing.py`). The code is local: it knows no mesh. How it is spread over
-devices is decided outside.
+A row holds several texts (`text/packing.py`). The code is local: it knows no mesh. How it is spread
+over devices is decided outside.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,8 @@ from .rotary import RotaryTables, rotary_tables
 
 
 class Layer(nnx.Module):
-    """One post-norm transformer layer. In the encoder every parameter has a leading layer axis [l]."""
+    """One post-norm transformer layer. In the encoder every parameter has a leading layer axis
+    [l]."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.mlp_size
@@ -65,7 +67,8 @@ Carried = TypeVar("Carried")
 
 
 class MLMHead(nnx.Module):
-    """Masked-language head: dense, GELU, LayerNorm, then the transposed embedding table and a bias."""
+    """Masked-language head: dense, GELU, LayerNorm, then the transposed embedding table and a
+    bias."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         d = config.hidden_size
@@ -76,7 +79,8 @@ class MLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
 
     def __call__(self, states: Float[Array, "b t d"], table: Float[Array, "v d"]) -> Float[Array, "b t v"]:
-        """Logits of every position in float32; `losses.masked_lm` computes masked positions alone."""
+        """Logits of every position in float32; `losses.masked_lm` computes masked positions
+        alone."""
         logits = matmul_transposed(self.transform(states), table)
         return logits + self.bias[...].astype(jnp.float32)[None, None]
 
@@ -90,8 +94,8 @@ class Encoder(nnx.Module):
 
     Parameters are stored in `param_dtype` and computed with in `dtype`; LayerNorm, softmax, rotary
     angles and pooling are in float32 whatever the dtype. A model without tasks has no adapter
-    parameters at all. `layers` is one layer whose parameters have a leading layer axis, or a list of
-    layers (`parameters.unstack_layers`).
+    parameters at all. `layers` is one layer whose parameters have a leading layer axis, or a list
+    of layers (`parameters.unstack_layers`).
     """
 
     def __init__(
@@ -115,7 +119,8 @@ class Encoder(nnx.Module):
         self.positions = nnx.data(embed(config.max_position_embeddings, None) if absolute else None)
         self.embed_norm = LayerNorm(d, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
-        # A vmap over keys makes one layer whose parameters have a leading axis [l], as the scan takes it.
+        # A vmap over keys makes one layer whose parameters have a leading axis [l], as the scan
+        # takes it.
         def layer(key: Array) -> Layer:
             return Layer(config, dtype=self.dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key))
 
@@ -141,11 +146,11 @@ class Encoder(nnx.Module):
 
         Args:
             tokens, segment_ids, positions: packed rows, see `text.packing.PackedBatch`.
-            adapter_ids: adapter of each text of a row [b, g], -1 = the base model; or one index [] for
-                the whole batch, which costs next to nothing where [b, g] costs a quarter; or None for
-                the base model.
-            gather: makes the parameters of a layer that are sharded over devices complete before they
-                are used, inside the loop over layers.
+            adapter_ids: adapter of each text of a row [b, g], -1 = the base model; or one index []
+                for the whole batch, which costs next to nothing where [b, g] costs a quarter; or
+                None for the base model.
+            gather: makes the parameters of a layer that are sharded over devices complete before
+                they are used, inside the loop over layers.
             remat: what of a layer a gradient recomputes instead of keeping it, see `config.Remat`.
         """
         rows = self.tokens.rows(tokens)
@@ -166,8 +171,8 @@ class Encoder(nnx.Module):
 
         Args:
             rows: the tokens' rows of the embedding table, in float32.
-            apply_layers: from the first layer's input to the last one's output, and what else its loop
-                carries out.
+            apply_layers: from the first layer's input to the last one's output, and what else its
+                loop carries out.
         """
         x = self.embed(rows, tokens, positions, layer_adapter_ids(adapter_ids, segment_ids))
         last, carried = apply_layers(DeferredLayerNorm.identity(x))
@@ -177,7 +182,8 @@ class Encoder(nnx.Module):
         if isinstance(self.layers, Layer):
             return jax.lax.scan(lambda x, layer: (apply(layer, x), None), x, self.layers, unroll=self.config.unroll or 1)
         for layer in self.layers:
-            x = jax.lax.optimization_barrier(apply(layer, x))  # without it each layer has memory of its own
+            # without it each layer has memory of its own
+            x = jax.lax.optimization_barrier(apply(layer, x))
         return x, None
 
     @property
@@ -195,7 +201,8 @@ class Encoder(nnx.Module):
         gather: Gather | None,
         remat: Remat,
     ) -> LayerFunction:
-        """What one step of the loop over layers computes: one layer, gathered and rematerialised as asked for."""
+        """What one step of the loop over layers computes: one layer, gathered and rematerialised as
+        asked for."""
         tables, layer_ids = self.rotary_tables(positions), layer_adapter_ids(adapter_ids, segment_ids)
 
         def apply(layer: Layer, x: DeferredLayerNorm) -> DeferredLayerNorm:
@@ -224,7 +231,8 @@ class Encoder(nnx.Module):
 
 
 def layer_adapter_ids(adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None, segment_ids: Int[Array, "b t"]) -> AdapterIds:
-    """Returns the adapter ids of a batch as its layers take them: of each token, or one, or None."""
+    """Returns the adapter ids of a batch as its layers take them: of each token, or one, or
+    None."""
     return adapter_ids if adapter_ids is None or adapter_ids.ndim == 0 else token_adapter_ids(adapter_ids, segment_ids)
 
 
@@ -235,7 +243,8 @@ def token_adapter_ids(adapter_ids: Int[Array, "b g"], segment_ids: Int[Array, "b
 
 
 def pool(states: Float[Array, "b t d"], pool_ids: Int[Array, "b t"], texts: int) -> Float[Array, "b g d"]:
-    """Means of token states in float32: g = `texts` of them a row, over the tokens of equal pool id.
+    """Means of token states in float32: g = `texts` of them a row, over the tokens of equal pool
+    id.
 
     Args:
         states: token states.

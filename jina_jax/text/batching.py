@@ -1,4 +1,5 @@
-"""Texts to batches of packed rows: tokenised chunk by chunk, while the device computes batches of earlier chunks."""
+"""Texts to batches of packed rows: tokenised chunk by chunk, while the device computes batches of
+earlier chunks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ def packed_batches(
 ) -> Iterator[PackedBatch]:
     """Batches that hold every text once; `PackedBatch.texts` are indices in `texts`.
 
-    Texts that do not fill a batch wait for those of the next chunks, so that chunks cost no empty rows.
+    Texts that do not fill a batch wait for those of the next chunks, so that chunks cost no empty
+    rows.
 
     Args:
         texts: what to pack.
@@ -35,7 +37,8 @@ def packed_batches(
         pad_id: token of empty slots.
         budget, devices: as in `packing.plan_batches`.
     """
-    waiting: list[tuple[int, list[int], bool]] = []  # index of a text, its tokens, whether it was cut
+    # index of a text, its tokens, whether it was cut
+    waiting: list[tuple[int, list[int], bool]] = []
     start = 0
     for (chunk_ids, chunk_cut), is_last in _tokenized(texts, tokenize):
         waiting += zip(range(start, start + len(chunk_ids)), chunk_ids, chunk_cut, strict=True)
@@ -44,7 +47,9 @@ def packed_batches(
         indices, cut = np.array([index for index, *_ in waiting]), np.array([cut for *_, cut in waiting], bool)
         if not is_last and len(waiting) < LARGEST_CHUNK:
             plan_now = plan_full_batches
-        else:  # a small row is for a small call: for what is left of a larger one it would be a program more to compile
+        # a small row is for a small call: for what is left of a larger one it would be a program
+        # more to compile
+        else:
             plan_now = plan_batches if len(waiting) == start else plan_without_small_rows
         batches = plan_now([len(ids) for ids in token_ids], budget, devices)
         for batch in batches:
@@ -56,7 +61,8 @@ def packed_batches(
 
 
 def _tokenized(texts: Sequence[str], tokenize: Tokenize) -> Iterator[tuple[tuple[list[list[int]], list[bool]], bool]]:
-    """Token ids of each chunk, and whether it is the last; the next one is tokenised while the caller works on it."""
+    """Token ids of each chunk, and whether it is the last; the next one is tokenised while the
+    caller works on it."""
     first, *others = _chunks(texts)
     token_ids = tokenize(first)
     with ThreadPoolExecutor(1) as pool:

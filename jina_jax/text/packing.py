@@ -1,7 +1,8 @@
 """Texts to packed rows and back.
 
-A row of `t` token slots holds several texts; `segment_ids` says which text of its row a token belongs to. Rows come in a few
-fixed shapes, so that whatever the lengths of the texts, only a few programs are ever compiled.
+A row of `t` token slots holds several texts; `segment_ids` says which text of its row a token
+belongs to. Rows come in a few fixed shapes, so that whatever the lengths of the texts, only a few
+programs are ever compiled.
 """
 
 from collections import defaultdict
@@ -12,7 +13,8 @@ import numpy as np
 from jaxtyping import Int
 
 ROW_LENGTHS = (512, 1024, 2048, 4096, 8320)
-"""Lengths of full-size rows. The last one holds the longest text of the model, 8,194 tokens, in whole lanes of 128."""
+"""Lengths of full-size rows. The last one holds the longest text of the model, 8,194 tokens, in
+whole lanes of 128."""
 
 SMALL_ROW_LENGTHS = (16, 32, 128)
 """Lengths of a lone row for a call so small that it fits into one."""
@@ -21,7 +23,7 @@ TOKENS_PER_TEXT = 16
 """A row of t slots holds at most t / 16 texts, which bounds the arrays per text."""
 
 FULL = 0.95
-"""Share of a batch's token slots from which on it is not worth waiting for more texts to fill it."""
+"""Filled fraction of its token slots at which a batch no longer waits for more texts."""
 
 
 class PackedBatch(NamedTuple):
@@ -41,7 +43,7 @@ class PackedBatch(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """A plan for one batch: the texts of each row, and the shape (rows, slots) they will be laid out in."""
+    """Texts of each row of a batch, and the shape (rows, slots) of its arrays."""
 
     rows: list[list[int]]
     shape: tuple[int, int]
@@ -64,7 +66,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int, max_texts_per_row
     """
     rows: list[list[int]] = []
     open_rows: defaultdict[int, list[int]] = defaultdict(list)  # by free slots
-    occupied = 0  # bit f is set while a row with f free slots is open: the best fit is one shift away
+    # bit f is set while a row with f free slots is open: the best fit is one shift away
+    occupied = 0
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[text]
         if not 1 <= length <= capacity:
@@ -91,7 +94,8 @@ def plan_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> list[
 
     Args:
         lengths: tokens of each text, at most the last of ROW_LENGTHS.
-        budget: most token slots of a batch on each device; a text longer than that gets a row of its own all the same.
+        budget: most token slots of a batch on each device; a text longer than that gets a row of
+            its own all the same.
         devices: over which a batch is split: its number of rows is a multiple of this.
 
     Returns:
@@ -106,9 +110,9 @@ def plan_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> list[
 
 
 def plan_full_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> list[BatchPlan]:
-    """Batches for some of the texts, which gain nothing from waiting for more: of the largest shape, and nearly full.
+    """Plans those batches that no further text would fill better: of the largest shape, and full.
 
-    Arguments as in `plan_batches`.
+    Args: see `plan_batches`.
     """
 
     def is_full(batch: BatchPlan) -> bool:
@@ -120,7 +124,11 @@ def plan_full_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> 
 
 
 def plan_without_small_rows(lengths: Sequence[int], budget: int, devices: int = 1) -> list[BatchPlan]:
-    """As `plan_batches`, in full-size rows alone, each as short as its longest text allows. Arguments as there."""
+    """Plans batches of full-size rows only; each row takes the shortest length that fits its
+    longest text.
+
+    Args: see `plan_batches`.
+    """
     batches = []
     shortest = 0
     for length in ROW_LENGTHS:
@@ -142,7 +150,7 @@ def _most_rows(budget: int, length: int) -> int:
 
 
 def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, pad_id: int) -> PackedBatch:
-    """Writes the tokens of a planned batch into arrays; slots without a text stay padding."""
+    """Writes the tokens of a planned batch into arrays; empty slots are padding."""
     b, t = batch.shape
     rows = PackedBatch(
         tokens=np.full((b, t), pad_id, np.int32),
@@ -171,7 +179,8 @@ def scatter(pooled: np.ndarray, rows: PackedBatch, out: np.ndarray) -> None:
 
 
 def _cut(count: int, largest: int) -> list[tuple[int, int]]:
-    """Cuts `count` rows into (start, size) batches of 1, 4, 16, ... up to `largest` rows, the last at most a quarter empty."""
+    """Cuts `count` rows into (start, size) batches of 1, 4, 16, ... up to `largest` rows, the last
+    at most a quarter empty."""
     sizes = [1]
     while sizes[-1] * 4 <= largest:
         sizes.append(sizes[-1] * 4)

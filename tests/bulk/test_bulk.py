@@ -1,4 +1,7 @@
-"""Bulk embedding: the rows of many files in Parquet shards, each exactly once, whatever ends the processes."""
+"""Bulk embedding: the rows of many files in Parquet shards, whatever ends the processes.
+
+Every row is there exactly once.
+"""
 
 import gzip
 import itertools
@@ -418,7 +421,10 @@ def command(*arguments: object, env: dict[str, str] | None = None):
 
 
 def test_command(embedder, model, files, tmp_path):
-    """Two processes by their environment, then again with nothing to do; a slash or what is there tells the directory."""
+    """Two processes by their environment, then again with nothing to do.
+
+    An output is taken for a directory if it ends in a slash or exists as one.
+    """
     common = [*files, "--model", model, "--task", "classification", "--dim", 16, "--shard-rows", 10]
     for process in ("0", "1"):
         env = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": process}

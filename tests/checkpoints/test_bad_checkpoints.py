@@ -1,4 +1,7 @@
-"""A checkpoint that is damaged, contradictory, ambiguous or unknown gives one clear error that names what is wrong."""
+"""A checkpoint that is damaged, contradictory, ambiguous or unknown gives one clear error.
+
+The error names what is wrong.
+"""
 
 import json
 import os

@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_behind_does_not_stop_one_with_the_same_id(tm
 
 
 def test_a_conversion_killed_at_any_moment_leaves_no_loadable_half(saved, tmp_path):
-    """`to_torch` and `from_torch` in a process that is killed, earlier and later, then run again."""
+    """`to_torch` and `from_torch`, in a process that is killed early or late, then run again."""
     pytest.importorskip("click")
     original, target = tmp_path / "original", tmp_path / "native"
     command = [sys.executable, "-m", "convert"]

@@ -1,4 +1,4 @@
-"""The Embedder: sentence-transformers' names and meanings, and one clear error for every bad argument."""
+"""The Embedder: sentence-transformers' names and meanings, and a clear error for a bad argument."""
 
 import threading
 import warnings
@@ -133,7 +133,7 @@ def test_long_texts_are_cut_with_one_warning(embedder):
     np.testing.assert_allclose(got[0], embedder.encode(embedder.tokenizer.decode(ids[1:4])), atol=1e-6)
 
 
-def test_texts_are_tokenised_piece_by_piece_with_the_same_result(embedder, corpus, monkeypatch):
+def test_texts_are_tokenised_chunk_by_chunk_with_the_same_result(embedder, corpus, monkeypatch):
     texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
     with pytest.warns(UserWarning):
         vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
@@ -146,7 +146,7 @@ def test_texts_are_tokenised_piece_by_piece_with_the_same_result(embedder, corpu
             np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch):
+def test_the_next_chunk_is_tokenised_while_one_is_computed(embedder, monkeypatch):
     tokenising, computing = threading.Event(), threading.Event()
     pieces, in_time = [], []
 
@@ -170,7 +170,7 @@ def test_the_next_piece_is_tokenised_while_one_is_computed(embedder, monkeypatch
     assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
 
 
-def test_an_error_of_a_later_piece_comes_before_anything_is_computed(embedder, monkeypatch):
+def test_an_error_of_a_later_chunk_comes_before_anything_is_computed(embedder, monkeypatch):
     monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 2)
     monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", None)
     with pytest.raises(ValueError, match="text 4 is not valid Unicode"):

@@ -1,4 +1,4 @@
-"""Losses against plain loops in float64, against sentence-transformers and torch; and their memory."""
+"""Losses against plain loops in float64, sentence-transformers and torch; and their memory."""
 
 from functools import partial
 from pathlib import Path
@@ -187,7 +187,10 @@ def test_masked_lm_is_the_cross_entropy_of_the_first_labels(masked, max_masked, 
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_masked_lm_in_bfloat16_with_logits_in_the_hundreds_keeps_its_gradients(masked, chunk):
-    """Against float32 with the same rounded inputs; the loss comes multiplied, as a share of a sum does."""
+    """Against float32 with the same rounded inputs.
+
+    The loss is multiplied by a weight, like one term of a sum.
+    """
     states, labels, embedding, head = masked
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in (states, 50 * embedding)]
 

@@ -104,7 +104,10 @@ def test_the_folded_model_is_the_model_with_the_task_and_shares_its_table(model)
 
 
 def test_folding_in_bfloat16_rounds_once(make_encoder):
-    """The update is added in float32: folding differs from exact arithmetic by the rounding of the sum alone."""
+    """The update is added in float32.
+
+    Folding differs from exact arithmetic by the rounding of the sum alone.
+    """
     encoder = make_encoder(tasks=("a",))
     low = {path: v.get_value().astype(jnp.bfloat16) for path, v in variables(encoder).items() if v.get_value().ndim > 1}
     kernel, a, b = (np.asarray(low[f"layers.up.{name}"], np.float64) for name in ("kernel", "a", "b"))

@@ -1,4 +1,4 @@
-"""Attention by segments: all forms of XLA against a float64 twin that attends within one text at a time."""
+"""Attention within segments: all forms of XLA against a float64 twin of one text at a time."""
 
 import re
 from functools import partial
@@ -18,7 +18,7 @@ FORMS = [plain_attention, rowwise_attention, blockwise_attention]
 
 
 def chunked_elsewhere(qkv, segment_ids, tables, *, num_heads):
-    """What chunked attention is on anything but a CPU: all rows and heads at the same time."""
+    """`blockwise_attention` on anything but a CPU: all rows and heads at the same time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jina_jax.model.attention.platform", lambda: "tpu")
         return blockwise_attention(qkv, segment_ids, tables, num_heads=num_heads)
@@ -28,7 +28,7 @@ LENGTHS = [1, 7, KEYS_PER_BLOCK // 2 + 1, KEYS_PER_BLOCK, 5 * KEYS_PER_BLOCK // 
 
 
 def case(t: int, *, b: int = 2, texts: int = 5, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """qkv [3, b, t, d], and segments and positions [b, t] of rows of several texts and padding at the end."""
+    """qkv [3, b, t, d], segment_ids and positions [b, t] of rows of several texts and padding."""
     rng = np.random.default_rng(seed)
     segment_ids, positions = np.zeros((b, t), np.int32), np.zeros((b, t), np.int32)
     for row in range(b):
@@ -40,7 +40,7 @@ def case(t: int, *, b: int = 2, texts: int = 5, seed: int = 0) -> tuple[jax.Arra
 
 
 def rotated(x: np.ndarray, positions: np.ndarray, theta: float = THETA) -> np.ndarray:
-    """[t, n, h]: each pair (i, i + h / 2) as a complex number, turned by position / theta^(2 i / h)."""
+    """Rotates [t, n, h]: each pair (i, i + h / 2), as a complex number, by p / theta^(2 i / h)."""
     half = x.shape[-1] // 2
     angles = positions[:, None] / theta ** (np.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]

@@ -1,4 +1,4 @@
-"""The encoder: a text embeds the same whatever surrounds it, and every step is what its name says."""
+"""The encoder: a text embeds the same whatever surrounds it; every step is what its name says."""
 
 import math
 import os

@@ -11,7 +11,7 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)), jnp.float32)
 
 
 def in_turns(x, total):
-    """Rows, single rows and all of x, in a loop of three turns."""
+    """Rows, single rows and all of x, in a loop of three iterations."""
 
     def turn(total, seed):
         some, total = gradient_sums.track_gather(x, total, jnp.array([[4, 0], [4, 2]]) * (seed % 2))

@@ -1,4 +1,4 @@
-"""Adapted layers in all three forms of `task`, against one product per token in float64."""
+"""Adapted layers in all three forms of `adapter_ids`, against one matmul per token in float64."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ TOKENS = np.random.default_rng(8).integers(0, ENTRIES, MIXED.shape).astype(np.in
 
 
 def randomised(layer, seed: int = 0):
-    """Every parameter random, and another scale for each task and part."""
+    """Every parameter random, and another scale for each task and each of q, k and v."""
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(layer)
     state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.4, 1.2, x.shape) * rng.choice([-1, 1], x.shape), x.dtype), state)
@@ -29,7 +29,7 @@ def randomised(layer, seed: int = 0):
 
 
 def dense(kind: str, dtype=jnp.float32, *, adapters: AdapterSpec | None = SPEC, param_dtype=jnp.float32) -> AdaptedDense:
-    """A plain layer, or the fused projection with one down-projection for q, k and v or one for each."""
+    """A plain layer, or the fused projection with one down-projection for q, k and v or three."""
     features = (OUTPUTS,) if kind == "plain" else (3, OUTPUTS)
     if adapters is not None:
         adapters = dataclasses.replace(adapters, separate_qkv=kind == "separate")
@@ -74,7 +74,7 @@ def embed_twin(layer: AdaptedEmbed, tokens: np.ndarray, task: np.ndarray) -> np.
     return out
 
 
-# ---- the three forms of a task ----
+# ---- the three forms of adapter_ids ----
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -1,4 +1,7 @@
-"""On eight simulated devices everything is as on one. Whole runs on meshes are in test_loop.py."""
+"""On eight simulated devices everything is as on one.
+
+Whole runs on meshes are in tests/train/run/test_loop.py.
+"""
 
 import os
 import subprocess
@@ -30,7 +33,10 @@ def test_the_device_holds_nothing_but_what_a_step_is_given(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_restore_takes_little_more_memory_than_its_arrays(tmp_path):
-    """From one device to eight, in one process and in two, and back: bit for bit (the program compares)."""
+    """From one device to eight, in one process and in two, and back.
+
+    The program compares them bit for bit.
+    """
     returned = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # glibc would keep what was freed, for later
     one, eight = tmp_path / "one", tmp_path / "eight"
     finished(started(1, "restored_memory", "save", one, 1))

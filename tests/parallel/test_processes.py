@@ -1,4 +1,7 @@
-"""Several processes on this machine, with real collectives between them, are one process with as many devices."""
+"""Several processes are one process with as many devices.
+
+They run on this machine, with real collectives between them.
+"""
 
 import os
 import signal
@@ -27,7 +30,8 @@ def datasets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs_of(datasets, tmp_path_factory):
     def make(*names: str, devices: int, steps: int = 4, pause: float = 0.0, **fields) -> Runs:
-        # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
+        # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but
+        # rounding.
         made = stages(datasets, steps=steps, epsilon=1e-2, batch_size=16, encode_chunk_rows=2, num_row_counts=3)
         config = run_config(*(made[name] for name in names), log_every=1, checkpoint_every=1, **fields)
         return Runs(tmp_path_factory.getbasetemp() / f"compiled-{devices}", config, pause, devices)
@@ -102,7 +106,7 @@ def test_an_error_in_one_process_is_every_processs_error(runs_of, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
-    """Four devices in two processes, then one device: the batches are the same, and so is the result."""
+    """Four devices in two processes, then one device: same batches, same result."""
     assert runs_of("pairs", devices=1).finish(tmp_path / "whole") == 0
     moved = tmp_path / "moved"
     faults = {number: ("dies in a step", 4) for number in range(2)}

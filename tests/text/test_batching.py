@@ -1,4 +1,4 @@
-"""Texts to batches piece by piece: every text once, in rows as full as if all were packed together."""
+"""Texts to batches, chunk by chunk: every text once, in rows as full as if packed together."""
 
 from collections.abc import Callable
 from unittest.mock import patch
@@ -15,7 +15,10 @@ BUDGET = 1024
 
 
 def of_length(texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-    """A text is its number of tokens, and so is each of its tokens. Those of an odd number count as cut."""
+    """A text is its number of tokens, and so is each of its tokens.
+
+    Those of an odd number count as cut.
+    """
     return [[int(text)] * int(text) for text in texts], [int(text) % 2 == 1 for text in texts]
 
 
@@ -65,7 +68,7 @@ def test_full_batches_are_those_of_the_plan_that_others_could_not_fill(lengths, 
         assert sum(lengths[text] for row in batch.rows for text in row) >= 0.95 * b * t
 
 
-def test_the_corpus_in_pieces_takes_no_more_slots_than_together(corpus, tokenizer):
+def test_the_corpus_in_chunks_takes_no_more_slots_than_together(corpus, tokenizer):
     def tokenize(texts):
         ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
         return ids, [False] * len(ids)
@@ -98,7 +101,7 @@ def test_texts_that_nothing_fills_do_not_wait_for_the_end():
     with pieces(2, 8):
         batches = packed_batches(["300"] * 40, tokenize, 0, BUDGET)
         next(batches)
-        assert sum(seen) <= 22  # eight wait at most, and the next piece may have been begun
+        assert sum(seen) <= 22  # eight wait at most, and the next chunk may have been begun
         batches.close()
 
 

@@ -1,4 +1,7 @@
-"""One reader for every format: the same records, places and errors, whatever the file and however it is compressed."""
+"""One reader for every format: the same records, places and errors.
+
+They depend neither on the file's format nor on its compression.
+"""
 
 import csv
 import gzip

@@ -1,4 +1,7 @@
-"""Every configuration of `configs/` runs: two steps, on small models and data of the right kinds, everything else as it is."""
+"""Every configuration of `configs/` runs two steps, with a small model and small data.
+
+Everything else is unchanged.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +38,7 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(make_encoder, tokenizer, tmp_path_factory) -> dict[str, str]:
-    """In place of the hub's models, and of what earlier runs have made."""
+    """Small models in place of the hub's, and of those that earlier runs have made."""
     directory = tmp_path_factory.mktemp("sources")
     write_xlmr(directory / "xlmr", **TORCH_SIZES)
     write_original(directory / "published", **TORCH_SIZES)

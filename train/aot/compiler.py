@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from jina_jax.errors import JinaJaxError
+
 from ..step.chips import GIB
 from .hlo_cost import Collective, cost
 from .kernel_schedules import DUMP_FLAGS, kernel_cycles, lookup_cycles
@@ -30,11 +32,11 @@ from .topology import Topology, parse_topology, send_rate
 INSTALL = "pip install 'jina-jax[train,tpu]'"
 
 
-class NoCompiler(ValueError):
+class NoCompiler(JinaJaxError):
     """libtpu is not installed, or another process has it."""
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(JinaJaxError):
     """A program needs more memory than a device has.
 
     `needed` is in bytes, as far as the compiler says it, else 0.

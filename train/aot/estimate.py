@@ -122,7 +122,7 @@ def report(compiled: Compiled) -> str:
     ]
     for collective in cost.collectives:
         over = f"over {collective.group or cost.devices} devices"
-        lines.append(f"  {collective.kind:<22} {collective.count} {over}, {collective.bytes / 1e9:.3f} GB")
+        lines.append(f"  {collective.kind:<22} {collective.calls} {over}, {collective.bytes / 1e9:.3f} GB")
     for name, kernel in cost.kernels.items():
         cycles = f"{kernel['cycles']:,} cycles each" if kernel["cycles"] else "NOT COUNTED: it is in no schedule"
         lines.append(f"  kernel {name:<15} {kernel['calls']} calls, {cycles}")

@@ -13,6 +13,8 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
+from jina_jax.errors import JinaJaxError
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 _COPIES = {"copy", "transpose", "reshape", "bitcast", "parameter", "slice", "concatenate", "pad", "constant", "tuple"}
@@ -26,7 +28,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
 
-class HloError(ValueError):
+class HloError(JinaJaxError):
     """Text that is no compiled program, or one with a loop whose trip count it does not give."""
 
 
@@ -44,7 +46,7 @@ class Collective(NamedTuple):
     kind: str
     group: int
     """Devices that communicate with one another; 0 = all."""
-    count: int
+    calls: int
     bytes: float
     """Bytes that one device contributes over all calls; for an all-gather, that it receives."""
 

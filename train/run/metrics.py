@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jina_jax.errors import RunError
 from jina_jax.files import atomic_write
 from jina_jax.parallel.processes import is_main_process
 
@@ -24,7 +25,7 @@ from ..step.update import Metrics
 FILE = "metrics.jsonl"
 
 
-class TrainingDiverged(ValueError):
+class TrainingDiverged(RunError):
     """Error of a run whose loss, gradient or parameters are not finite."""
 
 

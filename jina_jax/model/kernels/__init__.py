@@ -1,1 +1,2 @@
-"""Attention kernels in Pallas, one file each; every one is tested against `model.attention.plain_attention`."""
+"""Attention kernels in Pallas, one file each; every one is tested against
+`model.attention.plain_attention`."""

@@ -18,10 +18,15 @@ keys:
     computes.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from ..matmul import matmul_precision
@@ -124,3 +129,71 @@ def rotate(x: Array, rotary: list[Array], scale: float = 1.0, *, back: bool = Fa
         first, second = y[: HEAD_DIM // 2], y[HEAD_DIM // 2 :]
         y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin])
     return (y * np.float32(scale)).astype(x.dtype) if scale != 1.0 else y.astype(x.dtype)
+
+
+class Block(NamedTuple):
+    """What a program of the grid loads of an array, and by which of its row and pair of heads."""
+
+    shape: tuple[int, ...]
+    index_map: Callable[[Any, Any], tuple[Any, ...]]
+
+
+def blocks_by_shape(inputs: tuple[Array, ...], shared: Shared) -> dict[tuple[int, ...], Block]:
+    """Returns the block of every array of a kernel, by the array's shape; `inputs` begins with
+    qkv."""
+    _, b, t, d = inputs[0].shape
+    blocks = {
+        (3, b, t, d): Block((3, 1, t, LANES), lambda row, pair: (0, row, 0, pair)),  # qkv
+        (b, t, d): Block((1, t, LANES), lambda row, pair: (row, 0, pair)),  # out
+        # statistics
+        (b, d // LANES, 4, t): Block((1, 1, 4, t), lambda row, pair: (row, pair, 0, 0)),
+    }
+    return blocks | {x.shape: Block((1, *x.shape[1:]), lambda row, pair: (row, 0, 0)) for x in jax.tree.leaves(shared)}
+
+
+def call_for_head_pairs(
+    kernel: Callable[..., None],
+    inputs: tuple[Array, ...],
+    shared: Shared,
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    *,
+    semantics: Sequence[Any],
+    interpret: bool,
+    spans: Array | None = None,
+    scratch: tuple[jax.ShapeDtypeStruct, ...] = (),
+    buffers: pl.Buffered | None = None,
+) -> tuple[Array, ...]:
+    """Runs a kernel for each row and pair of heads.
+
+    Args:
+        kernel: takes references to `spans` if given, to `shared`, to `inputs`, to the outputs, and
+            to the scratch arrays.
+        inputs: qkv first.
+        shared: loaded once for a row.
+        outputs: shapes of the results.
+        semantics: whether rows, and pairs of heads, may be spread over the cores of a chip.
+        interpret: run on any backend, slowly, for tests.
+        spans: small numbers of each row [b, ...], for the scalar unit.
+        scratch: on-chip arrays of a program.
+        buffers: how many blocks of an array are on the chip at a time; None = two.
+    """
+    blocks = blocks_by_shape(inputs, shared)
+    b, d = inputs[0].shape[1], inputs[0].shape[3]
+
+    def spec(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(*blocks[x.shape], pipeline_mode=buffers)
+
+    scalars = [] if spans is None else [spans]
+    scalar_specs = [pl.BlockSpec((1, *x.shape[1:]), lambda row, pair: (row, 0, 0), memory_space=pltpu.SMEM) for x in scalars]
+    call = pl.pallas_call(
+        kernel,
+        name=getattr(kernel, "func", kernel).__name__.strip("_"),
+        grid=(b, d // LANES),
+        in_specs=[*scalar_specs, jax.tree.map(spec, shared), *map(spec, inputs)],
+        out_specs=[*map(spec, outputs)],
+        out_shape=list(outputs),
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype) for x in scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
+        interpret=interpret,
+    )
+    return tuple(call(*scalars, shared, *inputs))

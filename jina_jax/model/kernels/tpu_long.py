@@ -1,16 +1,22 @@
-"""Flash attention within the texts of long packed rows, for TPU: rows of 1,025 to 16,384 tokens, forward and backward.
+"""Flash attention within the texts of long packed rows, for TPU: rows of 1,025 to 16,384 tokens,
+forward and backward.
 
-A program of the grid takes two heads of a row, as `tpu.py` describes, and goes through their scores in blocks.
+A program of the grid takes two heads of a row, as `tpu.py` describes, and goes through their scores
+in blocks.
 
-  * All of the two heads is in the chip's memory. Keys are rotated and transposed once, not for every block of queries; for
-    the gradient it is queries.
-  * The softmax is online (Milakov & Gimelshein 2018). Foreign blocks before the first key of the same text leave something
-    finite, which that key multiplies by 2^-(2^100) = 0: the mask stays exact.
-  * Scores are computed a block ahead, so that the matrix unit works on the next block while the exponentials of this one
-    are taken. An iteration of the loop is two blocks, which gives the compiler more to overlap.
-  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in `tpu_short.py`. The gradient is one
-    pass (Dao et al. 2022): blocks of keys outside, of queries inside, the gradient of all queries summed in float32.
-  * A block meets others from the first to the last that may hold one of its segments, by the lowest and highest of each.
+  * All of the two heads is in the chip's memory. Keys are rotated and transposed once, not for
+    every block of queries; for the gradient it is queries.
+  * The softmax is online (Milakov & Gimelshein 2018). Foreign blocks before the first key of the
+    same text leave something finite, which that key multiplies by 2^-(2^100) = 0: the mask stays
+    exact.
+  * Scores are computed a block ahead, so that the matrix unit works on the next block while the
+    exponentials of this one are taken. An iteration of the loop is two blocks, which gives the
+    compiler more to overlap.
+  * The forward pass leaves the backward pass each query's maximum and 1 / sum, as in
+    `tpu_short.py`. The gradient is one pass (Dao et al. 2022): blocks of keys outside, of queries
+    inside, the gradient of all queries summed in float32.
+  * A block meets others from the first to the last that may hold one of its segments, by the lowest
+    and highest of each.
 """
 
 import math
@@ -21,7 +27,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -34,6 +39,8 @@ from .tpu import (
     SCALE,
     VMEM_LIMIT,
     Shared,
+    blocks_by_shape,
+    call_for_head_pairs,
     dot,
     head_rows,
     key_side,
@@ -50,7 +57,8 @@ LONGEST_ROW = {"bfloat16": 16_384, "float32": 8192}
 """Tokens, by what fits into the chip's memory."""
 
 BLOCKS = (512, 640, 384)
-"""Tokens of a block, of queries and of keys: the first of those that leave the fewest slots empty."""
+"""Tokens of a block, of queries and of keys: the first of those that leave the fewest slots
+empty."""
 
 ROOM = 12 * 2**20
 """Bytes of on-chip memory for what the compiler keeps between instructions, such as scores."""
@@ -59,11 +67,12 @@ LOWEST = -(2.0**126)
 """Below the maximum of any block: where all keys are foreign, that is at least -32 * 2^100."""
 
 ONES = 16
-"""Rows of ones below v, as many as fill a tile: their product with the weights is the sum of the softmax."""
+"""Rows of ones below v, as many as fill a tile: their product with the weights is the sum of the
+softmax."""
 
 
 def supports(qkv: Array, num_heads: int) -> bool:
-    """Whether `tpu_flash_attention` takes such a projection: heads of 64 in pairs, up to 16,384 tokens, or 8,192 in float32."""
+    """True for heads of 64 in pairs, rows of up to 16,384 tokens, or 8,192 in float32."""
     return supports_head_pairs(qkv, num_heads) and qkv.shape[2] <= LONGEST_ROW[qkv.dtype.name]
 
 
@@ -76,7 +85,9 @@ def tpu_flash_attention(
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
-    """`attention.plain_attention` on a TPU, for projections that it `supports`. The tables are constants: they get no gradient.
+    """`attention.plain_attention` on a TPU, for the projections that `supports` accepts.
+
+    The tables are constants: they get no gradient.
 
     Args:
         qkv: the fused projection before rotation.
@@ -116,7 +127,8 @@ def _attend_forward(qkv: Array, shared: Shared, tokens: int, size: int, interpre
         float32((2, size, size)),  # their scores with a block of keys
         float32((2, 1, size)),  # the highest of these
         float32((2, 1, size)),  # the highest so far
-        float32((2, HEAD_DIM + 8, size)),  # the weighted values so far, and below them the sum of the weights
+        # the weighted values so far, and below them the sum of the weights
+        float32((2, HEAD_DIM + 8, size)),
     )
     outputs = like_qkv((b, t, d)), float32((b, d // LANES, 4, t))
     out, statistics = _run(_long_row_attention, (qkv,), shared, outputs, scratch, size, tokens, interpret)
@@ -150,47 +162,30 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _run(
     kernel, inputs: tuple, shared: Shared, outputs: tuple, scratch: tuple, size: int, tokens: int, interpret: bool
 ) -> tuple[Array, ...]:
-    """The kernel for each row and pair of heads. `shared` is loaded once for a row."""
-    _, b, t, d = inputs[0].shape
-    blocks = {
-        (3, b, t, d): ((3, 1, t, LANES), lambda row, pair: (0, row, 0, pair)),  # qkv
-        (b, t, d): ((1, t, LANES), lambda row, pair: (row, 0, pair)),  # out
-        (b, d // LANES, 4, t): ((1, 1, 4, t), lambda row, pair: (row, pair, 0, 0)),  # statistics
-    }
-    blocks |= {x.shape: ((1, *x.shape[1:]), lambda row, pair: (row, 0, 0)) for x in jax.tree.leaves(shared)}
-    # What comes next is loaded meanwhile if both have room. The longest rows wait for it, for little of their time.
-    loaded = sum(math.prod(blocks[x.shape][0]) * x.dtype.itemsize for x in jax.tree.leaves((inputs, shared, outputs)))
+    blocks = blocks_by_shape(inputs, shared)
+    # What comes next is loaded meanwhile if both have room. The longest rows wait for it, for
+    # little of their time.
+    loaded = sum(math.prod(blocks[x.shape].shape) * x.dtype.itemsize for x in jax.tree.leaves((inputs, shared, outputs)))
     kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in scratch)
-    buffers = pl.Buffered(2 if 2 * loaded + kept + ROOM <= VMEM_LIMIT else 1)
-
-    def spec(x) -> pl.BlockSpec:
-        return pl.BlockSpec(*blocks[x.shape], pipeline_mode=buffers)
-
-    # Both are parallel: a chip of two cores, such as v5p, shares out rows, and of a single row the heads.
-    parallel = ("parallel", "parallel")
-    call = pl.pallas_call(
+    return call_for_head_pairs(
         partial(kernel, tokens),
-        name=kernel.__name__.strip("_"),
-        grid=(b, d // LANES),
-        in_specs=[
-            pl.BlockSpec((1, 2, t // size), lambda row, pair: (row, 0, 0), memory_space=pltpu.SMEM),
-            jax.tree.map(spec, shared),
-            *map(spec, inputs),
-        ],
-        out_specs=[*map(spec, outputs)],
-        out_shape=list(outputs),
-        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype) for x in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=parallel, vmem_limit_bytes=VMEM_LIMIT),
+        inputs,
+        shared,
+        outputs,
+        # A chip of two cores, such as v5p, shares out rows, and of a single row the heads.
+        semantics=("parallel", "parallel"),
         interpret=interpret,
+        spans=_spans(shared[0], size),
+        scratch=scratch,
+        buffers=pl.Buffered(2 if 2 * loaded + kept + ROOM <= VMEM_LIMIT else 1),
     )
-    return tuple(call(_spans(shared[0], size), shared, *inputs))
 
 
 def _spans(segment_ids: Array, size: int) -> Array:
     """The first and the last block that each block meets [b, 2, blocks], of segments [b, 1, t]."""
     blocks = segment_ids.reshape(segment_ids.shape[0], -1, size)
-    lowest, row_max = blocks.min(-1), blocks.max(-1)
-    meet = (lowest[:, :, None] <= row_max[:, None]) & (lowest[:, None] <= row_max[:, :, None])
+    lowest, highest = blocks.min(-1), blocks.max(-1)
+    meet = (lowest[:, :, None] <= highest[:, None]) & (lowest[:, None] <= highest[:, :, None])
     first, behind = meet.argmax(-1), meet[..., ::-1].argmax(-1)
     return jnp.stack([first, meet.shape[-1] - 1 - behind], 1).astype(jnp.int32)
 
@@ -229,7 +224,8 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
         peak_ref[head] = scores.max(0, keepdims=True)
 
     def add(j, ahead):
-        """The scores at hand, those of block j, into the sums. Then those of block `ahead` are at hand."""
+        """The scores at hand, those of block j, into the sums. Then those of block `ahead` are at
+        hand."""
         for head in (0, 1):
             before = highest_ref[head]
             row_max = jnp.maximum(before, peak_ref[head])
@@ -271,7 +267,8 @@ def _long_row_attention(tokens: int, spans_ref, shared, qkv_ref, out_ref, statis
 def _long_row_attention_backward(
     tokens: int, spans_ref, shared, qkv_ref, out_ref, d_out_ref, statistics_ref, d_qkv_ref, *scratch
 ) -> None:
-    """The gradient of qkv of two heads. The weights are computed again from the scores and the statistics of the softmax."""
+    """The gradient of qkv of two heads. The weights are recomputed from the scores and the
+    statistics of the softmax."""
     queries_ref, d_outs_ref, known_ref, d_q_ref, keys_ref, own_keys_ref, values_ref, d_k_ref, d_v_ref = scratch
     blocks, _, _, size = queries_ref.shape
     dtype = qkv_ref.dtype
@@ -300,15 +297,17 @@ def _long_row_attention_backward(
     def add(i):
         """The gradients from a block of queries."""
         for head in (0, 1):
-            row_max, share, products = (known_ref[i, n : n + 1] for n in range(3 * head, 3 * head + 3))  # [1, t]
-            weights = jnp.exp2(dot(keys_ref[head], queries_ref[i, head]) - row_max) * share  # [s, t]
+            # [1, t]
+            row_max, share, products = (known_ref[i, n : n + 1] for n in range(3 * head, 3 * head + 3))
+            # [s, t]
+            weights = jnp.exp2(dot(keys_ref[head], queries_ref[i, head]) - row_max) * share
             d_scores = weights * (dot(values_ref[head], d_outs_ref[i]) - products)
             weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
             d_v_ref[rows[head]] += dot(d_outs_ref[i, rows[head]], weights, OVER_QUERIES)
             d_k_ref[rows[head]] += dot(queries_ref[i, head, :HEAD_DIM], d_scores, OVER_QUERIES)
             d_q_ref[i, rows[head]] += dot(own_keys_ref[rows[head]], d_scores)
 
-    # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains it in q.
+    # Scores were to base 2: the gradient of q has lost its log2 e already, that of k has it in q.
     def write(part, j, gradient, scale):
         _, rotary = _block_code_and_rotary(shared, tokens, j, size, dtype)
         turned = [rotate(head_rows(gradient, head), rotary, scale, back=True) for head in (0, 1)]

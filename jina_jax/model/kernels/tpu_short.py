@@ -1,10 +1,14 @@
-"""Attention within the texts of packed rows, for TPU: forward and backward of rows of up to 1,024 tokens.
+"""Attention within the texts of packed rows, for TPU: forward and backward of rows of up to 1,024
+tokens.
 
-A program of the grid takes two heads of a row, as `tpu.py` describes, with all their scores at once.
+A program of the grid takes two heads of a row, as `tpu.py` describes, with all their scores at
+once.
 
-  * The sum of the softmax weights comes from rows of ones below v. The forward pass leaves the backward pass each query's
-    maximum and 1 / sum. The log of both in one number would be a subtraction less and wrong for large logits.
-  * The scores of both heads are stated before the exponentials of the first, so that the compiler overlaps the two.
+  * The sum of the softmax weights comes from rows of ones below v. The forward pass leaves the
+    backward pass each query's maximum and 1 / sum. The log of both in one number would be a
+    subtraction less and wrong for large logits.
+  * The scores of both heads are stated before the exponentials of the first, so that the compiler
+    overlaps the two.
 """
 
 from functools import partial
@@ -13,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -25,8 +27,8 @@ from .tpu import (
     LOG2_E,
     OVER_QUERIES,
     SCALE,
-    VMEM_LIMIT,
     Shared,
+    call_for_head_pairs,
     dot,
     head_rows,
     key_side,
@@ -56,7 +58,9 @@ def tpu_fused_attention(
     num_heads: int,
     interpret: bool = False,
 ) -> Float[Array, "b t d"]:
-    """`attention.plain_attention` on a TPU, for projections that it `supports`. The tables are constants: they get no gradient.
+    """`attention.plain_attention` on a TPU, for the projections that `supports` accepts.
+
+    The tables are constants: they get no gradient.
 
     Args:
         qkv: the fused projection before rotation.
@@ -107,32 +111,16 @@ def _out(qkv: Array) -> jax.ShapeDtypeStruct:
 
 
 def _run(kernel, inputs: tuple, shared: Shared, outputs: tuple, tokens: int, interpret: bool) -> tuple[Array, ...]:
-    """The kernel for each row and pair of heads. `shared` is loaded once for a row."""
-    _, b, t, d = inputs[0].shape
-    blocks = {
-        (3, b, t, d): pl.BlockSpec((3, 1, t, LANES), lambda row, pair: (0, row, 0, pair)),  # qkv
-        (b, t, d): pl.BlockSpec((1, t, LANES), lambda row, pair: (row, 0, pair)),  # out
-        (b, d // LANES, 4, t): pl.BlockSpec((1, 1, 4, t), lambda row, pair: (row, pair, 0, 0)),  # statistics
-    }
-    shared_specs = jax.tree.map(lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda row, pair: (row, 0, 0)), shared)
-    call = pl.pallas_call(
-        partial(kernel, tokens),
-        name=kernel.__name__.strip("_"),
-        grid=(b, d // LANES),
-        in_specs=[shared_specs, *(blocks[x.shape] for x in inputs)],
-        out_specs=[blocks[x.shape] for x in outputs],
-        out_shape=list(outputs),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret,
-    )
-    return tuple(call(shared, *inputs))
+    semantics = ("parallel", "arbitrary")
+    return call_for_head_pairs(partial(kernel, tokens), inputs, shared, outputs, semantics=semantics, interpret=interpret)
 
 
 # ---- the kernels
 
 
 def _row_attention(tokens: int, shared, *refs) -> None:
-    """softmax(q k / 8) v of two heads. For a gradient, the last of `refs` takes the statistics of each head's softmax."""
+    """softmax(q k / 8) v of two heads. For a gradient, the last of `refs` takes the statistics of
+    each head's softmax."""
     qkv_ref, out_ref, *statistics_ref = refs
     code, rotary = _code_and_rotary(shared, tokens, qkv_ref.dtype)
     q, k, v = (qkv_ref[i, 0].T for i in range(3))  # [2h, t]
@@ -154,7 +142,8 @@ def _row_attention(tokens: int, shared, *refs) -> None:
 
 
 def _row_attention_backward(tokens: int, shared, *refs) -> None:
-    """The gradient of qkv of two heads. The weights are computed again from the scores and the statistics of the softmax."""
+    """The gradient of qkv of two heads. The weights are recomputed from the scores and the
+    statistics of the softmax."""
     qkv_ref, out_ref, d_out_ref, statistics_ref, d_qkv_ref = refs
     code, rotary = _code_and_rotary(shared, tokens, qkv_ref.dtype)
     q, k, v = qkv_ref[0, 0].T, qkv_ref[1, 0].T, qkv_ref[2, 0]  # q, k [2h, t]; v [s, 2h]
@@ -163,13 +152,16 @@ def _row_attention_backward(tokens: int, shared, *refs) -> None:
     d_q, d_k, d_v = [], [], []
     for head in (0, 1):
         own_q, own_k = rotate(head_rows(q, head), rotary, SCALE * LOG2_E), rotate(head_rows(k, head), rotary)
-        row_max, share = (statistics_ref[0, 0, i : i + 1] for i in (2 * head, 2 * head + 1))  # [1, t]
-        weights = jnp.exp2(dot(key_side(own_k, code), query_side(own_q, code)) - row_max) * share  # [s, t]
+        # [1, t]
+        row_max, share = (statistics_ref[0, 0, i : i + 1] for i in (2 * head, 2 * head + 1))
+        # [s, t]
+        weights = jnp.exp2(dot(key_side(own_k, code), query_side(own_q, code)) - row_max) * share
         d_weights = dot(other_head_zeroed(head, v), d_out)
         d_scores = weights * (d_weights - head_rows(products, head).sum(0, keepdims=True))
         weights, d_scores = weights.astype(v.dtype), d_scores.astype(v.dtype)
         d_v.append(dot(head_rows(d_out, head), weights, OVER_QUERIES))  # [h, s]
-        # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains it in q.
+        # Scores were to base 2: the gradient of q has lost its log2 e already, that of k contains
+        # it in q.
         d_k.append(rotate(dot(own_q, d_scores, OVER_QUERIES), rotary, 1 / LOG2_E, back=True))
         d_q.append(rotate(dot(own_k, d_scores), rotary, SCALE, back=True))  # [h, t]
     for i, gradient in enumerate((d_q, d_k, d_v)):

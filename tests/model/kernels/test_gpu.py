@@ -1,5 +1,7 @@
-"""The attention kernel for GPUs: interpreted, against the plain form; lowered for CUDA; and compiled for an H100, where XLA's
-compiler for CUDA is installed. None of it needs a GPU."""
+"""The attention kernel for GPUs: interpreted, against the plain form, and lowered for CUDA.
+
+It is compiled for an H100 where XLA's compiler for CUDA is installed. None of it needs a GPU.
+"""
 
 import importlib.util
 import os

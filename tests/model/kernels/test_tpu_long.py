@@ -1,4 +1,7 @@
-"""The kernel of longer rows: interpreted, in small blocks, against the plain form; and compiled where libtpu is installed."""
+"""The TPU kernel of longer rows: interpreted, in small blocks, against the plain form.
+
+It is compiled where libtpu is installed.
+"""
 
 from functools import partial
 
@@ -66,7 +69,7 @@ def test_rows_of_any_number_of_blocks(t):
 
 @pytest.mark.parametrize("size", [200.0, 3e4])
 def test_logits_of_any_size(size):
-    """Keys of +size and -size in every text; in the third only -size, with all the weight that there is."""
+    """Keys of +size and -size in every text; in the third only -size, which take all weight."""
     segment_ids = texts(40, 1, 300, 150, t=T)
     out, gradient = assert_as_plain(kernel, signed_logits(segment_ids, size), segment_ids, UNTURNED)
     assert jnp.isfinite(out).all() and jnp.isfinite(gradient).all()

@@ -1,4 +1,7 @@
-"""The kernel of rows of up to 1,024 tokens: interpreted, against the plain form; and compiled, where libtpu is installed."""
+"""The TPU kernel of rows of up to 1,024 tokens: interpreted, against the plain form.
+
+It is compiled where libtpu is installed.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -66,7 +69,7 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("size", [200.0, 3e4])
 def test_logits_of_any_size(size):
-    """Keys of +size and -size in every text; in some texts only -size, with all the weight that there is."""
+    """Keys of +size and -size in every text; in some texts only -size, which take all weight."""
     segment_ids = texts(40, 1, 30, 30, t=128)
     out, gradient = assert_as_plain(kernel, signed_logits(segment_ids, size), segment_ids, None)
     assert jnp.isfinite(out).all() and jnp.isfinite(gradient).all()

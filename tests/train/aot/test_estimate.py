@@ -1,4 +1,7 @@
-"""Programs compiled for TPUs ahead of time: the arguments they are compiled for, the table of chips, what the user is told."""
+"""Programs compiled for TPUs ahead of time.
+
+Their arguments, the table of chips, and what the user is told.
+"""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Costs read from the text of compiled programs, against numbers worked out by hand; and schedules of kernels likewise."""
+"""Costs read from compiled programs and from schedules of kernels, against numbers by hand."""
 
 import pytest
 
@@ -111,10 +111,10 @@ def test_loops_multiply_what_is_in_them():
 
 def test_collectives_are_counted_with_their_bytes():
     assert cost(PROGRAM).collectives == (
-        Collective("all-gather", 4, count=3, bytes=3 * 256 * 16 * 2),
-        Collective("all-gather", 16, count=1, bytes=16 * 8 * 4),  # its three fusions are one
-        Collective("all-reduce", 0, count=1, bytes=(100 + 4) * 4),
-        Collective("reduce-scatter", 4, count=1, bytes=64 * 8 * 4),
+        Collective("all-gather", 4, calls=3, bytes=3 * 256 * 16 * 2),
+        Collective("all-gather", 16, calls=1, bytes=16 * 8 * 4),  # its three fusions are one
+        Collective("all-reduce", 0, calls=1, bytes=(100 + 4) * 4),
+        Collective("reduce-scatter", 4, calls=1, bytes=64 * 8 * 4),
     )
 
 
@@ -167,7 +167,7 @@ LB: loop body
 
 def test_bundles_of_a_schedule(tmp_path):
     assert [bundle.depth for bundle in bundles(SCHEDULE)] == [0, 0, 1, 1, 2, 0, 2, 2, 2, 1, 1, 0]
-    want = 3 + (34 - 2) * (4 + 10 * 3 + 5 * 2)  # the grid's loop has two turns more than the grid
+    want = 3 + (34 - 2) * (4 + 10 * 3 + 5 * 2)  # the grid's loop has two iterations more than the grid
     assert count(bundles(SCHEDULE)) == want
     (tmp_path / "1-ours.3-01-final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-ours.3-00-schedule-analysis_final_bundles.txt").write_text(SCHEDULE)

@@ -1,4 +1,4 @@
-"""Batches: the texts of every example, tokenised as by the tokenizer alone, each where `places` says."""
+"""Batches: the texts of every example, tokenised as by the tokenizer, each where `places` says."""
 
 from collections import Counter
 
@@ -216,7 +216,7 @@ def test_class_tuples(seed, record, negatives):
     assert len(example.texts) == texts_per_example(stage("classification", num_negatives=negatives), "labelled_text")
 
 
-def test_masked_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
+def test_excluded_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer):
     plan = stage("classification", same_class="excluded")
     make = to_example(plan, "labelled_text", LABELLED)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]

@@ -1,4 +1,7 @@
-"""Mining of hard negatives: sentence-transformers' windows and margins, never a false negative, one line for every mistake."""
+"""Mining of hard negatives: sentence-transformers' windows and margins, no false negatives.
+
+And one line for every mistake.
+"""
 
 import json
 import sys
@@ -141,7 +144,7 @@ def test_negatives_are_never_the_anchors_own(links, seed, num_negatives, groups)
     assert as_tuples(mine(pairs, embedding_scores(model), selection)) == expected
 
 
-def test_a_text_is_barred_from_all_groups_of_its_anchor():
+def test_a_text_is_excluded_from_all_groups_of_its_anchor():
     pairs = [
         Pair(anchor="a", positive="p1", group="x"),
         Pair(anchor="a", positive="p2", group="y"),

@@ -1,4 +1,4 @@
-"""Records, the corpus and the datasets made of them: what goes in comes out, and what is wrong is named."""
+"""Records, the corpus and their datasets: what goes in comes out, and what is wrong is named."""
 
 import json
 import lzma

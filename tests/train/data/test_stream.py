@@ -1,4 +1,7 @@
-"""The stream of batches: a function of its number alone, shared by processes without loss, and of one dataset and language."""
+"""The stream of batches: each a function of its number, of one dataset and one language.
+
+Processes share a batch without loss.
+"""
 
 import subprocess
 import sys
@@ -129,7 +132,7 @@ def test_as_many_devices_have_the_same_shares_in_any_number_of_processes(stream,
 
 
 def test_all_processes_have_as_many_rows(stream):
-    """As `max_over_processes` says, here with a process elsewhere that needs more rows than this one."""
+    """By `max_over_processes`, here with a process elsewhere that needs more rows than this one."""
     asked = []
 
     def max_over_processes(name, number, rows):

@@ -1,4 +1,7 @@
-"""Datasets on disk: the same wherever they are prepared, and damage is found before training or where it is read."""
+"""Datasets on disk: the same wherever they are prepared.
+
+Damage is found before training, or where it is read.
+"""
 
 import shutil
 from pathlib import Path

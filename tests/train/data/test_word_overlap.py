@@ -1,4 +1,4 @@
-"""The overlap filter: at least 80 % of the shorter text's words, and at least 4, as substrings of the longer text."""
+"""The overlap filter: 80 % of the shorter text's words, at least 4, are in the longer text."""
 
 import pytest
 from hypothesis import given

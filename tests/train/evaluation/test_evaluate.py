@@ -1,4 +1,4 @@
-"""`train.evaluate`: scores against references made by hand, and the program from a corpus file to tables and plots."""
+"""`train.evaluate`: scores against references by hand, and the program from corpus to tables."""
 
 import json
 import math
@@ -32,7 +32,10 @@ TOPICS = {"games": ("puzzle", "chess", "arcade"), "sound": ("music", "mixer", "a
 
 
 def package(number: int, split: str) -> Package:
-    """Of one of three sections, with words and tags of its section and a name of its own; two in three are also in German."""
+    """Package of one of three sections, with its words and tags and a unique name.
+
+    Two in three are also in German.
+    """
     section = list(TOPICS)[number % 3]
     topic, name = TOPICS[section][number % 9 // 3], f"name{number}"
     text = {"en": Description(f"{topic} of {name}", f"This is {name}, a {topic} for {section}, version {number * 7}.")}

@@ -1,4 +1,7 @@
-"""What runs start from: fresh models, checkpoints of every layout, and finished models that get one more adapter."""
+"""What runs start from: fresh models, checkpoints of every layout, and finished models.
+
+Finished models get one more adapter.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -96,11 +99,14 @@ def test_adapters_have_the_rank_scale_and_instructions_that_were_asked_for():
     }
 
 
-# ---- the bias of a fresh masked-language head ----
+# ---- the bias of a fresh MLM head ----
 
 
 def test_a_fresh_head_begins_with_the_tokens_frequencies():
-    """An encoder whose states say nothing then has the entropy of the tokens as its loss; a uniform one has log(vocabulary)."""
+    """An encoder whose states say nothing then has the entropy of the tokens as its loss.
+
+    A uniform head has log(vocabulary).
+    """
     rng = np.random.default_rng(0)
     frequencies = rng.dirichlet(np.full(20, 0.5))
     tokens = rng.choice(20, size=(50, 4, 100), p=frequencies) + 7
@@ -145,7 +151,7 @@ def test_xlm_roberta_becomes_a_rotary_model(xlmr):
     assert (plain.rope_theta, plain.max_position_embeddings, plain.max_tokens) == (20_000.0, 8194, 8194)
 
 
-def test_masked_language_training_adds_a_head_and_pairs_drop_it(xlmr, tmp_path):
+def test_mlm_training_adds_a_head_and_pairs_drop_it(xlmr, tmp_path):
     write_xlmr(tmp_path, mlm_head=False, **TORCH_SIZES)
     headless = read_torch_checkpoint(tmp_path, dtype=jnp.float32, param_dtype=jnp.float32)
     with_head, without = started("mlm", source=str(tmp_path)), started("pairs", source=str(xlmr))
@@ -182,7 +188,7 @@ def test_a_new_adapter_on_a_finished_model_leaves_the_rest_as_it_is(published, t
     assert np.abs(after.encode(texts, task="tickets") - after.encode(texts, prompt="Sort: ")).max() > 1e-4
 
 
-# ---- parts ----
+# ---- trainable split ----
 
 
 @pytest.mark.parametrize("name", ["retrieval", "classification", "pairs"])

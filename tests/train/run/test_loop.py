@@ -1,4 +1,7 @@
-"""Whole runs: stages side by side and by themselves, over several devices, in bfloat16, and the program's errors."""
+"""Whole runs: stages side by side and alone, over several devices, in bfloat16.
+
+And the program's errors.
+"""
 
 import fcntl
 import itertools
@@ -155,7 +158,8 @@ MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
     ],
 )
 def test_eight_devices_are_one_device(datasets, tmp_path, tmp_path_factory, names, meshes):
-    # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but rounding.
+    # A large epsilon: AdamW would otherwise make a whole step of a gradient that is nothing but
+    # rounding.
     made = stages(datasets, steps=3, epsilon=1e-2, batch_size=16, encode_chunk_rows=2)
     config = run_config(*(made[name] for name in names), log_every=1)
     runs = Runs(tmp_path_factory.getbasetemp() / "compiled", config, devices=8)

@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped, damaged or changed go on to the parameters of a run that was left alone, or say why not."""
+"""Runs that are killed, stopped, damaged or changed resume, or say why not.
+
+A resumed run has the parameters of one that was left alone.
+"""
 
 import os
 import shutil
@@ -215,8 +218,8 @@ def test_the_last_checkpoints_are_kept(undisturbed):
     assert steps_saved(undisturbed) == [16, STEPS]
 
 
-def test_a_table_is_stored_in_pieces_of_many_rows(tmp_path):
-    """Each piece is looked up when a run is resumed: of single rows there would be a quarter of a million."""
+def test_a_table_is_stored_in_chunks_of_many_rows(tmp_path):
+    """Each chunk is looked up when a run resumes: of one row each, there would be 250,000."""
     saver = Saver(tmp_path, keep=1)
     saver.save(1, {"tokens.table": jnp.zeros((2**16, 64)), "layers.up.kernel": jnp.zeros((2, 64, 128))}, {})
     saver.close()

@@ -1,4 +1,7 @@
-"""Objectives on packed batches, whole and in chunks, against texts encoded one to a row and losses written out plainly."""
+"""Objectives on packed batches, whole and in chunks, against a plain form.
+
+The plain form encodes one text to a row, and writes the loss out.
+"""
 
 from dataclasses import replace
 
@@ -129,7 +132,10 @@ def plain_cosent(cosines, scores, temperature):
 
 
 def plain_contrast(unit, groups, temperature):
-    """Of [n, s, d]: in both directions, with all texts behind the second as candidates of every first."""
+    """InfoNCE of [n, s, d] in both directions.
+
+    All texts behind the second are candidates of every first.
+    """
     explicit = unit[:, 2:].reshape(-1, unit.shape[-1])
     rivals = np.array([[i == j or groups[i] != groups[j] for j in range(N)] for i in range(N)])
     total = 0.0
@@ -173,7 +179,7 @@ def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder
     assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))
 
 
-def test_mlm_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
+def test_mlm_in_chunks_has_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):
     case = Case("mlm", "text", make_encoder, tokenizer)
     chunked = replace(case.stage, encode_chunk_rows=1, row_length=24)
     whole, batch = replace(chunked, encode_chunk_rows=None), case.batch(chunked)
@@ -190,7 +196,7 @@ def test_mlm_in_chunks_have_the_same_gradients_and_nothing_is_multiplied_twice(m
 
 
 def products(function, *arguments) -> int:
-    """Matrix products of a program, those in a loop as often as it turns."""
+    """Matmuls of a program, those in a loop once for each iteration."""
 
     def count(jaxpr) -> int:
         total = 0

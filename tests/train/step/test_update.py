@@ -1,4 +1,4 @@
-"""The optimizer and the compiled step, against torch's AdamW, clipping and transformers' schedule."""
+"""The optimizer and the compiled step, against torch's AdamW and transformers' schedule."""
 
 from dataclasses import replace
 
