@@ -42,11 +42,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from .either_tree import CHECKPOINT_EVERY, STEPS
 from .machine import machine, versions
+from .same_as_worker import CHECKPOINT_EVERY, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT / "benchmarks" / "either_tree.py"
+SHARED = ROOT / "benchmarks" / "same_as_worker.py"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "grain", "transformers")
 TOPOLOGY = "v5e:2x2"
 CYCLES_WITHIN = 0.01

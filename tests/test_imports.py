@@ -28,7 +28,7 @@ A room imports only from floors below its own, and from itself.
 """
 
 PROGRAMS = (
-    ("renamed", "__init__"),
+    ("old_names", "__init__"),
     ("config",),
     ("data",),
     ("step",),

@@ -16,7 +16,7 @@ from jina_jax.config import ModelConfig, Remat
 from jina_jax.errors import ConfigError
 from jina_jax.text.packing import TOKENS_PER_TEXT
 
-from .renamed import hint
+from .old_names import hint
 
 Objective = Literal["mlm", "pairs", "retrieval", "text_matching", "classification", "separation"]
 

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ from jaxtyping import Float
 from ..checkpoints.load import load_encoder
 from ..checkpoints.native import save_checkpoint
 from ..config import ModelConfig
-from ..model.adapters import fold_adapter
 from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text import packing
-from ..text.batching import packed_batches
+from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
 from ..text.tokenizer import Tokenizer, max_tokens, tokenize
+from .folded_adapters import FoldedAdapters
 from .forward import text_embeddings, token_states
 from .inputs import Output, Request, parse_output, parse_request, resolve_truncate_dim
 from .progress import progress_bar
@@ -35,8 +35,18 @@ logger = logging.getLogger(__name__)
 SLOTS_PER_TEXT = 256
 """Token slots that one text of `batch_size` stands for."""
 
-WORTH_FOLDING = 16_384
-"""Characters of one task in a call of several above which its adapter is folded."""
+
+class Tuning(NamedTuple):
+    """Sizes that trade memory and latency for speed; results do not depend on them."""
+
+    worth_folding: int = 16_384
+    """Characters of one task in a call of several from which on its adapter is folded."""
+    kept_adapters: int = 1
+    """Folded encoders that are kept; each holds a copy of the kernels."""
+    first_chunk: int = FIRST_CHUNK
+    largest_chunk: int = LARGEST_CHUNK
+    """Texts tokenised at a time, see `text.batching`."""
+
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
@@ -62,10 +72,19 @@ class Embedder:
     Attributes:
         config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
         mesh: devices that share the work; None = one.
+        tuning: sizes that trade memory and latency for speed.
         max_length: most tokens of a text, special tokens included.
     """
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, tokenizer: Tokenizer, *, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        mesh: Mesh | None = None,
+        tuning: Tuning | None = None,
+    ):
         if encoder.config.tasks != config.tasks or encoder.config.hidden_size != config.hidden_size:
             raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
         self.encoder = encoder if mesh is None else replicate(encoder, mesh)
@@ -74,7 +93,8 @@ class Embedder:
         self.config = config
         self.tokenizer = tokenizer
         self.max_length = max_tokens(tokenizer, config)
-        self._folded: tuple[str, Encoder] | None = None
+        self.tuning = tuning or Tuning()
+        self._folded = FoldedAdapters(self.encoder, self.tuning.kept_adapters, self._for_inference)
 
     @classmethod
     def load(
@@ -265,7 +285,16 @@ class Embedder:
 
         for encoder, members, mixed in self._groups(request.texts, request.adapter_ids):
             texts = [request.texts[i] for i in members]
-            for batch in packed_batches(texts, token_ids, self.config.pad_id, budget, devices):
+            batches = packed_batches(
+                texts,
+                token_ids,
+                self.config.pad_id,
+                budget,
+                devices,
+                first_chunk=self.tuning.first_chunk,
+                largest_chunk=self.tuning.largest_chunk,
+            )
+            for batch in batches:
                 indices = np.where(batch.texts < 0, -1, members[batch.texts])
                 if mixed:
                     adapter_ids = np.where(indices < 0, -1, request.adapter_ids[indices])
@@ -285,7 +314,7 @@ class Embedder:
         mixed = []
         for index in names:
             members = np.flatnonzero(adapter_ids == index)
-            if len(names) > 1 and sum(len(texts[i]) for i in members) < WORTH_FOLDING:
+            if len(names) > 1 and sum(len(texts[i]) for i in members) < self.tuning.worth_folding:
                 mixed.append(members)
             else:
                 yield self._encoder_of(index), members, False
@@ -295,14 +324,8 @@ class Embedder:
             yield self._base, members, not base_alone
 
     def _encoder_of(self, index: int) -> Encoder:
-        """Returns the base, or the encoder with one adapter folded in; the last one is kept."""
-        if index < 0:
-            return self._base
-        task = self.config.tasks[index]
-        if self._folded is None or self._folded[0] != task:
-            self._folded = None  # freed before the next is made
-            self._folded = task, self._for_inference(fold_adapter(self.encoder, task))
-        return self._folded[1]
+        """Returns the base, or the encoder with one adapter folded in."""
+        return self._base if index < 0 else self._folded[self.config.tasks[index]]
 
     def _for_inference(self, encoder: Encoder) -> Encoder:
         return unstack_layers(encoder) if self.mesh is None else encoder

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from .batch_rows import NEVER, AxisName, all_gather_rows, check_positive, check_rows, zero_where_invalid
 from .matryoshka import prefixes, unit
-from .rows import NEVER, AxisName, all_gather_rows, check_positive, check_rows, zero_where_invalid
 
 
 @partial(jax.jit, static_argnames=("temperature", "dims", "weights", "axis_name"))

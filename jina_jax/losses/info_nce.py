@@ -9,8 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..model.matmul import matmul
-from .matryoshka import prefixes, unit_prefix
-from .rows import (
+from .batch_rows import (
     NEVER,
     AxisName,
     all_gather_rows,
@@ -21,6 +20,7 @@ from .rows import (
     map_chunks,
     zero_where_invalid,
 )
+from .matryoshka import prefixes, unit_prefix
 
 
 @partial(jax.jit, static_argnames=("temperature", "bidirectional", "dims", "weights", "chunk", "axis_name"))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ..model.matmul import matmul, matmul_transposed
-from .rows import AxisName, check_chunk, check_positive, map_chunks, split_rows
+from .batch_rows import AxisName, check_chunk, check_positive, map_chunks, split_rows
 
 
 @runtime_checkable

@@ -25,6 +25,9 @@ def packed_batches(
     pad_id: int,
     budget: int,
     devices: int = 1,
+    *,
+    first_chunk: int = FIRST_CHUNK,
+    largest_chunk: int = LARGEST_CHUNK,
 ) -> Iterator[PackedBatch]:
     """Batches that hold every text once; `PackedBatch.texts` are indices in `texts`.
 
@@ -36,16 +39,17 @@ def packed_batches(
         tokenize: token ids of some of the texts; but for the first, in another thread.
         pad_id: token of empty slots.
         budget, devices: as in `packing.plan_batches`.
+        first_chunk, largest_chunk: see FIRST_CHUNK and LARGEST_CHUNK.
     """
     # index of a text, its tokens, whether it was cut
     waiting: list[tuple[int, list[int], bool]] = []
     start = 0
-    for (chunk_ids, chunk_cut), is_last in _tokenized(texts, tokenize):
+    for (chunk_ids, chunk_cut), is_last in _tokenized(_chunks(texts, first_chunk, largest_chunk), tokenize):
         waiting += zip(range(start, start + len(chunk_ids)), chunk_ids, chunk_cut, strict=True)
         start += len(chunk_ids)
         token_ids = [ids for _, ids, _ in waiting]
         indices, cut = np.array([index for index, *_ in waiting]), np.array([cut for *_, cut in waiting], bool)
-        if not is_last and len(waiting) < LARGEST_CHUNK:
+        if not is_last and len(waiting) < largest_chunk:
             plan_now = plan_full_batches
         # a small row is for a small call: for what is left of a larger one it would be a program
         # more to compile
@@ -60,10 +64,10 @@ def packed_batches(
         waiting = [each for i, each in enumerate(waiting) if i not in packed]
 
 
-def _tokenized(texts: Sequence[str], tokenize: Tokenize) -> Iterator[tuple[tuple[list[list[int]], list[bool]], bool]]:
+def _tokenized(chunks: list[Sequence[str]], tokenize: Tokenize) -> Iterator[tuple[tuple[list[list[int]], list[bool]], bool]]:
     """Token ids of each chunk, and whether it is the last; the next one is tokenised while the
     caller works on it."""
-    first, *others = _chunks(texts)
+    first, *others = chunks
     token_ids = tokenize(first)
     with ThreadPoolExecutor(1) as pool:
         for chunk in others:
@@ -73,11 +77,11 @@ def _tokenized(texts: Sequence[str], tokenize: Tokenize) -> Iterator[tuple[tuple
     yield token_ids, True
 
 
-def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
-    chunks, size = [texts[:FIRST_CHUNK]], FIRST_CHUNK
+def _chunks(texts: Sequence[str], first: int, largest: int) -> list[Sequence[str]]:
+    chunks, size = [texts[:first]], first
     start = size
     while start < len(texts):
-        size = min(2 * size, LARGEST_CHUNK)
+        size = min(2 * size, largest)
         chunks.append(texts[start : start + size])
         start += size
     return chunks

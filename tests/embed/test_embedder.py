@@ -2,11 +2,14 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from conftest import TASKS
 from jina_jax import Embedder
+from jina_jax.embed.embedder import Tuning
 from jina_jax.embed.forward import text_embeddings, token_states
 from jina_jax.embed.quantize import quantize
 from jina_jax.text import packing
@@ -47,21 +50,39 @@ def test_a_task_for_each_text(embedder):
     np.testing.assert_allclose(embedder.encode(TEXTS, tasks), expected, atol=1e-6)
 
 
-def test_large_groups_are_folded_and_small_ones_mixed_with_the_same_result(embedder, corpus, monkeypatch):
+def test_large_groups_are_folded_and_small_ones_mixed_with_the_same_result(embedder, corpus):
     texts = corpus[:60]
     tasks = ["classification" if i % 3 else ("retrieval.query" if i % 2 else None) for i in range(60)]
     mixed = embedder.encode(texts, tasks)
-    monkeypatch.setattr("jina_jax.embed.embedder.WORTH_FOLDING", 1)
-    np.testing.assert_allclose(embedder.encode(texts, tasks), mixed, atol=1e-6)
+    folding = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(worth_folding=1))
+    np.testing.assert_allclose(folding.encode(texts, tasks), mixed, atol=1e-6)
+    assert folding._folded.tasks
 
 
 def test_the_folded_kernels_of_the_last_task_are_kept(embedder):
-    embedder.encode("x", "classification")
-    kept = embedder._folded
-    embedder.encode(["y", "z"], "classification")
-    assert embedder._folded is kept and kept[0] == "classification"
-    embedder.encode("x", "retrieval.query")
-    assert embedder._folded[0] == "retrieval.query"
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer)
+    model.encode("x", "classification")
+    kept = model._folded["classification"]
+    model.encode(["y", "z"], "classification")
+    assert model._folded["classification"] is kept and model._folded.tasks == ("classification",)
+    model.encode("x", "retrieval.query")
+    assert model._folded.tasks == ("retrieval.query",)
+
+
+def test_more_folded_kernels_are_kept_on_request_and_the_oldest_go_first(embedder):
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(kept_adapters=2))
+    for task in ("classification", "retrieval.query", "classification", "retrieval.passage"):
+        model.encode("x", task)
+    assert model._folded.tasks == ("classification", "retrieval.passage")
+
+
+def test_threads_share_the_folded_kernels(embedder):
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer)
+    tasks = [TASKS[i % len(TASKS)] for i in range(24)]
+    expected = {task: embedder.encode("x", task) for task in TASKS}
+    with ThreadPoolExecutor(8) as pool:
+        for task, got in zip(tasks, pool.map(lambda task: model.encode("x", task), tasks), strict=True):
+            np.testing.assert_array_equal(got, expected[task])
 
 
 def test_a_task_prepends_its_instruction_and_a_prompt_replaces_it(embedder):
@@ -133,14 +154,14 @@ def test_long_texts_are_cut_with_one_warning(embedder):
     np.testing.assert_allclose(got[0], embedder.encode(embedder.tokenizer.decode(ids[1:4])), atol=1e-6)
 
 
-def test_texts_are_tokenised_chunk_by_chunk_with_the_same_result(embedder, corpus, monkeypatch):
+def test_texts_are_tokenised_chunk_by_chunk_with_the_same_result(embedder, corpus):
     texts, tasks = [*corpus[:20], "one two three four five six"], [None, "classification", "retrieval.query"] * 7
     with pytest.warns(UserWarning):
         vectors, states = (embedder.encode(texts, tasks, max_length=7, output_value=kind) for kind in VALUES)
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 4)
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(first_chunk=4))
     for kind, expected in zip(VALUES, (vectors, states), strict=True):
         with pytest.warns(UserWarning, match=f"of {len(texts)} texts are longer than 7 tokens") as caught:
-            got = embedder.encode(texts, tasks, max_length=7, output_value=kind)
+            got = model.encode(texts, tasks, max_length=7, output_value=kind)
         assert len(caught) == 1 and len(got) == len(texts)
         for x, y in zip(got, expected, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5)
@@ -162,19 +183,19 @@ def test_the_next_chunk_is_tokenised_while_one_is_computed(embedder, monkeypatch
         in_time.append(tokenising.wait(60))
         return text_embeddings(*arguments, **options)
 
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 2)
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(first_chunk=2))
     monkeypatch.setattr("jina_jax.embed.embedder.tokenize", tokenize_during_computation)
     monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", compute_during_tokenisation)
     one_row = "a " * 500
-    assert embedder.encode([one_row] * 6, batch_size=1).shape == (6, 64)
+    assert model.encode([one_row] * 6, batch_size=1).shape == (6, 64)
     assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
 
 
 def test_an_error_of_a_later_chunk_comes_before_anything_is_computed(embedder, monkeypatch):
-    monkeypatch.setattr("jina_jax.text.batching.FIRST_CHUNK", 2)
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(first_chunk=2))
     monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", None)
     with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
-        embedder.encode(["fine"] * 4 + ["bad \ud800"])
+        model.encode(["fine"] * 4 + ["bad \ud800"])
 
 
 def test_a_text_of_two_megabytes(tiny):

@@ -6,7 +6,7 @@ import numpy as np
 from conftest import ROOT, TASKS, random_array
 from jina_jax import Embedder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.embed import embedder
+from jina_jax.embed.embedder import Tuning
 from jina_jax.model.parameters import abstract_variables, from_arrays
 from jina_jax.parallel.mesh import make_mesh
 from jina_jax.text.tokenizer import load_tokenizer
@@ -28,12 +28,12 @@ calls = (
 assert len(jax.devices()) == 8
 characters = np.array([len(text) + len(dict(prompts).get(task, "")) for text, task in zip(texts, tasks, strict=True)])
 # Two of the four tasks are worth folding.
-embedder.WORTH_FOLDING = int(np.median([characters[i::4].sum() for i in range(4)]))
-plain = Embedder(encoder, config, tokenizer)
+tuning = Tuning(worth_folding=int(np.median([characters[i::4].sum() for i in range(4)])))
+plain = Embedder(encoder, config, tokenizer, tuning=tuning)
 wanted = [plain.encode(some, normalize_embeddings=False, **options) for some, options in calls]
 wanted_states = plain.encode(texts[:9], output_value="token_embeddings")
 for data, fsdp in ((8, 1), (2, 4), (1, 8), (1, 1)):
-    spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(data, fsdp))
+    spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(data, fsdp), tuning=tuning)
     for (some, options), want in zip(calls, wanted, strict=True):
         got = spread.encode(some, normalize_embeddings=False, **options)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max(initial=1))

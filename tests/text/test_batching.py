@@ -1,7 +1,6 @@
 """Texts to batches, chunk by chunk: every text once, in rows as full as if packed together."""
 
 from collections.abc import Callable
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,10 +32,6 @@ def recorded() -> tuple[list[int], Callable]:
     return seen, tokenize
 
 
-def pieces(first: int, largest: int):
-    return patch.multiple("jina_jax.text.batching", FIRST_CHUNK=first, LARGEST_CHUNK=largest)
-
-
 @given(
     st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1100), st.integers(1, 8194)), min_size=1, max_size=60),
     st.integers(1, 3),
@@ -45,16 +40,16 @@ def pieces(first: int, largest: int):
 )
 def test_every_text_is_laid_out_once_in_its_place(lengths, first, largest, devices):
     found = []
-    with pieces(first, largest):
-        for rows in packed_batches([str(n) for n in lengths], of_length, 0, BUDGET, devices):
-            assert rows.tokens.shape[0] % devices == 0
-            for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
-                text = rows.texts[row, slot]
-                own = rows.tokens[row][rows.segment_ids[row] == slot + 1]
-                np.testing.assert_array_equal(own, [lengths[text]] * lengths[text])
-                found.append(text)
-            assert (rows.tokens[rows.segment_ids == 0] == 0).all()
-            assert rows.truncated == sum(lengths[text] % 2 for text in rows.texts[rows.texts >= 0])
+    sizes = {"first_chunk": first, "largest_chunk": largest}
+    for rows in packed_batches([str(n) for n in lengths], of_length, 0, BUDGET, devices, **sizes):
+        assert rows.tokens.shape[0] % devices == 0
+        for row, slot in zip(*np.nonzero(rows.texts >= 0), strict=True):
+            text = rows.texts[row, slot]
+            own = rows.tokens[row][rows.segment_ids[row] == slot + 1]
+            np.testing.assert_array_equal(own, [lengths[text]] * lengths[text])
+            found.append(text)
+        assert (rows.tokens[rows.segment_ids == 0] == 0).all()
+        assert rows.truncated == sum(lengths[text] % 2 for text in rows.texts[rows.texts >= 0])
     assert sorted(found) == list(range(len(lengths)))
 
 
@@ -77,32 +72,31 @@ def test_the_corpus_in_chunks_takes_no_more_slots_than_together(corpus, tokenize
         together = sum(
             b * t for b, t in (batch.shape for batch in plan_batches([len(ids) for ids in tokenize(texts)[0]], 8192))
         )
-        in_pieces = sum(rows.tokens.size for rows in packed_batches(texts, tokenize, 1, 8192))
-        assert in_pieces <= 1.02 * together
+        in_chunks = sum(rows.tokens.size for rows in packed_batches(texts, tokenize, 1, 8192))
+        assert in_chunks <= 1.02 * together
 
 
 def test_texts_wait_for_others_that_fill_their_rows():
     seen, tokenize = recorded()
-    with pieces(2, 100):
-        (rows,) = packed_batches(["300", "300", "200", "200"], tokenize, 0, BUDGET)
+    (rows,) = packed_batches(["300", "300", "200", "200"], tokenize, 0, BUDGET, first_chunk=2, largest_chunk=100)
     assert seen == [2, 2] and rows.tokens.shape == (2, 512) and (rows.segment_ids > 0).sum() == 1000
 
 
 def test_only_a_small_call_gets_a_small_row():
-    with pieces(2, 100):
-        shapes = [rows.tokens.shape for rows in packed_batches(["512", "512", "5"], of_length, 0, BUDGET)]
-    assert shapes == [(2, 512), (1, 512)]
-    with pieces(2, 100):
-        assert [rows.tokens.shape for rows in packed_batches(["5", "5", "5"], of_length, 0, BUDGET)] == [(1, 128)]
+    def shapes(*texts: str) -> list[tuple[int, int]]:
+        batches = packed_batches(texts, of_length, 0, BUDGET, first_chunk=2, largest_chunk=100)
+        return [batch.tokens.shape for batch in batches]
+
+    assert shapes("512", "512", "5") == [(2, 512), (1, 512)]
+    assert shapes("5", "5", "5") == [(1, 128)]
 
 
 def test_texts_that_nothing_fills_do_not_wait_for_the_end():
     seen, tokenize = recorded()
-    with pieces(2, 8):
-        batches = packed_batches(["300"] * 40, tokenize, 0, BUDGET)
-        next(batches)
-        assert sum(seen) <= 22  # eight wait at most, and the next chunk may have been begun
-        batches.close()
+    batches = packed_batches(["300"] * 40, tokenize, 0, BUDGET, first_chunk=2, largest_chunk=8)
+    next(batches)
+    assert sum(seen) <= 22  # eight wait at most, and the next chunk may have been begun
+    batches.close()
 
 
 def test_an_error_of_the_tokenizer_is_the_callers():
@@ -111,5 +105,5 @@ def test_an_error_of_the_tokenizer_is_the_callers():
             raise RuntimeError("not this one")
         return of_length(texts)
 
-    with pieces(1, 8), pytest.raises(RuntimeError, match="not this one"):
-        list(packed_batches(["1", "1", "1", "2"], tokenize, 0, BUDGET))
+    with pytest.raises(RuntimeError, match="not this one"):
+        list(packed_batches(["1", "1", "1", "2"], tokenize, 0, BUDGET, first_chunk=1, largest_chunk=8))

@@ -11,7 +11,7 @@ from jina_jax import ModelConfig
 from jina_jax.errors import ConfigError
 from train.config import ACCEPTED, DatasetConfig, InitialModel, Stage, TrainConfig, from_dict, load_config, to_dict
 from train.data.records import KINDS
-from train.renamed import FIELDS, with_new_names
+from train.old_names import FIELDS, with_new_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -35,7 +35,7 @@ from jina_jax.parallel.processes import barrier, is_main_process, main_process_f
 
 from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
-from ..renamed import with_new_names
+from ..old_names import with_new_names
 from ..step.chips import peak_flops
 from ..step.flops import training_flops
 from ..step.trainable_split import merge_trained, split_trainable

@@ -18,7 +18,7 @@ from jina_jax.files import atomic_write
 from jina_jax.parallel.processes import is_main_process
 
 from ..config import Stage
-from ..renamed import METRICS
+from ..old_names import METRICS
 from ..step.optimizer import learning_rate
 from ..step.update import Metrics
 

@@ -1,8 +1,8 @@
 """What `benchmarks.same_as` runs in each of two trees of this repository.
 
-    python -P benchmarks/either_tree.py make data/tokenizer model
-    python -P benchmarks/either_tree.py embed model texts.json embeddings.npz
-    python -P -m train benchmarks/either_tree.py:adapters --workdir run
+    python -P benchmarks/same_as_worker.py make data/tokenizer model
+    python -P benchmarks/same_as_worker.py embed model texts.json embeddings.npz
+    python -P -m train benchmarks/same_as_worker.py:adapters --workdir run
 
 Both trees execute this one file; the one meant comes first on PYTHONPATH. So it uses only names
 that all of them have, and puts the fields of a run into the words of the tree. The runs read
