@@ -29,7 +29,7 @@ from flax import nnx
 from jina_jax import Embedder, Encoder, ModelConfig
 from jina_jax.embed.forward import text_embeddings
 from jina_jax.text.packing import max_texts
-from jina_jax.text.tokenizer import load_tokenizer, tokenize
+from jina_jax.text.tokenizer import load_tokenizer, private_backend, tokenize
 from train.aot.topology import parse_topology
 from train.data.corpus import BUNDLED, read_corpus
 
@@ -71,8 +71,9 @@ def overhead(runs: int = 25) -> dict[str, Any]:
     embedder, texts = _embedder(WIDE), corpus_sample(TEXTS)
     limit = embedder.max_length
     host, slots = _call(embedder, texts, 0.0, runs)
-    tokenizing = statistics.median(_seconds(lambda: tokenize(embedder.tokenizer, texts, limit)) for _ in range(runs))
-    tokens = sum(len(ids) for ids in tokenize(embedder.tokenizer, texts, limit)[0])
+    backend = private_backend(embedder.tokenizer)
+    tokenizing = statistics.median(_seconds(lambda: tokenize(backend, texts, limit)) for _ in range(runs))
+    tokens = sum(len(ids) for ids in tokenize(backend, texts, limit)[0])
     devices = {name: {"encoder": seconds, "call": seconds + host} for name, seconds in _on_cpu(tokens).items()}
     for name, per_slot in _on_tpus().items():
         devices[name] = {"encoder": per_slot * slots, "call": _call(embedder, texts, per_slot, runs)[0]}

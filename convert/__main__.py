@@ -14,6 +14,7 @@ from jina_jax.command import CommandGroup
 from jina_jax.config import SERVING_ROPE_THETA
 from jina_jax.files import atomic_write
 from jina_jax.model.encoder import Encoder
+from jina_jax.model.parameters import from_arrays, variables
 from jina_jax.text.tokenizer import max_tokens
 
 from .verify import verify as compare
@@ -68,7 +69,8 @@ def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | Non
     if config.position_type == "rope" and config.rope_theta != rope_theta:
         click.echo(f"the rotary base is {config.rope_theta:g} in {src} and written as {rope_theta:g}", err=True)
         config = replace(config, rope_theta=rope_theta)
-    encoder.config = config
+        arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+        encoder = from_arrays(config, arrays, dtype=encoder.dtype)
     if layout == "original":
         torch_writer.write_original(dst, encoder, tokenizer, dtype)
     elif layout == "transformers":

@@ -22,7 +22,7 @@ from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text import packing
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
-from ..text.tokenizer import Tokenizer, max_tokens, tokenize
+from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
 from .folded_adapters import FoldedAdapters
 from .forward import text_embeddings, token_states
 from .inputs import Output, Request, parse_output, parse_request, resolve_truncate_dim
@@ -92,6 +92,7 @@ class Embedder:
         self._base = self._for_inference(self.encoder)
         self.config = config
         self.tokenizer = tokenizer
+        self._backend = private_backend(tokenizer)
         self.max_length = max_tokens(tokenizer, config)
         self.tuning = tuning or Tuning()
         self._folded = FoldedAdapters(self.encoder, self.tuning.kept_adapters, self._for_inference)
@@ -281,7 +282,7 @@ class Embedder:
         budget, devices = request.batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
 
         def token_ids(texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-            return tokenize(self.tokenizer, texts, request.max_length)
+            return tokenize(self._backend, texts, request.max_length)
 
         for encoder, members, mixed in self._groups(request.texts, request.adapter_ids):
             texts = [request.texts[i] for i in members]

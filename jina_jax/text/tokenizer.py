@@ -11,6 +11,7 @@ from ..files import read_json
 from .unicode import lone_surrogate
 
 if TYPE_CHECKING:
+    import tokenizers
     from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
     Tokenizer = Any  # transformers is imported at first use: it takes longer than all others
@@ -71,14 +72,27 @@ def max_tokens(tokenizer: Tokenizer, config: ModelConfig) -> int:
     return min(int(tokenizer.model_max_length), config.max_tokens)
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
-    """Returns the token ids of each text, and whether the text was cut.
+def private_backend(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+    """Returns a copy of the Rust tokenizer that neither truncates nor pads.
 
-    The ids include special tokens and number at most `limit`; a cut text keeps its last token.
+    A user's tokenizer keeps its settings, and what it is used for meanwhile changes nothing here.
     """
-    backend = tokenizer.backend_tokenizer
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
+    return backend
+
+
+def tokenize(backend: "tokenizers.Tokenizer", texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+    """Returns the token ids of each text with its special tokens, and whether it was cut.
+
+    Args:
+        backend: from `private_backend`; any number of threads may use it.
+        texts: to tokenise.
+        limit: tokens of a text that are kept, the last special token among them.
+    """
     ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
     cut = [len(text) > limit for text in ids]
     return [text[: limit - 1] + text[-1:] if is_cut else text for text, is_cut in zip(ids, cut, strict=True)], cut

@@ -1,5 +1,6 @@
 """The Embedder: sentence-transformers' names and meanings, and a clear error for a bad argument."""
 
+import copy
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -346,3 +347,14 @@ def test_what_is_pooled_may_differ_from_what_attends(encoder, tokenizer):
         np.testing.assert_allclose(got[chunk - 1], states[chunks[0] == chunk].mean(0), atol=1e-5)
     whole = np.asarray(text_embeddings(encoder, *arrays, None, batch.pool_ids))[0, 0]
     np.testing.assert_array_equal(whole, np.asarray(text_embeddings(encoder, *arrays, None))[0, 0])
+
+
+def test_the_users_tokenizer_keeps_its_settings_and_changes_nothing(encoder, tokenizer):
+    own = copy.deepcopy(tokenizer)
+    model = Embedder(encoder, encoder.config, own)
+    expected = model.encode(TEXTS)
+    own.backend_tokenizer.enable_truncation(3)
+    own.backend_tokenizer.enable_padding(length=9)
+    settings = own.backend_tokenizer.truncation, own.backend_tokenizer.padding
+    np.testing.assert_array_equal(model.encode(TEXTS), expected)
+    assert (own.backend_tokenizer.truncation, own.backend_tokenizer.padding) == settings

@@ -11,7 +11,7 @@ import tokenizers
 from jaxtyping import Float, Int
 
 from jina_jax.text import packing
-from jina_jax.text.tokenizer import Tokenizer
+from jina_jax.text.tokenizer import Tokenizer, private_backend
 
 from ..config import Stage
 from .examples import Example
@@ -89,9 +89,7 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
         prompts: instruction of each task.
         tokenizer: left unchanged; the returned function may run in several threads.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
+    backend = private_backend(tokenizer)
     if stage.objective == "mlm":
         mask = partial(
             mask_words,
