@@ -20,15 +20,15 @@ from ..config import ModelConfig
 from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
-from ..text import packing
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
 from .folded_adapters import FoldedAdapters
 from .forward import text_embeddings, token_states
-from .inputs import Output, Request, parse_output, parse_request, resolve_truncate_dim
+from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
 from .progress import progress_bar
-from .quantize import EmbeddingPrecision, quantize
-from .similarity import cosine_similarity, normalize, pairwise_cosine_similarity
+from .quantize import EmbeddingPrecision
+from .results import Result, collect_embeddings, collect_token_states, finish, one_ahead
+from .similarity import cosine_similarity, pairwise_cosine_similarity
 
 logger = logging.getLogger(__name__)
 
@@ -246,13 +246,13 @@ class Embedder:
         )
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with progress_bar(len(request.texts), "Embedding", "text", show=show) as progress:
-            results = _one_ahead(self._results(request, token_states if output.token_embeddings else text_embeddings))
-            collect = _collect_token_states if output.token_embeddings else _collect_embeddings
+            results = one_ahead(self._results(request, token_states if output.token_embeddings else text_embeddings))
+            collect = collect_token_states if output.token_embeddings else collect_embeddings
             collected, truncated = collect(results, len(request.texts), self.config.hidden_size, progress)
         if truncated:
             total, limit = len(request.texts), request.max_length
             warnings.warn(f"{truncated} of {total} texts are longer than {limit} tokens and were cut", stacklevel=2)
-        return _finished(collected, output)
+        return finish(collected, output)
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
@@ -276,7 +276,7 @@ class Embedder:
                     return options | {"prompt_name": name}
         return options
 
-    def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[tuple[packing.PackedBatch, Array]]:
+    def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[Result]:
         """Yields every batch with its result, which may still be under way; `texts` are indices in
         the call."""
         budget, devices = request.batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
@@ -330,54 +330,3 @@ class Embedder:
 
     def _for_inference(self, encoder: Encoder) -> Encoder:
         return unstack_layers(encoder) if self.mesh is None else encoder
-
-
-def _one_ahead(results: Iterator[tuple[packing.PackedBatch, Array]]) -> Iterator[tuple[packing.PackedBatch, Array]]:
-    """Starts each batch before the one before it is read, so that the device never waits for the
-    host."""
-    waiting = None
-    for result in results:
-        if waiting is not None:
-            yield waiting
-        waiting = result
-    if waiting is not None:
-        yield waiting
-
-
-def _collect_embeddings(
-    results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
-) -> tuple[Float[np.ndarray, "n d"], int]:
-    """Returns the embeddings of all texts, in their order, and how many texts were cut."""
-    out, truncated = np.zeros((texts, hidden_size), np.float32), 0
-    for batch, pooled in results:
-        packing.scatter(np.asarray(pooled), batch, out)
-        truncated += batch.truncated
-        progress.update(int((batch.texts >= 0).sum()))
-    return out, truncated
-
-
-def _collect_token_states(
-    results: Iterator[tuple[packing.PackedBatch, Array]], texts: int, hidden_size: int, progress: Any
-) -> tuple[list[Float[np.ndarray, "t d"]], int]:
-    """Returns the token states of each text, in their order, and how many texts were cut."""
-    out, truncated = [np.zeros((0, hidden_size), np.float32)] * texts, 0
-    for batch, states in results:
-        host = np.asarray(states, np.float32)
-        for row, index_in_row in zip(*np.nonzero(batch.texts >= 0), strict=True):
-            out[batch.texts[row, index_in_row]] = host[row][batch.segment_ids[row] == index_in_row + 1]
-        truncated += batch.truncated
-        progress.update(int((batch.texts >= 0).sum()))
-    return out, truncated
-
-
-def _finished(collected: Any, output: Output) -> Any:
-    """Returns a call's result in the form asked for: truncated, then normalised, then quantised."""
-    if output.token_embeddings:
-        return collected[0] if output.single else collected
-    embeddings = np.asarray(collected)[:, : output.dim]
-    if output.normalize:
-        embeddings = normalize(embeddings)
-    embeddings = quantize(embeddings, output.precision)
-    if output.single:
-        return embeddings[0]
-    return list(embeddings) if output.as_list else embeddings
