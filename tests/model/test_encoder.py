@@ -187,7 +187,7 @@ def test_layers_apart_are_not_copied_before_their_products(make_encoder, dtype):
 
 
 def test_layers_apart_have_no_sums_of_gradients(encoder):
-    with pytest.raises(TypeError, match="in one stack"):
+    with pytest.raises(TypeError, match="gradients need them stacked"):
         GradientSums.start(unstack_layers(encoder))
 
 
