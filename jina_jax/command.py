@@ -29,10 +29,15 @@ class CommandGroup(Command, click.Group):
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/jina-jax."""
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/jina-jax.
+
+    A user without a home directory has none kept.
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        directory = Path(home).expanduser() / "jina-jax"
+        try:
+            directory = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jina-jax"
+        except RuntimeError:
+            return
         _remove_half_written(directory)
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -169,3 +170,18 @@ def test_half_written_entries_of_the_compilation_cache_are_removed(tmp_path, mon
         for name, value in before.items():
             jax.config.update(name, value)
     assert sorted(path.name for path in cache.iterdir()) == ["whole-atime", "whole-cache"]
+
+
+def test_a_user_without_a_home_directory_has_no_cache(monkeypatch):
+    def homeless(self):
+        raise RuntimeError("Could not determine home directory.")  # as pathlib says it
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        use_compilation_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

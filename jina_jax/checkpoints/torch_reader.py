@@ -9,6 +9,7 @@ next is begun.
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,8 +261,9 @@ def _assemble(
     found = sorted({str(source.tensor.dtype) for source in sources})
     if len(found) > 1 and dtype is None and not isinstance(variable, AdapterParam):
         raise CheckpointError(f"the tensors of {path} have different dtypes {found}; choose one with dtype")
-    own = np.result_type(*(source.tensor.dtype for source in sources)) if sources else np.dtype(np.float32)
-    array = _aligned_zeros(variable.shape, own if dtype is None else jnp.dtype(dtype))
+    if dtype is None:  # numpy knows no common dtype of bfloat16 and float16; it is float32
+        dtype = reduce(jnp.promote_types, [source.tensor.dtype for source in sources] or [jnp.float32])
+    array = _aligned_zeros(variable.shape, jnp.dtype(dtype))
     for name, tensor, entry in sources:
         values = tensor.read()
         if not _finite(values):

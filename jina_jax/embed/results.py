@@ -38,6 +38,7 @@ def collect_embeddings(
         scatter(np.asarray(pooled), batch, out)
         truncated += batch.truncated
         progress.update(int((batch.texts >= 0).sum()))
+    check_finite(np.isfinite(out).all(axis=-1))
     return out, truncated
 
 
@@ -52,7 +53,18 @@ def collect_token_states(
             out[batch.texts[row, index_in_row]] = host[row][batch.segment_ids[row] == index_in_row + 1]
         truncated += batch.truncated
         progress.update(int((batch.texts >= 0).sum()))
+    check_finite(np.array([np.isfinite(states).all() for states in out], bool))
     return out, truncated
+
+
+def check_finite(finite: Any) -> None:
+    """Raises ValueError that names the texts whose result is not finite; `finite` is [n] bool."""
+    if wrong := np.flatnonzero(~finite).tolist():
+        listed = f"{wrong[:10]}{' and others' if len(wrong) > 10 else ''}"
+        raise ValueError(
+            f"the model gives NaN or infinity for {len(wrong)} of {len(finite)} texts, by index {listed}; "
+            "if it computes in float16, which overflows above 65,504, load it with dtype bfloat16 or float32"
+        )
 
 
 def finish(collected: Any, output: Output) -> Any:

@@ -1,6 +1,7 @@
 """Conversion loses nothing: original -> native -> original is equal bit for bit."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import pytest
 pytest.importorskip("torch")
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
 from jina_jax import Embedder, ModelConfig
 from jina_jax.checkpoints import torch_names
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
+from jina_jax.checkpoints.peft import adapter_folder
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.checkpoints.torch_writer import write_original, write_transformers
 from jina_jax.model.parameters import abstract_variables, variables
@@ -169,3 +171,24 @@ def test_the_tokenizer_comes_along(tmp_path):
     before, after = (load_tokenizer(tmp_path / name, config) for name in ("original", "native"))
     text = "Bildbearbeitung 画像 🎨"
     assert before(text)["input_ids"] == after(text)["input_ids"] and before.model_max_length == after.model_max_length
+
+
+def test_adapters_of_bfloat16_beside_float16_are_read_exactly(tmp_path):
+    """Their common dtype is float32, which numpy does not know of."""
+    checkpoints.write_transformers(tmp_path / "model")
+    folders = sorted(path.parent for path in (tmp_path / "model").glob("*/adapter_config.json"))
+    given = {}
+    for folder, dtype in zip(folders[:2], (torch.bfloat16, torch.float16), strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        given[folder.name] = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(given[folder.name], folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for folder in folders[2:]:
+        shutil.rmtree(folder)
+    encoder = read_torch_checkpoint(tmp_path / "model")
+    table = encoder.tokens.a[...]
+    assert table.dtype == np.float32 and len(encoder.config.tasks) == 2
+    for task, name in enumerate(encoder.config.tasks):
+        (a,) = [tensor for key, tensor in given[adapter_folder(name)].items() if "word_embeddings" in key and "_A" in key]
+        np.testing.assert_array_equal(np.asarray(table[:, task]), a.float().numpy().T)
+    half = read_torch_checkpoint(tmp_path / "model", param_dtype="bfloat16")
+    assert half.tokens.a[...].dtype == "bfloat16"

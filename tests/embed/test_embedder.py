@@ -5,6 +5,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jina_jax import Embedder
 from jina_jax.embed.embedder import Tuning
 from jina_jax.embed.forward import text_embeddings, token_states
 from jina_jax.embed.quantize import quantize
+from jina_jax.model.parameters import from_arrays, variables
 from jina_jax.text import packing
 from jina_jax.text.tokenizer import tokenize
 
@@ -358,3 +360,26 @@ def test_the_users_tokenizer_keeps_its_settings_and_changes_nothing(encoder, tok
     settings = own.backend_tokenizer.truncation, own.backend_tokenizer.padding
     np.testing.assert_array_equal(model.encode(TEXTS), expected)
     assert (own.backend_tokenizer.truncation, own.backend_tokenizer.padding) == settings
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_an_error_that_names_the_texts(embedder, monkeypatch, value):
+    def overflowing(*arguments, **options):
+        return jnp.asarray(compute(*arguments, **options)).at[0, 1].set(value)
+
+    for name, options in (("text_embeddings", {}), ("token_states", {"output_value": "token_embeddings"})):
+        compute = {"text_embeddings": text_embeddings, "token_states": token_states}[name]
+        with monkeypatch.context() as patched:
+            patched.setattr(f"jina_jax.embed.embedder.{name}", overflowing)
+            wrong = "1" if name == "text_embeddings" else "0"  # a slot of texts, or of tokens
+            with pytest.raises(ValueError, match=rf"NaN or infinity for 1 of 3 texts, by index \[{wrong}\]; .* float16"):
+                embedder.encode(["a", "b", "c"], **options)
+
+
+def test_a_float16_model_that_overflows_is_refused(make_encoder, tokenizer):
+    encoder = make_encoder(vocab_size=16_000)
+    arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+    arrays["layers.up.kernel"] = arrays["layers.up.kernel"] * 1e5
+    encoder = from_arrays(encoder.config, arrays, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 texts"):
+        Embedder(encoder, encoder.config, tokenizer).encode(["a", "b"], precision="ubinary")
