@@ -1,6 +1,7 @@
 """Who may import whom: rooms only rooms below them; heavy packages stay where they belong."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -151,3 +152,25 @@ def test_importing_the_library_imports_none_of_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     found = set(ast.literal_eval(done.stdout.splitlines()[-1]))
     assert found <= {"optax"}  # flax brings it
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("jina_jax", "Embedder ModelConfig Encoder pool make_mesh AdapterParam add_adapter JinaJaxError DataError RunError"),
+        ("jina_jax.config", "ModelConfig ConfigError"),
+        ("jina_jax.model", "Encoder pool AdapterParam"),
+        ("jina_jax.losses", "info_nce cosent masked_lm"),
+        ("jina_jax.adapters", "add_adapter drop_adapter extract_adapter fold_adapter merge_adapter"),
+        ("jina_jax.checkpoints.tensor_files", "CheckpointError"),
+    ],
+)
+def test_what_users_import_stays_where_it_is(module, names):
+    found = importlib.import_module(module)
+    assert all(callable(getattr(found, name)) for name in names.split())
+
+
+def test_every_error_of_the_library_is_a_value_error():
+    errors = importlib.import_module("jina_jax.errors")
+    children = {errors.ConfigError, errors.CheckpointError, errors.DataError, errors.RunError}
+    assert set(errors.JinaJaxError.__subclasses__()) >= children and issubclass(errors.JinaJaxError, ValueError)
