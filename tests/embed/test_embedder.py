@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import TASKS
 from jina_jax import Embedder
 from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.folded_adapters import FoldedAdapters
 from jina_jax.embed.forward import text_embeddings, token_states
 from jina_jax.embed.quantize import quantize
 from jina_jax.model.parameters import from_arrays, variables
@@ -383,3 +385,20 @@ def test_a_float16_model_that_overflows_is_refused(make_encoder, tokenizer):
     encoder = from_arrays(encoder.config, arrays, dtype=jnp.float16)
     with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 texts"):
         Embedder(encoder, encoder.config, tokenizer).encode(["a", "b"], precision="ubinary")
+
+
+def test_threads_fold_one_after_the_other(embedder):
+    busy, met = threading.Lock(), []
+
+    def prepare(encoder):
+        alone = busy.acquire(blocking=False)
+        met.append(not alone)
+        time.sleep(0.02)
+        if alone:
+            busy.release()
+        return encoder
+
+    folded = FoldedAdapters(embedder.encoder, 1, prepare)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(folded.__getitem__, ["classification", "retrieval.query"] * 4))
+    assert met and not any(met)
