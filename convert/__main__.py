@@ -15,7 +15,7 @@ from jina_jax.config import SERVING_ROPE_THETA
 from jina_jax.files import atomic_write
 from jina_jax.model.encoder import Encoder
 from jina_jax.model.parameters import from_arrays, variables
-from jina_jax.text.tokenizer import max_tokens
+from jina_jax.text.tokenizer import load_tokenizer, max_tokens
 
 from .verify import verify as compare
 
@@ -41,7 +41,7 @@ def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revisi
     SRC is a directory or a hub id, in any layout.
     """
     check_free(dst)
-    directory = find_model(src, revision)
+    directory = find_model(src, revision, allow_pickle=allow_pickle)
     if checkpoint_format(directory) == "native":
         raise ValueError(f"{src} is a native checkpoint already")
     encoder, tokenizer, _ = load_encoder(directory, param_dtype=dtype, allow_pickle=allow_pickle)
@@ -92,7 +92,7 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
 
     The exit status is 1 if a difference is above its tolerance.
     """
-    report = compare(find_model(src), dst, allow_pickle=allow_pickle)
+    report = compare(find_model(src, allow_pickle=allow_pickle), dst, allow_pickle=allow_pickle)
     text = json.dumps(report, indent=2)
     if out is None:
         click.echo(text)
@@ -105,11 +105,16 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: 
 @main.command("seal")
 @click.argument("directory", type=click.Path(path_type=Path))
 def seal(directory: Path) -> None:
-    """Accept the current files of a native checkpoint: write a new manifest."""
+    """Accept the current files of a native checkpoint: write a new manifest.
+
+    Nothing is written where no model can be read from them.
+    """
     if not native.is_checkpoint(directory):
         raise ValueError(f"{directory} has no {MANIFEST}; it is no native checkpoint")
+    encoder = native.read_unverified(directory)
+    if (directory / "tokenizer.json").exists():
+        load_tokenizer(directory, encoder.config)
     sealed_directory.seal(directory)
-    native.load_checkpoint(directory)
     click.echo(f"{directory}: sealed")
 
 

@@ -1,9 +1,10 @@
 """PyTorch side of `convert verify`: hidden states of a checkpoint by transformers' classes."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from jina_jax.checkpoints.peft import adapter_folder, find_peft_adapters
 from jina_jax.checkpoints.tensor_files import open_tensors
+from jina_jax.checkpoints.wrappers import unwrapped_names
 from jina_jax.config import ModelConfig
 
 _NATIVE_NAMES = {
@@ -34,11 +36,11 @@ class TorchReference:
         adapters = find_peft_adapters(directory, (), allow_pickle=allow_pickle)
         self._folders = {adapter.task: adapter.folder.name for adapter in adapters}
         tensors = open_tensors(directory, allow_pickle=allow_pickle)
+        names = unwrapped_names(tensors, directory)
         self._stacked = any(".lora_A" in name for name in tensors)
         fused = any("mixer.Wqkv" in name for name in tensors)
-        self._state = (
-            {name.removeprefix("roberta."): _to_torch(tensor.read()) for name, tensor in tensors.items()} if fused else None
-        )
+        plain = {name.removeprefix("roberta."): tensors[stored] for stored, name in names.items()}
+        self._state = {name: _to_torch(tensor.read()) for name, tensor in plain.items()} if fused else None
         self._model = self._build()
 
     def hidden_states(self, tokens: Tensor, mask: Tensor, task: str | None) -> list[Tensor]:
@@ -52,13 +54,15 @@ class TorchReference:
             return list(model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states)
 
     def _build(self) -> PreTrainedModel:
-        from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model, XLMRobertaModel
+        from transformers import BertModel, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model, XLMRobertaModel
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if self._state is None:
-                kind = XLMRobertaModel if self._config.position_type == "absolute" else JinaEmbeddingsV3Model
-                model = kind.from_pretrained(self._directory, dtype=torch.float32)
+                absolute = BertModel if self._config.is_bert else XLMRobertaModel
+                kind: Any = absolute if self._config.position_type == "absolute" else JinaEmbeddingsV3Model
+                model, info = cast(Any, kind).from_pretrained(self._directory, dtype=torch.float32, output_loading_info=True)
+                _check_read(self._directory, [name for name in info["missing_keys"] if not name.startswith("pooler.")])
             else:
                 model = JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**self._hf_config()))
                 self._load(model, None)
@@ -98,7 +102,11 @@ class TorchReference:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # several adapters are intended
                     folder = {"subfolder": self._folders[task]}
-                    self._model.load_adapter(str(self._directory), adapter_name=name, adapter_kwargs=folder)
+                    try:
+                        info = self._model.load_adapter(str(self._directory), adapter_name=name, adapter_kwargs=folder)
+                    except ValueError as error:
+                        raise ValueError(f"{self._directory / self._folders[task]} cannot be compared: {error}") from error
+                _check_read(self._directory / self._folders[task], info.unexpected_keys)
             self._model.set_adapter(name)
             self._model.enable_adapters()
             yield self._model
@@ -134,6 +142,12 @@ class TorchReference:
         missing, unexpected = model.load_state_dict(native, strict=False)
         if unexpected or [name for name in missing if not name.startswith("pooler.")]:
             raise ValueError(f"the reference model lacks {missing} and does not know {unexpected}")
+
+
+def _check_read(place: Path, names: Collection[str]) -> None:
+    """Raises ValueError if transformers has left out tensors, which it only reports."""
+    if names:
+        raise ValueError(f"{place} cannot be compared: transformers does not read all of its tensors, among them {min(names)}")
 
 
 def _to_torch(array) -> Tensor:

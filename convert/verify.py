@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jina_jax.checkpoints.pipeline import transformer_folder
 from jina_jax.checkpoints.sources import checkpoint_format, find_model
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.embed.embedder import Embedder
@@ -31,6 +32,7 @@ TEXTS = (
     "日本語の形態素解析システム。辞書と設定ファイルを含みます。",
     "Программа для просмотра и редактирования изображений.",
     "🦊 emoji 🎉   and \t whitespace \n\n",
+    "tokens spelled <pad> out <pad><pad> in </s> a text [PAD] [SEP]",
     "A longer text. " * 40,
 )
 
@@ -49,12 +51,12 @@ def verify(source: Path, target: str | Path, *, allow_pickle: bool = False) -> d
     if checkpoint_format(source) != "torch":
         raise ValueError(f"{source} is a native checkpoint; the source of a comparison is a PyTorch one")
     model = Embedder.load(target, dtype=jnp.float32)
-    if checkpoint_format(find_model(target)) == "torch" and find_model(target) == source:
+    if find_model(target).samefile(source):
         raise ValueError("source and target are the same directory")
     config = read_torch_checkpoint(source, dtype=jnp.float32, allow_pickle=allow_pickle).config
     if config.tasks != model.config.tasks:
         raise ValueError(f"the source has the tasks {list(config.tasks)}, the target {list(model.config.tasks)}")
-    reference = TorchReference(source, config, allow_pickle=allow_pickle)
+    reference = TorchReference(transformer_folder(source), config, allow_pickle=allow_pickle)
     token_ids = [model.tokenizer(text)["input_ids"][: model.max_length] for text in TEXTS]
     systems = [_compare(model.encoder, reference, token_ids, task) for task in (None, *config.tasks)]
     ok = all(system[name] <= limit for system in systems for name, limit in TOLERANCES.items())

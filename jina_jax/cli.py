@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import how_to_install
+
 try:
     import click
 except ImportError:
-    sys.exit("the command line needs an extra: pip install 'jina-jax[cli]'")
+    sys.exit(f"the command line needs an extra: {how_to_install('cli')}")
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from .checkpoints.sources import find_model
 from .command import CommandGroup
 from .embed.embedder import Embedder
 from .embed.quantize import EMBEDDING_PRECISIONS
-from .files import atomic_write, check_output_file
+from .files import atomic_write, check_not_input, check_output_file
 from .text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
@@ -76,6 +78,7 @@ def _embed_lines(
         raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
     if output != "-":
         check_output_file(Path(output))
+        check_not_input(Path(output), [file])
     texts = _lines(file)
     embedder = Embedder.load(model)
     embeddings = embedder.encode(

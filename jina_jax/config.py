@@ -52,6 +52,12 @@ class ModelConfig:
     max_position_embeddings: int = 8194
     type_vocab_size: int = 1
     position_type: PositionType = "rope"
+    position_offset: int | None = None
+    """Absolute position of a text's first token: 0 in BERT; None = pad_id + 1, as in XLM-RoBERTa.
+
+    XLM-RoBERTa's positions follow the tokens: one that is the padding id, which a text can spell,
+    has position pad_id and is not counted.
+    """
     rope_theta: float = 20_000.0
     """Rotary base currently in use: the paper trains at 10,000 and serves at 20,000."""
     layer_norm_eps: float = 1e-5
@@ -112,6 +118,10 @@ class ModelConfig:
             raise ConfigError(f"matryoshka_dims {wrong} are outside 1..{self.hidden_size}")
         if not 0 <= self.pad_id < self.vocab_size:
             raise ConfigError(f"pad_id {self.pad_id} is not in the vocabulary of {self.vocab_size}")
+        if self.position_offset not in (None, 0, self.pad_id + 1):
+            raise ConfigError(
+                f"position_offset must be 0 (BERT) or pad_id + 1 = {self.pad_id + 1} (XLM-RoBERTa), not {self.position_offset}"
+            )
         if self.max_tokens < 1:
             raise ConfigError(f"max_position_embeddings {self.max_position_embeddings} leaves no position for a token")
 
@@ -120,12 +130,21 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def max_tokens(self) -> int:
-        """Maximum number of tokens of a text, special tokens included.
+    def first_position(self) -> int:
+        """Position of a text's first token: `position_offset` of absolute ones, else 0."""
+        if self.position_type == "rope":
+            return 0
+        return self.pad_id + 1 if self.position_offset is None else self.position_offset
 
-        Absolute positions start after the padding id.
-        """
-        return self.max_position_embeddings - (self.pad_id + 1 if self.position_type == "absolute" else 0)
+    @property
+    def is_bert(self) -> bool:
+        """Whether absolute positions begin at 0, as in BERT and in nothing else here."""
+        return self.position_type == "absolute" and self.first_position == 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Maximum number of tokens of a text, special tokens included."""
+        return self.max_position_embeddings - self.first_position
 
     def prompt(self, name: str) -> str | None:
         return dict(self.prompts).get(name)

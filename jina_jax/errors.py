@@ -1,6 +1,11 @@
 """Errors of this project: ValueErrors whose messages name the input and what would be valid."""
 
 
+def how_to_install(extra: str) -> str:
+    """Command that installs an extra, for messages: the package is not published on an index."""
+    return f"pip install -e '.[{extra}]' in a checkout of jina-jax"
+
+
 class JinaJaxError(ValueError):
     """Base class of every error that this project raises for an invalid input."""
 

@@ -1,10 +1,13 @@
-"""Writes files atomically, reads and compares JSON, and hashes files."""
+"""Writes files atomically, reads and compares JSON, and tells files and their contents apart."""
 
 import contextlib
 import hashlib
 import json
+import os
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,52 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SETTLED_SECONDS = 2
+"""Age from which on another change of a file shows in its times, whatever the file system."""
+
+
+def kept_sha256(path: Path, directory: Path) -> str:
+    """SHA-256 of a file, which is read once: the hash is kept in `directory`.
+
+    A kept hash counts while the file has the same stamp. Among its times is that of the last change
+    of its metadata, which programs cannot set back.
+    """
+    record = directory / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]}.sha256.json"
+    before, now = file_stamp(path), time.time()
+    known = read_json_or_empty(record)
+    if before.items() <= known.items() and isinstance(known.get("sha256"), str):
+        return known["sha256"]
+    digest = sha256(path)
+    settled = now - path.stat().st_ctime > SETTLED_SECONDS
+    if settled and file_stamp(path) == before:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"file": str(path)} | before | {"sha256": digest})
+    return digest
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Returns size, inode and times of a file; any change of the file changes one of them."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "inode": stat.st_ino, "modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
+
+
+def repeated_files(paths: Iterable[str | Path]) -> list[list[str]]:
+    """Groups the paths that lead to one file, however they are spelled; without those that differ.
+
+    Raises:
+        FileNotFoundError: a path leads to no file.
+    """
+    same = defaultdict(list)
+    for path in paths:
+        stat = Path(path).stat()
+        same[stat.st_dev, stat.st_ino].append(str(path))
+    return [found for found in same.values() if len(found) > 1]
+
+
+def check_not_input(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError if a program that reads `inputs` would replace one of them by `output`."""
+    for path in inputs:
+        if output.exists() and Path(path).exists() and output.samefile(path):
+            raise ValueError(f"{output} is the input {path}, which would be lost; give the output another name")

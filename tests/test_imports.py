@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -152,6 +154,16 @@ def test_importing_the_library_imports_none_of_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     found = set(ast.literal_eval(done.stdout.splitlines()[-1]))
     assert found <= {"optax"}  # flax brings it
+
+
+def test_messages_name_extras_that_a_checkout_has():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [path.read_text() for package in ("jina_jax", "convert", "train") for path in files(package)]
+    assert not [text for text in texts if "jina-jax[" in text]  # no index has the package
+    named = {
+        extra for text in texts for listed in re.findall(r"how_to_install\([\"']([^\"']+)", text) for extra in listed.split(",")
+    }
+    assert named and named <= extras.keys()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -26,14 +26,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..checkpoints.pipeline import transformer_folder
 from ..checkpoints.sources import MODEL_FILES
 from ..embed.embedder import Embedder
 from ..embed.progress import progress_bar
 from ..embed.quantize import EmbeddingPrecision
-from ..errors import DataError, RunError
-from ..files import json_diff, read_json, read_json_or_empty, sha256, write_json
+from ..errors import RunError
+from ..files import json_diff, read_json, repeated_files, sha256, write_json
 from ..parallel.mesh import make_mesh
-from ..text.readers import TextRecord, check_file, parquet, read_texts
+from ..text.readers import TextRecord, check_file, parquet
+from .inputs import first_names, id_type, read_rows, scan_inputs
 from .parquet_shards import (
     RUN,
     Shard,
@@ -113,7 +115,8 @@ def load_on_this_host(directory: Path) -> Embedder:
 
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 over the files of a model."""
-    paths = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
+    folders = {directory, transformer_folder(directory)}
+    paths = sorted({path for folder in folders for pattern in MODEL_FILES for path in folder.glob(pattern)})
     if (directory / "manifest.json") in paths:  # it has the hashes of all others
         paths = [directory / "manifest.json"]
     hashes = [f"{path.relative_to(directory).as_posix()} {sha256(path)}" for path in paths]
@@ -154,9 +157,12 @@ def embed_files(
     # Raises ValueError if an option is not valid for the model.
     no_embeddings = _encoded(embedder, [], options)
     _open_output(output)
-    inputs = _scan_inputs(files, output, options, process, processes, progress)
-    schema = shard_schema(_id_type(inputs), no_embeddings)
-    identity = _identity(embedder, fingerprint, options, inputs)
+    inputs = scan_inputs(
+        files, output, options.field, options.id_field, process=process, processes=processes, progress=progress
+    )
+    schema = shard_schema(id_type(inputs), no_embeddings)
+    names = first_names(output, inputs)
+    identity = _identity(embedder, fingerprint, options, inputs, names)
     _check_same_run(output, identity)
 
     total = sum(known["rows"] for known in inputs)
@@ -166,7 +172,7 @@ def embed_files(
     todo = [shard for shard in own if not is_finished(output, shard)]
     if todo:
         (output / MANIFEST).unlink(missing_ok=True)
-    rows = _rows(inputs, todo, options)
+    rows = read_rows(inputs, names, todo, options.field, options.id_field)
     with progress_bar(total, "Embedding", "text", show=progress) as bar:
         bar.update(rows_done(output, shards))
         for shard in todo:
@@ -192,14 +198,14 @@ def check_arguments(files: Sequence[str], options: BulkOptions, process: int, pr
     """
     if not files:
         raise ValueError("there are no files to embed")
-    if twice := sorted(file for file, count in Counter(files).items() if count > 1):
-        raise ValueError(f"files are given twice: {twice}")
     if processes < 1:
         raise ValueError(f"there must be at least 1 process, not {processes}")
     if not 0 <= process < processes:
         raise ValueError(f"the number of a process must be in 0..{processes - 1}, not {process}")
     for file in files:
         check_file(file, options.id_field)
+    if twice := repeated_files(files):
+        raise ValueError(f"files are given twice: {', '.join(' = '.join(dict.fromkeys(same)) for same in twice)}")
     parquet()
 
 
@@ -214,57 +220,19 @@ def _open_output(output: Path) -> None:
     (output / RUN).mkdir(parents=True, exist_ok=True)
 
 
-def _scan_inputs(
-    files: Sequence[str], output: Path, options: BulkOptions, process: int, processes: int, progress: bool
-) -> list[dict[str, Any]]:
-    """Size, row count and hash of each file.
-
-    Each process begins at a different file and keeps the results in the output, so processes that
-    start together share the counting.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    begin = len(files) * process // processes
-    with progress_bar(len(files), "Reading", "file", show=progress) as bar:
-        for i in (*range(begin, len(files)), *range(begin)):
-            found[i] = _scan_input(files[i], output / RUN / f"input-{i:05d}.json", options)
-            bar.update()
-    return [found[i] for i in range(len(files))]
-
-
-def _scan_input(file: str, record: Path, options: BulkOptions) -> dict[str, Any]:
-    """Size, row count, hash and types of the ids of an input.
-
-    Reuses the cached record if the file is unchanged, else reads and checks every row.
-    """
-    stat = Path(file).stat()
-    now = {"file": file, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "field": options.field, "id": options.id_field}
-    known = read_json_or_empty(record)
-    if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
-        return known
-    digest, rows, types = sha256(Path(file)), 0, set()
-    for row in read_texts(file, options.field, options.id_field):
-        rows += 1
-        types.add("string" if isinstance(row.id, str) else "int64")
-    known = now | {"rows": rows, "sha256": digest, "id_types": sorted(types)}
-    write_json(record, known)
-    return known
-
-
-def _id_type(inputs: list[dict[str, Any]]) -> str:
-    first = {kind: known["file"] for known in reversed(inputs) for kind in known["id_types"]}
-    if len(first) > 1:
-        raise DataError(f"ids are strings ({first['string']}) and integers ({first['int64']}); they must be of one type")
-    return next(iter(first), "string")
-
-
-def _identity(embedder: Embedder, fingerprint: str, options: BulkOptions, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+def _identity(
+    embedder: Embedder, fingerprint: str, options: BulkOptions, inputs: list[dict[str, Any]], names: list[str]
+) -> dict[str, Any]:
     """Identity of the run, which a restart must match."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
         "options": dataclasses.asdict(options),
-        "inputs": [{key: known[key] for key in ("file", "bytes", "rows", "sha256")} for known in inputs],
+        "inputs": [
+            {"file": name} | {key: known[key] for key in ("bytes", "rows", "sha256")}
+            for name, known in zip(names, inputs, strict=True)
+        ],
     }
 
 
@@ -278,17 +246,6 @@ def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
             "Give the same files, model and options, or another directory"
         )
-
-
-def _rows(inputs: list[dict[str, Any]], shards: list[Shard], options: BulkOptions) -> Iterator[TextRecord]:
-    """Yields the rows of the shards, in one pass over the files that hold any of them."""
-    base = 0
-    for known in inputs:
-        end = base + known["rows"]
-        ranges = [(max(s.first, base) - base, min(s.end, end) - base) for s in shards if s.first < end and s.end > base]
-        if ranges:
-            yield from read_texts(known["file"], options.field, options.id_field, ranges)
-        base = end
 
 
 # ---- embedding

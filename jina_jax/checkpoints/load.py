@@ -4,17 +4,21 @@ This is the one place that finds a source, recognises its format, and reads the 
 tokenizer.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
 from ..config import ModelConfig
+from ..errors import ConfigError
 from ..files import read_json
 from ..model.encoder import Encoder
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tokenizer import Tokenizer, limit_tokens, load_tokenizer, lower_case
 from .hf_config import from_hf
 from .native import load_checkpoint
+from .pipeline import sentence_settings, transformer_folder
+from .settings import check_settings
 from .sources import checkpoint_format, find_model
 from .torch_reader import read_torch_checkpoint
 
@@ -35,6 +39,7 @@ def load_encoder(
     revision: str | None = None,
     allow_pickle: bool = False,
     tokenizer: str | Path | None = None,
+    strict: bool = False,
 ) -> LoadedModel:
     """Loads a model from a directory, a remote directory or the hub, in any supported layout.
 
@@ -45,21 +50,50 @@ def load_encoder(
         revision: branch, tag or commit on the hub.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
         tokenizer: directory of another tokenizer.json to use; None = the source's.
+        strict: settings beside the weights that are not known are an error, not a warning.
 
     Raises:
         FileNotFoundError: the source or one of its files does not exist.
         CheckpointError, ConfigError: the source is damaged, ambiguous or not supported; the message
             says what and where.
     """
-    directory = find_model(source, revision)
+    directory = find_model(source, revision, allow_pickle=allow_pickle)
+    own = Path(tokenizer) if tokenizer else None
     if checkpoint_format(directory) == "native":
         encoder = load_checkpoint(directory, dtype=dtype, param_dtype=param_dtype)
-    else:
-        encoder = read_torch_checkpoint(directory, dtype=dtype, param_dtype=param_dtype, allow_pickle=allow_pickle)
-    return LoadedModel(encoder, load_tokenizer(Path(tokenizer or directory), encoder.config), directory)
+        check_settings(directory, own, strict=strict)
+        return _padded_alike(encoder, load_tokenizer(own or directory, encoder.config), directory)
+    check_settings(directory, own, strict=strict)
+    encoder = read_torch_checkpoint(directory, dtype=dtype, param_dtype=param_dtype, allow_pickle=allow_pickle)
+    folder = transformer_folder(directory)
+    loaded = load_tokenizer(own or folder, encoder.config)
+    _obey_sentence_settings(folder, loaded)
+    return _padded_alike(encoder, loaded, directory)
 
 
 def load_config(directory: Path) -> ModelConfig:
     """Reads the configuration of a model in a local directory, without its weights."""
-    fields = read_json(directory / "config.json")
-    return ModelConfig.from_dict(fields) if checkpoint_format(directory) == "native" else from_hf(fields)
+    if checkpoint_format(directory) == "native":
+        return ModelConfig.from_dict(read_json(directory / "config.json"))
+    return from_hf(read_json(transformer_folder(directory) / "config.json"))
+
+
+def _padded_alike(encoder: Encoder, tokenizer: Tokenizer, directory: Path) -> LoadedModel:
+    """Gives the configuration the padding id of the tokenizer, which a BERT's can differ from."""
+    encoder.config = replace(encoder.config, pad_id=tokenizer.pad_token_id)
+    return LoadedModel(encoder, tokenizer, directory)
+
+
+def _obey_sentence_settings(folder: Path, tokenizer: Tokenizer) -> None:
+    """Applies sentence-transformers' settings of a Transformer module to its tokenizer.
+
+    The tokenizer keeps them, and everything that uses or saves it does so too.
+    """
+    path, settings = sentence_settings(folder)
+    limit = settings.get("max_seq_length")
+    if limit is not None:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2:
+            raise ConfigError(f"{path}: max_seq_length must be an integer of at least 2, not {limit!r}")
+        limit_tokens(tokenizer, limit)
+    if settings.get("do_lower_case"):
+        lower_case(tokenizer)

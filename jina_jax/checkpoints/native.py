@@ -69,6 +69,14 @@ def load_checkpoint(directory: Path, *, dtype: DTypeLike | None = None, param_dt
         ConfigError: `config.json` contradicts the arrays.
     """
     verify(directory)
+    return read_unverified(directory, dtype=dtype, param_dtype=param_dtype)
+
+
+def read_unverified(directory: Path, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None) -> Encoder:
+    """Returns the encoder of a native checkpoint as it is, whatever its manifest says.
+
+    Arguments and errors are those of `load_checkpoint`, but for damage inside the arrays.
+    """
     ocp = orbax()
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
     if not (directory / _ARRAYS).is_dir():

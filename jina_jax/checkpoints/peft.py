@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +13,13 @@ from ..config import PUBLISHED_INSTRUCTIONS, ModelConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from . import torch_names
+from .settings import refuse_adapter_settings
 from .tensor_files import FLOATS, LazyTensor, open_tensors
 from .torch_names import NameScheme, TensorMapping
+from .wrappers import PEFT_PREFIX, unwrapped_names
 
-PREFIX = "base_model.model."
+_TRAINERS_CHECKPOINT = re.compile(r"checkpoint([-_].*)?")
+"""Name of a folder that a trainer writes every few hundred steps, and nobody has named."""
 
 
 def adapter_folder(task: str) -> str:
@@ -25,40 +29,21 @@ def adapter_folder(task: str) -> str:
 
 _PUBLISHED_FOLDERS = {adapter_folder(task): task for task in PUBLISHED_INSTRUCTIONS}
 
-_INERT = {
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "modules_to_save": (None, []),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    # The others (pissa, olora, corda, loftq, lora_ga) change the base weights too.
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
-}
-"""Settings of adapter_config.json that this library does not support.
-
-Each maps to the values with which it has no effect.
-"""
-
 
 class PeftAdapter(NamedTuple):
-    """One adapter: its task, its folder, its settings and its tensors.
-
-    The tensors are keyed by standard names (`torch_names.standard_module_name`).
-    """
+    """One adapter: its task, its folder, its settings and its tensors."""
 
     task: str
     folder: Path
     settings: dict[str, Any]
     tensors: dict[str, LazyTensor]
+    """By standard names (`torch_names.standard_module_name`)."""
+    spelled: dict[str, tuple[str, ...]]
+    """Names that PEFT may have seen the module of a tensor under, by the tensor's standard name.
+
+    Those in the file and transformers' own. A file with the fused projection has the names of the
+    original only.
+    """
 
     @property
     def rank(self) -> int:
@@ -71,8 +56,19 @@ class PeftAdapter(NamedTuple):
         if not names:
             return 0.0
         rank = self.tensors[names[0]].shape[_rank_axis(names[0])]
-        alpha = _pattern_value(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha", 8))
+        alpha = self.setting("alpha_pattern", names[0], self.settings.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def setting(self, patterns: str, tensor: str, default: float | int) -> float | int:
+        """Value for the module of a tensor, of the first pattern that matches it, as in PEFT."""
+        for pattern, value in (self.settings.get(patterns) or {}).items():
+            if self.matches(pattern, tensor):
+                return value
+        return default
+
+    def matches(self, pattern: str, tensor: str) -> bool:
+        """Whether a pattern matches the end of a name of a tensor's module."""
+        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in self.spelled[tensor])
 
 
 def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, allow_pickle: bool = False) -> list[PeftAdapter]:
@@ -88,11 +84,14 @@ def find_peft_adapters(directory: Path, published_order: tuple[str, ...], *, all
         allow_pickle: read `adapter_model.bin` where there is no safetensors file.
 
     Raises:
-        CheckpointError: an adapter lies beside the base weights, is damaged or is not supported.
+        CheckpointError: an adapter lies beside the base weights, is damaged or is not supported, or
+            a folder is named as a trainer names its checkpoints.
     """
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(f"{directory} holds an adapter beside its weights; put each adapter in a folder of its own")
-    adapters = [_open(path.parent, allow_pickle) for path in sorted(directory.glob("*/adapter_config.json"))]
+    adapters = [_open(folder, allow_pickle) for folder in _adapter_folders(directory)]
+    _warn_of_unread_adapters(directory)
+    _warn_of_idle_patterns(adapters)
     order = {task: place for place, task in enumerate(published_order or PUBLISHED_INSTRUCTIONS)}
     return sorted(adapters, key=lambda adapter: (order.get(adapter.task, len(order)), adapter.task))
 
@@ -124,7 +123,7 @@ def matched_tensors(
         expected = list(table[name].tensor_shape(array_shapes[table[name].path]))
         expected[_rank_axis(name)] = tensor.shape[_rank_axis(name)]
         rank = tensor.shape[_rank_axis(name)]
-        said = _pattern_value(adapter.settings.get("rank_pattern"), name.rpartition(".lora_")[0], adapter.settings.get("r", 8))
+        said = adapter.setting("rank_pattern", name, adapter.settings.get("r", 8))
         if rank != said:
             problems.append(f"wrong rank: {name} has {rank}, adapter_config.json says {said}")
         if list(tensor.shape) != expected:
@@ -151,7 +150,7 @@ def module_scales(adapter: PeftAdapter, config: ModelConfig) -> dict[str, np.nda
         array = scales.setdefault(path, np.zeros(shape, np.float32))
         layer, qkv_index = entry.place[:1], entry.place[2:3]  # qkv: (layer, EVERY, c, task)
         place = () if not shape else layer + qkv_index if path == "layers.qkv" else layer
-        array[place] = adapter.scale(name.rpartition(".lora_")[0])
+        array[place] = adapter.scale(_module(name))
     return scales
 
 
@@ -180,21 +179,67 @@ def _open(folder: Path, allow_pickle: bool) -> PeftAdapter:
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{folder}: peft_type {settings['peft_type']!r} is not supported; supported is 'LORA'")
-    if refused := [key for key, inert in _INERT.items() if settings.get(key) not in inert]:
-        raise CheckpointError(f"{folder}: adapter_config.json sets {refused}, which this library does not build")
+    refuse_adapter_settings(folder, settings)
     _check_numbers(folder, settings)
-    tensors = {}
-    for name, tensor in open_tensors(folder, "adapter_model", allow_pickle=allow_pickle).items():
-        plain = name.removeprefix(PREFIX).removeprefix("roberta.")
-        if not re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", plain) or len(tensor.shape) != 2:
-            raise CheckpointError(f"{folder}: {name} {tensor.shape} is not part of a plain LoRA adapter")
-        standard = torch_names.standard_module_name(plain)
-        if standard in tensors:
-            raise CheckpointError(f"{folder} is ambiguous: it holds {standard} under two names")
-        tensors[standard] = tensor
+    stored = open_tensors(folder, "adapter_model", allow_pickle=allow_pickle)
+    tensors: dict[str, LazyTensor] = {}
+    in_file: dict[str, str] = {}
+    for name, plain in unwrapped_names(stored, folder).items():
+        if not re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", plain) or len(stored[name].shape) != 2:
+            raise CheckpointError(f"{folder}: {name} {stored[name].shape} is not part of a plain LoRA adapter")
+        standard = torch_names.standard_module_name(re.sub(r"^(roberta|bert)\.", "", plain))
+        for part, tensor in _parts(standard, stored[name]).items():
+            if part in tensors:
+                raise CheckpointError(f"{folder} is ambiguous: it holds {part} under two names")
+            tensors[part] = tensor
+            in_file[part] = _module(name.rpartition(PEFT_PREFIX)[2])
     if not tensors:
         raise CheckpointError(f"{folder} holds an adapter without tensors")
-    return PeftAdapter(_PUBLISHED_FOLDERS.get(folder.name, folder.name), folder, settings, tensors)
+    fused = len(in_file) > len(stored)
+    spelled = {part: (name,) if fused else (name, _module(part), f"roberta.{_module(part)}") for part, name in in_file.items()}
+    return PeftAdapter(_PUBLISHED_FOLDERS.get(folder.name, folder.name), folder, settings, tensors, spelled)
+
+
+def _parts(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
+    """Tensors of q, k and v, which share A, of one of the fused projection; else the tensor."""
+    names = torch_names.qkv_names(name)
+    if len(names) == 1 or _rank_axis(name) == 0 or tensor.shape[0] % len(names):
+        return dict.fromkeys(names, tensor)
+    rows = tensor.shape[0] // len(names)
+    return {
+        part: LazyTensor((rows, tensor.shape[1]), tensor.dtype, lambda i=i: tensor.read()[i * rows : (i + 1) * rows])
+        for i, part in enumerate(names)
+    }
+
+
+def _adapter_folders(directory: Path) -> list[Path]:
+    # Hidden folders are copies of editors and notebooks.
+    folders = [path.parent for path in sorted(directory.glob("*/adapter_config.json")) if not path.parent.name.startswith(".")]
+    unnamed = [folder.name for folder in folders if _TRAINERS_CHECKPOINT.fullmatch(folder.name)]
+    if unnamed:
+        raise CheckpointError(
+            f"{directory} holds the checkpoints {unnamed} of a trainer, whose names are no tasks: rename the one that is meant "
+            f"to its task (mv {directory / unnamed[0]} {directory / 'TASK'}), and move the others out of the directory"
+        )
+    return folders
+
+
+def _warn_of_unread_adapters(directory: Path) -> None:
+    if deeper := sorted(path.parent.relative_to(directory).as_posix() for path in directory.glob("*/*/adapter_config.json")):
+        warnings.warn(
+            f"{directory}: the adapters {deeper} are not read; those in folders of the base model's directory are", stacklevel=6
+        )
+
+
+def _warn_of_idle_patterns(adapters: list[PeftAdapter]) -> None:
+    """Warns, as PEFT does, of patterns that change nothing: another module was meant."""
+    for adapter in adapters:
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = adapter.settings.get(field) or {}
+            idle = [pattern for pattern in patterns if not any(adapter.matches(pattern, name) for name in adapter.tensors)]
+            if idle:
+                message = f"{adapter.folder}: {field} has {idle}, which match no module of the adapter and change nothing"
+                warnings.warn(message, stacklevel=6)  # the caller of Embedder.load
 
 
 def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -209,16 +254,13 @@ def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{folder}: adapter_config.json has ranks or alphas that are no numbers: {error}") from error
 
 
-def _pattern_value(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
-    """Value for a module by PEFT's rule: the first pattern that matches the end of its name."""
-    for pattern, value in (patterns or {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, f"roberta.{module}")):
-            return value
-    return default
-
-
 def _name_scheme(config: ModelConfig) -> NameScheme:
     return "bert" if config.position_type == "absolute" else "split"
+
+
+def _module(tensor: str) -> str:
+    """Name of the module that a tensor of an adapter belongs to."""
+    return tensor.rpartition(".lora_")[0]
 
 
 def _rank_axis(name: str) -> int:

@@ -2,31 +2,39 @@
 format."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CheckpointError, ConfigError
-from ..files import read_json, read_json_list
+from ..errors import CheckpointError
+from .foreign import refuse_foreign_directory
 from .native import is_checkpoint
+from .pipeline import transformer_folder
 from .remote import fetch, is_remote
-from .tensor_files import INDEX_SUFFIX, PICKLES
+from .tensor_files import INDEX_SUFFIX, PICKLES, has_weights
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 MODEL_FILES = ("*.json", "*.safetensors", "*/adapter_config.json", "*/adapter_model.safetensors")
-"""Patterns of the files from which a model is read, except the arrays of a native checkpoint."""
+"""Patterns of the files of a Transformer module's folder from which a model is read, and of those
+of its adapters; not of the arrays of a native checkpoint."""
+
+_HUB_FILES = (*MODEL_FILES, "*/*.json", "*/*.safetensors", "arrays/*")
+"""Patterns of what is downloaded: as it is not known before which folders hold modules, all."""
 
 
-def find_model(source: str | Path, revision: str | None = None) -> Path:
+def find_model(source: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
     """Returns a local directory with the files of a model.
 
     Args:
         source: a directory; a remote directory (`gs://...`), which is copied; or a hub id, which is
             downloaded to the hub's cache.
         revision: branch, tag or commit on the hub.
+        allow_pickle: download pickles too, in place of the safetensors files that the hub lacks.
 
     Raises:
         FileNotFoundError: there is no such directory and no such model.
+        CheckpointError: the hub has the weights only as pickles, and they are not allowed.
         ValueError: `source` is a file.
     """
     text = str(source)
@@ -39,12 +47,45 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{path} is a file; a model is a directory")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text):
         raise FileNotFoundError(f"there is no directory {path}")
+    directory = _download(text, revision, [*_HUB_FILES])
+    pickles = [] if is_checkpoint(directory) else _pickles_to_fetch(directory)
+    if pickles and allow_pickle:
+        return _download(text, revision, pickles)
+    if pickles and (held := _on_hub(text, revision, pickles)):
+        raise CheckpointError(
+            f"{text} has its weights only as pickles ({', '.join(held)}), which can run code when they are loaded. "
+            f"If you trust them, convert them once: python -m convert from_torch {text} DST --allow-pickle"
+        )
+    return directory
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*MODEL_FILES, "arrays/*"]))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise FileNotFoundError(f"{text} is no directory here, and not to be had from the hub: {error}") from error
+        raise FileNotFoundError(f"{model} is no directory here, and not to be had from the hub: {error}") from error
+
+
+def _on_hub(model: str, revision: str | None, patterns: list[str]) -> list[str]:
+    """Names of a model's files on the hub that match; [] without a connection."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.list_repo_files(model, revision=revision)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError):
+        return []
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _pickles_to_fetch(directory: Path) -> list[str]:
+    """Patterns of the pickles that stand in for safetensors files which a download lacks."""
+    folder = transformer_folder(directory)
+    lacking = [] if _weights(folder) else [folder / PICKLES]
+    adapters = [path.parent for pattern in ("adapter_config.json", "*/adapter_config.json") for path in folder.glob(pattern)]
+    lacking += [path / "adapter_model.bin" for path in adapters if not (path / "adapter_model.safetensors").exists()]
+    return [path.relative_to(directory).as_posix() for path in lacking]
 
 
 def checkpoint_format(directory: Path) -> Literal["native", "torch"]:
@@ -52,40 +93,18 @@ def checkpoint_format(directory: Path) -> Literal["native", "torch"]:
 
     Raises:
         CheckpointError: the directory holds both, or neither.
-        ConfigError: sentence-transformers' files beside it ask for more than mean pooling and
-            normalisation.
+        ConfigError: sentence-transformers' list of modules asks for one that is not built.
     """
-    weights = [path.name for pattern in ("*.safetensors", f"*{INDEX_SUFFIX}") for path in directory.glob(pattern)]
     if is_checkpoint(directory):
-        if weights:
+        if weights := _weights(directory):
             raise CheckpointError(f"{directory} is ambiguous: it holds a native checkpoint and PyTorch weights {weights}")
         return "native"
-    if not weights and not any(directory.glob(PICKLES)):
-        held = sorted(path.name for path in directory.iterdir())
-        raise CheckpointError(f"{directory} is of an unknown kind: it holds no checkpoint of a known layout, but {held}")
-    _check_modules(directory)
+    folder = transformer_folder(directory)
+    if not has_weights(folder):
+        refuse_foreign_directory(folder)
     return "torch"
 
 
-def _check_modules(directory: Path) -> None:
-    """Raises for pipelines that this library would silently run as something else."""
-    modules = directory / "modules.json"
-    if not modules.exists():
-        return
-    listed = read_json_list(modules)
-    if not all(isinstance(module, dict) for module in listed):
-        raise CheckpointError(f"{modules} is not a list of modules")
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in listed]
-    if unknown := [kind for kind in kinds if kind not in ("Transformer", "XLMRobertaLoRA", "Pooling", "Normalize")]:
-        raise ConfigError(f"{modules} has the modules {unknown}, which this library does not build")
-    for module, kind in zip(listed, kinds, strict=True):
-        pooling = directory / str(module.get("path", "")) / "config.json"
-        if kind != "Pooling" or not pooling.exists():
-            continue
-        settings = read_json(pooling)
-        mode = settings.get("pooling_mode", "mean" if settings.get("pooling_mode_mean_tokens", True) else "another")
-        modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
-        if mode != "mean" or modes not in ([], ["pooling_mode_mean_tokens"]):
-            raise ConfigError(f"{pooling} asks for {modes or mode}; supported is the mean of all tokens")
-        if settings.get("include_prompt", True) is not True:
-            raise ConfigError(f"{pooling} sets include_prompt to false; supported is a mean that includes the prompt")
+def _weights(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder, and of their indices."""
+    return [path.name for pattern in ("*.safetensors", f"*.safetensors{INDEX_SUFFIX}") for path in folder.glob(pattern)]

@@ -2,15 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, how_to_install
 
 INDEX_SUFFIX = ".index.json"
 PICKLES = "pytorch_model*.bin"
@@ -27,6 +27,7 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 
+_UNKNOWN_DTYPE = "which no parameter has; if the weights are quantised, take those in float32, bfloat16 or float16"
 
 FLOATS = (_DTYPES["F32"], _DTYPES["BF16"], _DTYPES["F16"])
 """Dtypes that parameters may have."""
@@ -38,6 +39,12 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+
+def has_weights(directory: Path) -> bool:
+    """True if a directory has the files of a model from which `open_tensors` opens tensors."""
+    names = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
+    return any((directory / name).exists() for name in names) or any(directory.glob(PICKLES))
 
 
 def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = False) -> dict[str, LazyTensor]:
@@ -63,7 +70,14 @@ def open_tensors(directory: Path, stem: str = "model", *, allow_pickle: bool = F
             f"{directory} has its weights only as a pickle ({pickles[0].name}), which can run code when it is loaded. "
             "If you trust it, convert it once: python -m convert from_torch SRC DST --allow-pickle"
         )
-    return {name: tensor for path in pickles for name, tensor in _open_pickle(path).items()}
+    return _joined([_open_pickle(path) for path in pickles], f"the files {[path.name for path in pickles]} of {directory}")
+
+
+def _joined(parts: Collection[dict[str, LazyTensor]], where: str) -> dict[str, LazyTensor]:
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    if len(tensors) != sum(map(len, parts)):
+        raise CheckpointError(f"{where} hold a tensor twice")
+    return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -77,7 +91,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _lazy(path: Path, name: str, header) -> LazyTensor:
     dtype = header.get_dtype()
     if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not supported; use {sorted(_DTYPES)}")
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, {_UNKNOWN_DTYPE}")
 
     def read() -> np.ndarray:
         # Reopened for each tensor: while a file stays mapped, all pages read so far count as memory
@@ -101,17 +115,14 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     shards = {file: _open_safetensors(index.parent / file) for file in files}
     if lost := sorted(name for name, file in places.items() if name not in shards[file]):
         raise CheckpointError(f"{index} names tensors that its shards do not hold: {lost}")
-    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    if len(tensors) != sum(len(shard) for shard in shards.values()):
-        raise CheckpointError(f"the shards of {index} hold a tensor twice")
-    return tensors
+    return _joined(shards.values(), f"the shards of {index}")
 
 
 def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(f"reading {path.name} needs PyTorch: pip install 'jina-jax[convert]'") from error
+        raise CheckpointError(f"reading {path.name} needs PyTorch: {how_to_install('convert')}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,10 +130,17 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     # torch raises a dozen kinds here, among them bare RuntimeError and UnpicklingError.
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or holds more than tensors: {error}") from error
-    names = {str(dtype): dtype for dtype in _DTYPES.values()}
+    dtypes = {str(dtype): dtype for dtype in _DTYPES.values()}
 
-    def lazy(tensor) -> LazyTensor:
-        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+    def lazy(name: str, tensor: Any) -> LazyTensor:
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{path}: {name} is a {type(tensor).__name__} and not a tensor; write the encoder anew in PyTorch, by its own "
+                "save_pretrained"
+            )
+        dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {tensor.dtype}, {_UNKNOWN_DTYPE}")
 
         def read() -> np.ndarray:
             tensor_bits = tensor.contiguous().view(torch.uint16) if dtype == ml_dtypes.bfloat16 else tensor
@@ -132,7 +150,4 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
 
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a mapping of names to tensors")
-    try:
-        return {name: lazy(tensor) for name, tensor in state.items()}
-    except (AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path} holds something that is not a tensor of a known dtype: {error}") from error
+    return {str(name): lazy(name, tensor) for name, tensor in state.items()}

@@ -24,7 +24,8 @@ NameScheme = Literal["fused", "split", "bert"]
 
 fused: files of jina-embeddings-v3, the original's and transformers'. split: transformers' names for
 the modules of jina-embeddings-v3 in memory, which some files and all PEFT adapters use. bert:
-XLM-RoBERTa and multilingual-E5.
+BERT and XLM-RoBERTa, multilingual-E5 among them; their heads and prefixes have names of their own,
+see `standard_name`.
 """
 
 Kind = Literal["dense", "fused", "qkv", "embedding", "norm", "bias"]
@@ -85,6 +86,8 @@ IGNORED = {
     "embeddings.position_ids": "a buffer that counts 0, 1, 2, ...",
     "lm_head.decoder.weight": "a copy of the tied embedding table; an error where it differs",
     "lm_head.decoder.bias": "a copy of lm_head.bias; an error where it differs",
+    "cls.seq_relationship.weight": "a head that says whether one text follows another; no embedding uses it",
+    "cls.seq_relationship.bias": "a head that says whether one text follows another; no embedding uses it",
 }
 """Tensors left out on purpose, with the reason. Those in TIED are compared first."""
 
@@ -93,6 +96,16 @@ TIED = {
     "lm_head.decoder.bias": "lm_head.bias",
 }
 # fmt: on
+
+_BERT_HEAD = {
+    "cls.predictions.transform.dense.": "lm_head.dense.",
+    "cls.predictions.transform.LayerNorm.": "lm_head.layer_norm.",
+    "cls.predictions.": "lm_head.",
+}
+"""Beginnings of names of BERT's MLM head, and XLM-RoBERTa's, which computes the same."""
+
+_OLD_NORM = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+"""Ends of names in the first files of BERT, as TensorFlow had them."""
 
 
 class Transform(NamedTuple):
@@ -220,6 +233,28 @@ def peft_adapter_mappings(config: ModelConfig, task: int, scheme: NameScheme) ->
     return entries
 
 
+def standard_name(name: str) -> str:
+    """Name of a tensor in the table, without the prefix of its family: the MLM head's is
+    XLM-RoBERTa's, `bert.` and `roberta.` are left out."""
+    for old, new in _OLD_NORM.items():
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
+    for bert, standard in _BERT_HEAD.items():
+        if name.startswith(bert):
+            return standard + name.removeprefix(bert)
+    return name.removeprefix("roberta.").removeprefix("bert.")
+
+
+def family_name(name: str, family: Literal["roberta", "bert"]) -> str:
+    """Name of a tensor with the prefix of its family: the inverse of `standard_name`."""
+    if not name.startswith("lm_head."):
+        return f"{family}.{name}"
+    if family == "roberta":
+        return name
+    bert, standard = next((bert, standard) for bert, standard in _BERT_HEAD.items() if name.startswith(standard))
+    return bert + name.removeprefix(standard)
+
+
 def standard_module_name(name: str) -> str:
     """Name of a module in the split (or bert) scheme, given in any mixture of schemes.
 
@@ -237,6 +272,18 @@ def standard_module_name(name: str) -> str:
                     break
             return LAYER_PREFIXES["split"].format(l=layer) + rest
     return name
+
+
+def qkv_names(name: str) -> tuple[str, ...]:
+    """Names of q, k and v in the split scheme, of a name of the fused projection or in it.
+
+    Any other name is returned alone.
+    """
+    fused = next(module.fused for module in LAYER_MODULES if module.kind == "fused")
+    before, found, after = name.partition(f".{fused}.")
+    if not found:
+        return (name,)
+    return tuple(f"{before}.{module.split}.{after}" for module in LAYER_MODULES if module.kind == "qkv")
 
 
 def _modules(config: ModelConfig, scheme: NameScheme) -> Iterator[tuple[Module, str, Index]]:

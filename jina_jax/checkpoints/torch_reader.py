@@ -7,6 +7,7 @@ next is begun.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -27,10 +28,13 @@ from ..model.encoder import Encoder
 from ..model.lora import AdapterParam, AdapterScale
 from ..model.parameters import abstract_variables, from_arrays
 from . import torch_names
+from .foreign import refuse_foreign_tensors
 from .hf_config import from_hf
 from .peft import PeftAdapter, all_share_down_projections, find_peft_adapters, matched_tensors, module_scales
+from .pipeline import transformer_folder
 from .tensor_files import FLOATS, LazyTensor, open_tensors
 from .torch_names import NameScheme, TensorMapping
+from .wrappers import unwrapped_names
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,8 @@ def read_torch_checkpoint(
     """Reads the encoder of a checkpoint; its configuration is `encoder.config`.
 
     Args:
-        directory: holds `config.json`, the weights, and PEFT adapters in sub-folders if it has any.
+        directory: holds `config.json`, the weights, and PEFT adapters in sub-folders if it has any;
+            or a `modules.json` that names the folder which does.
         dtype: compute dtype; None = that of the parameters.
         param_dtype: dtype of the parameters; None = as stored, bit for bit.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
@@ -66,11 +71,14 @@ def read_torch_checkpoint(
         ConfigError: `config.json` asks for something unsupported, or contradicts the tensors.
         FileNotFoundError: a file is missing.
     """
+    root, directory = directory, transformer_folder(directory)
     hf = read_json(directory / "config.json")
-    tensors = _without_prefix(open_tensors(directory, allow_pickle=allow_pickle), directory)
+    opened = _unwrapped(open_tensors(directory, allow_pickle=allow_pickle), directory)
+    tensors = _by_standard_name(opened, directory)
     scheme = recognise_name_scheme(tensors, directory)
     stacked = any(name.endswith(_STACKED) for name in tensors)
     config = _checked_config(from_hf(hf), hf, tensors, scheme, stacked)
+    _check_family(hf, opened)
     config = replace(
         config,
         pooler=any(name.startswith("pooler.dense.") for name in tensors),
@@ -86,7 +94,7 @@ def read_torch_checkpoint(
         separate = not all_share_down_projections(adapters, config)
         tasks = tuple(adapter.task for adapter in adapters)
         config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
-    config = _with_prompts(config, directory)
+    config = _with_library_settings(config, root)
 
     table = torch_names.base_mappings(config, scheme, parametrized=stacked)
     if stacked:
@@ -95,7 +103,7 @@ def read_torch_checkpoint(
 
 
 def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
-    """Scheme of the tensor names, which are given without `roberta.`.
+    """Scheme of the tensor names, which are given as `torch_names.standard_name` has them.
 
     Raises:
         CheckpointError: the names are of several schemes, or of none.
@@ -110,14 +118,35 @@ def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
         raise CheckpointError(f"{directory} is ambiguous: its tensor names mix the layouts {sorted(found)}")
     raise CheckpointError(
         f"{directory} is of an unknown kind: its tensors are {sorted(names)[:5]} ...; supported are jina-embeddings-v3 "
-        "(original or transformers), XLM-RoBERTa and multilingual-E5"
+        "(original or transformers), XLM-RoBERTa and BERT, multilingual-E5 among them"
     )
 
 
-def _without_prefix(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
-    plain = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
+def _unwrapped(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
+    refuse_foreign_tensors(tensors, directory)
+    return {plain: tensors[name] for name, plain in unwrapped_names(tensors, directory).items()}
+
+
+def _check_family(hf: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ConfigError where the names of tensors are BERT's and the configuration is not, or the
+    reverse: their positions differ, and nothing else would tell."""
+    said = hf.get("model_type")
+    for family, of_others, marks in (("bert", False, ("bert.", "cls.")), ("xlm-roberta", True, ("roberta.", "lm_head."))):
+        found = [name for name in names if name.startswith(marks)]
+        if found and (said == "bert") == of_others:
+            raise ConfigError(
+                f"config.json contradicts the tensors: model_type is {said!r}, and {found[0]} is a name of {family!r}; "
+                "write the model_type of the model that was trained"
+            )
+
+
+def _by_standard_name(tensors: Mapping[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
+    plain = {torch_names.standard_name(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        raise CheckpointError(f"{directory} is ambiguous: it holds tensors both with and without the prefix 'roberta.'")
+        twice = [name for name, count in Counter(map(torch_names.standard_name, tensors)).items() if count > 1]
+        raise CheckpointError(
+            f"{directory} is ambiguous: with and without a prefix such as 'roberta.' it holds {twice[0]} twice"
+        )
     if "lm_head.decoder.bias" in plain and "lm_head.bias" not in plain:
         plain["lm_head.bias"] = plain.pop("lm_head.decoder.bias")
     return plain
@@ -144,7 +173,11 @@ def _checked_config(
         "number of lora_adaptations": len(config.tasks),
         "lora_rank": hf.get("lora_rank", found.get("lora_rank")),
     }
-    wrong = [f"{field} is {said[field]}, in the tensors {size}" for field, size in found.items() if said[field] != size]
+    wrong = [
+        f"{field} is {said[field]}{'' if field.split()[-1] in hf else ' by default'}, in the tensors {size}"
+        for field, size in found.items()
+        if said[field] != size
+    ]
     if config.position_type != position_type:
         in_file = hf.get("position_embedding_type")
         wrong.append(f"position_embedding_type is {in_file!r}, in the tensors {position_type}")
@@ -176,20 +209,30 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], scheme: NameScheme, stacked: b
     return sizes
 
 
-def _with_prompts(config: ModelConfig, directory: Path) -> ModelConfig:
-    """Adds the prompts to the configuration.
+def _with_library_settings(config: ModelConfig, directory: Path) -> ModelConfig:
+    """Adds prompts and dimension of sentence-transformers' file to the configuration.
 
-    Each is taken from `config.json`, else from sentence-transformers' file, else, for the name of a
-    published task, from the published instructions.
+    Each prompt is taken from `config.json`, else from that file, else, for the name of a published
+    task, from the published instructions. `query` and `document` are empty where the file names
+    them as the default and has no text for them.
     """
     published = {task: PUBLISHED_INSTRUCTIONS[task] for task in config.tasks if task in PUBLISHED_INSTRUCTIONS}
     path = directory / "config_sentence_transformers.json"
     library = read_json(path) if path.exists() else {}
     named = library.get("prompts") or {}
-    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+    if not isinstance(named, dict) or not all(isinstance(text, str | None) for text in named.values()):
         raise ConfigError(f"{path}: prompts must be texts by name, not {named!r}")
-    prompts = published | named | dict(config.prompts)
-    return replace(config, prompts=tuple(prompts.items()), default_prompt=library.get("default_prompt_name"))
+    prompts = published | {name: text or "" for name, text in named.items()} | dict(config.prompts)
+    default = library.get("default_prompt_name")
+    if default in ("query", "document"):
+        prompts = {default: ""} | prompts
+    if default is not None and default not in prompts:
+        raise ConfigError(f"{path}: default_prompt_name {default!r} is not one of its prompts {list(prompts)}")
+    dim = library.get("truncate_dim")
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+        raise ConfigError(f"{path}: truncate_dim must be an integer, not {dim!r}")
+    dim = config.truncate_dim if dim is None else dim
+    return replace(config, prompts=tuple(prompts.items()), default_prompt=default, truncate_dim=dim)
 
 
 def _match(

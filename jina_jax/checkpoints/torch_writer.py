@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ from ..config import ModelConfig
 from ..files import dump_json
 from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
 from ..model.encoder import Encoder
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer, lower_cases
 from . import torch_names
 from .hf_config import to_hf
 from .peft import adapter_folder
@@ -66,7 +66,7 @@ def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer
         arrays |= adapters
     hf = to_hf(config, "original", _torch_dtype(arrays))
     with atomic_directory(directory) as target:
-        _write(target, _prefixed(_tensors(table, arrays)), hf, tokenizer)
+        _write(target, _prefixed(_tensors(table, arrays), "roberta"), hf, tokenizer)
         _write_prompts(target, config)
 
 
@@ -92,15 +92,21 @@ def write_sentence_transformers(
     prompt, so that `encode(texts)` in sentence-transformers is `encode(texts, task)` here.
     """
     config = encoder.config
-    instruction = (config.prompt(task) or "") if task else ""
-    prompts = {task: instruction} if task else {k: v for k, v in config.prompts if k not in config.tasks}
+    default = task or config.default_prompt
+    if task:
+        prompts = {task: config.prompt(task) or ""}
+    else:
+        prompts = {name: text for name, text in config.prompts if name not in config.tasks or name == default}
     base = merge_adapter(encoder, task) if task else _without_adapters(encoder)
-    library = {"prompts": prompts, "default_prompt_name": task, "similarity_fn_name": "cosine"}
+    library = {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"}
+    if config.truncate_dim is not None:
+        library["truncate_dim"] = config.truncate_dim
+    sentence = {"max_seq_length": max_length, "do_lower_case": lower_cases(tokenizer)}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     with atomic_directory(directory) as target:
         _write_transformers(target, base, tokenizer, dtype)
         _write_json(target / "config_sentence_transformers.json", library)
-        _write_json(target / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+        _write_json(target / "sentence_bert_config.json", sentence)
         (target / "modules.json").write_text(
             json.dumps(
                 [
@@ -170,12 +176,9 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: Tokenizer, dt
         raise ValueError(f"two of the tasks {list(config.tasks)} would share a folder: only letters and digits tell them apart")
     scheme = "fused" if config.position_type == "rope" else "bert"
     tensors = _tensors(torch_names.base_mappings(config, scheme), arrays)
-    _write(
-        target,
-        _prefixed(tensors) if config.mlm_head else tensors,
-        to_hf(config, "transformers", _torch_dtype(arrays)),
-        tokenizer,
-    )
+    if config.mlm_head:
+        tensors = _prefixed(tensors, "bert" if config.is_bert else "roberta")
+    _write(target, tensors, to_hf(config, "transformers", _torch_dtype(arrays)), tokenizer)
     for task in config.tasks:
         adapter, scale = with_one_scale(_on_host(extract_adapter(encoder, task), dtype))
         folder = target / adapter_folder(task)
@@ -217,8 +220,8 @@ def _tensors(table: Mapping[str, TensorMapping], arrays: Arrays) -> Arrays:
     return {name: entry.extract(arrays[entry.path]) for name, entry in table.items()}
 
 
-def _prefixed(tensors: Arrays) -> Arrays:
-    return {name if name.startswith("lm_head.") else f"roberta.{name}": tensor for name, tensor in tensors.items()}
+def _prefixed(tensors: Arrays, family: Literal["roberta", "bert"]) -> Arrays:
+    return {torch_names.family_name(name, family): tensor for name, tensor in tensors.items()}
 
 
 def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: Tokenizer) -> None:

@@ -105,6 +105,7 @@ class Embedder:
         dtype: DTypeLike | None = None,
         revision: str | None = None,
         mesh: Mesh | None = None,
+        strict: bool = False,
     ) -> "Embedder":
         """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any
         supported layout.
@@ -118,6 +119,7 @@ class Embedder:
             mesh: from `make_mesh`; texts are embedded on all its devices. If these belong
                 to several processes, all of them call `encode` with the same texts, each computes a
                 share, and each gets all embeddings. None = one device.
+            strict: settings beside the weights that are not known are an error, not a warning.
 
         Raises:
             FileNotFoundError: the source or one of its files does not exist.
@@ -126,7 +128,7 @@ class Embedder:
         """
         if dtype is None and jax.default_backend() == "cpu":
             dtype = jnp.float32
-        encoder, tokenizer, _ = load_encoder(source, dtype=dtype, param_dtype=dtype, revision=revision)
+        encoder, tokenizer, _ = load_encoder(source, dtype=dtype, param_dtype=dtype, revision=revision, strict=strict)
         return cls(encoder, encoder.config, tokenizer, mesh=mesh)
 
     def save(self, directory: str | Path) -> None:
@@ -274,6 +276,7 @@ class Embedder:
             for name in prompt_names:
                 if self.config.prompt(name) is not None:
                     return options | {"prompt_name": name}
+            return options | {"prompt": ""}  # the default prompt is for `encode`
         return options
 
     def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[Result]:

@@ -220,14 +220,33 @@ class Encoder(nnx.Module):
         """Input of the first layer, given the tokens' rows of the table in float32."""
         x = self.tokens.adapted(rows, tokens, adapter_ids) + self.token_types(jnp.zeros_like(tokens), adapter_ids)
         if self.positions is not None:
-            # XLM-RoBERTa counts positions from behind the padding id.
-            x += self.positions(positions + self.config.pad_id + 1)
+            x += self.positions(absolute_positions(tokens, positions, self.config))
         return self.embed_norm(x).astype(self.dtype)
 
     def rotary_tables(self, positions: Int[Array, "b t"]) -> RotaryTables | None:
         if self.config.position_type == "absolute":
             return None
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+
+def absolute_positions(tokens: Int[Array, "b t"], positions: Int[Array, "b t"], config: ModelConfig) -> Int[Array, "b t"]:
+    """Returns the row of the position table for each token of a packed batch.
+
+    BERT's is the position in the text. XLM-RoBERTa's begin behind the padding id and follow the
+    tokens: one that is the padding id, which a text can spell, has position pad_id and is not
+    counted.
+
+    Args:
+        tokens: their ids.
+        positions: counted from 0 inside each text.
+        config: of the model.
+    """
+    if config.is_bert:
+        return positions
+    pad = (tokens == config.pad_id).astype(jnp.int32)
+    before = jnp.cumsum(pad, axis=1) - pad  # of the row
+    at_start = jax.lax.cummax(jnp.where(positions == 0, before, 0), axis=1)  # before the token's own text
+    return config.first_position + jnp.where(pad == 1, -1, positions - (before - at_start))
 
 
 def layer_adapter_ids(adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None, segment_ids: Int[Array, "b t"]) -> AdapterIds:

@@ -1,10 +1,12 @@
 """Several processes as one program: start-up, agreement on values, a common end if one fails.
 
 JAX's collectives run on the devices, in the order of the steps. The values agreed on here go
-through the coordinator instead, so that any thread may agree at any time. In a program of one
+through the coordinator instead, so that any thread may agree at any time. A process that dies ends
+the others within HEARTBEAT_SECONDS; one that only takes long is waited for. In a program of one
 process none of this does anything.
 """
 
+import base64
 import contextlib
 import logging
 import os
@@ -18,15 +20,23 @@ from typing import Any
 import jax
 from jax._src import distributed  # the coordinator's client has no public name
 
+from ..errors import RunError
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20
 """Seconds without a heartbeat after which a process counts as dead, and the others end."""
 
-WAIT_SECONDS = 600
-"""Most seconds that processes may be apart, such as while one of them writes a checkpoint."""
+WAIT_SECONDS = 24 * 60 * 60
+"""Most seconds that processes may be apart, such as while one of them prepares a dataset.
 
-KEPT = 10_000
+The environment variable JINA_JAX_WAIT_SECONDS sets another limit.
+"""
+
+SAY_SECONDS = 60.0
+"""Seconds after which a process says what it waits for; it says so again when they have doubled."""
+
+Answers = Callable[[list[bytes]], list[bytes]]
 
 _FAILED = "jina-jax/failed/"
 _LOOK_SECONDS = 1.0
@@ -44,8 +54,10 @@ def start() -> bool:
         True if there are other processes.
 
     Raises:
-        ValueError: JAX_COORDINATOR_ADDRESS is set, and one of the other two is missing or invalid.
+        ValueError: JAX_COORDINATOR_ADDRESS is set, and one of the other two is missing or invalid;
+            or JINA_JAX_WAIT_SECONDS is no number of seconds.
     """
+    _wait_limit()
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         count, number = _int_env("JAX_NUM_PROCESSES"), _int_env("JAX_PROCESS_ID")
         if not 0 <= number < count:
@@ -57,7 +69,13 @@ def start() -> bool:
 
 
 def _initialize(**arguments: Any) -> None:
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+    slow = threading.Timer(SAY_SECONDS, logger.warning, ["still waiting for the other processes of this job to start"])
+    slow.daemon = True
+    slow.start()
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
+    finally:
+        slow.cancel()
 
 
 def _int_env(name: str) -> int:
@@ -85,10 +103,24 @@ def barrier(name: str) -> None:
     """Waits until every process has reached this call.
 
     Raises:
-        RuntimeError: some did not reach it within WAIT_SECONDS.
+        RunError: some did not reach it within WAIT_SECONDS; the message has them.
     """
-    if client := _client():
-        client.wait_at_barrier(_unused_key(name), WAIT_SECONDS * 1000)
+    client = _client()
+    if client is None:
+        return
+    place = _unused_key(name)
+    client.key_value_set(f"{place}/{jax.process_index()}", "")
+    if is_main_process():
+        for number in range(jax.process_count()):
+            _wait_for(client, f"{place}/{number}", name, lambda: _not_there(client, place))
+        client.key_value_set(f"{place}/all", "")
+    _wait_for(client, f"{place}/all", name, lambda: _not_there(client, place))
+
+
+def _not_there(client: Any, place: str) -> list[int]:
+    """Numbers of the processes that have not reached a barrier."""
+    there = {key.rpartition("/")[2] for key, _ in client.key_value_dir_get(f"{place}/")}
+    return [number for number in range(jax.process_count()) if str(number) not in there]
 
 
 @contextlib.contextmanager
@@ -109,22 +141,80 @@ def broadcast_from_main(name: str, value: Callable[[], str]) -> str:
     key = _unused_key(name)
     if is_main_process():
         client.key_value_set(key, value())
-    return client.blocking_key_value_get(key, WAIT_SECONDS * 1000)
+    return _wait_for(client, key, name, lambda: [0])
 
 
-def max_over_processes(name: str, number: int, value: int) -> int:
-    """Returns the maximum of the processes' values of this name and number.
+def asking_main(name: str) -> Callable[[int, bytes, Answers], bytes]:
+    """Returns a function by which all processes, batch by batch, get the main process's answers.
 
-    The values of KEPT numbers ago are forgotten.
+    It takes the number of a batch, this process's value and a function from the values of all
+    processes to their answers, both in the order of the processes; only the main process calls
+    that. It returns this process's answer. Every process asks once for each number, in any thread.
     """
-    client = _client()
-    if client is None:
-        return value
-    place = f"jina-jax/{name}/{number}/"
-    client.key_value_set(f"{place}{jax.process_index()}", str(value), allow_overwrite=True)
-    found = [client.blocking_key_value_get(f"{place}{i}", WAIT_SECONDS * 1000) for i in range(jax.process_count())]
-    client.key_value_delete(f"jina-jax/{name}/{number - KEPT}/{jax.process_index()}")
-    return max(map(int, found))
+    client, place, own = _client(), _unused_key(name), jax.process_index()
+
+    def ask(number: int, value: bytes, answers: Answers) -> bytes:
+        if client is None:
+            return answers([value])[0]
+        what, others = f"{name}, batch {number}", range(1, jax.process_count())
+        if own:
+            client.key_value_set(f"{place}/{number}/value/{own}", base64.b64encode(value).decode())
+            return _take(client, f"{place}/{number}/answer/{own}", what, 0)
+        values = [value, *(_take(client, f"{place}/{number}/value/{i}", what, i) for i in others)]
+        made = answers(values)
+        for i in others:
+            client.key_value_set(f"{place}/{number}/answer/{i}", base64.b64encode(made[i]).decode())
+        return made[0]
+
+    return ask
+
+
+def _take(client: Any, key: str, name: str, process: int) -> bytes:
+    """Waits for a process's value of a key that only this process reads, and removes it."""
+    value = _wait_for(client, key, name, lambda: [process])
+    client.key_value_delete(key)
+    return base64.b64decode(value)
+
+
+def _wait_for(client: Any, key: str, name: str, missing: Callable[[], list[int]]) -> str:
+    """Returns the value of a key, once it has one.
+
+    Args:
+        client: the coordinator's client.
+        key: the key.
+        name: what the processes meet for, as messages name it.
+        missing: returns the processes that are waited for.
+
+    Raises:
+        RunError: it has none within the limit.
+    """
+    began, limit, say = time.monotonic(), _wait_limit(), SAY_SECONDS
+    while True:
+        try:
+            end = began + min(say, limit)
+            return client.blocking_key_value_get(key, max(1, round(1000 * (end - time.monotonic()))))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        others = ", ".join(map(str, missing())) or "0"
+        if say >= limit:
+            raise RunError(
+                f"process {jax.process_index()} has waited {limit:g} seconds for process {others} ({name}), which is alive; "
+                "see its log, and set JINA_JAX_WAIT_SECONDS to wait longer"
+            )
+        logger.warning("process %d has waited %.0f s for process %s (%s)", jax.process_index(), say, others, name)
+        say *= 2
+
+
+def _wait_limit() -> float:
+    text = os.environ.get("JINA_JAX_WAIT_SECONDS") or str(WAIT_SECONDS)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit <= 10**9:
+        raise ValueError(f"JINA_JAX_WAIT_SECONDS must be a number of seconds above 0, not {text!r}")
+    return limit
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError
+from ..errors import DataError, how_to_install
 from .unicode import lone_surrogate
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
@@ -139,7 +139,7 @@ def parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("Parquet needs an extra: pip install 'jina-jax[cli]'") from error
+        raise ValueError(f"Parquet needs an extra: {how_to_install('cli')}") from error
     return pyarrow.parquet
 
 

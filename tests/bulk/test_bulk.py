@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from click.testing import CliRunner
 
 from jina_jax import Embedder
+from jina_jax.bulk import inputs
 from jina_jax.bulk import parquet_shards as shards
 from jina_jax.bulk import run as bulk
 from jina_jax.bulk.run import BulkOptions, embed_files, load_on_this_host, model_fingerprint
@@ -286,8 +287,31 @@ def test_another_run_in_the_same_directory_is_refused_with_the_differences(embed
 
 def test_inputs_are_counted_once(embedder, files, tmp_path, monkeypatch):
     embed_files(embedder, "model", files, tmp_path / "out", OPTIONS)
-    monkeypatch.setattr(bulk, "read_texts", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(inputs, "read_texts", lambda *_: pytest.fail("read again"))
     assert embed_files(embedder, "model", files, tmp_path / "out", OPTIONS).complete
+
+
+def test_another_spelling_of_an_input_or_another_place_is_the_same_run(embedder, files, tmp_path, monkeypatch):
+    """The ids keep the first spelling: a run has one."""
+    embed_files(embedder, "model", files, tmp_path / "whole", OPTIONS)
+    embed_files(embedder, "model", files, tmp_path / "out", OPTIONS, process=1, processes=2)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "sha256", lambda _: pytest.fail("read again"))
+        relative = [f"./{Path(file).name}" for file in files]
+        assert not embed_files(embedder, "model", relative, Path("out"), OPTIONS, process=0, processes=3).complete
+    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("out", "whole", "elsewhere"))
+    moved = [f"elsewhere/{Path(file).name}" for file in files]
+    assert embed_files(embedder, "model", moved, Path("out"), OPTIONS).complete
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_output_that_is_the_input_is_refused(model, tmp_path):
+    (tmp_path / "a.txt").write_text("text\n")
+    (tmp_path / "a.npy").symlink_to("a.txt")
+    result = command(tmp_path / "a.txt", "--model", model, "--output", tmp_path / "a.npy")
+    assert result.exit_code == 1 and f"{tmp_path}/a.npy is the input {tmp_path}/a.txt" in result.output
+    assert (tmp_path / "a.txt").read_text() == "text\n"
 
 
 def test_fingerprint(model, tmp_path):
@@ -364,7 +388,9 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
     ("changes", "message"),
     [
         ({"files": []}, "no files"),
-        ({"files": ["a.txt", "a.txt"]}, r"files are given twice: \['a.txt'\]"),
+        ({"files": ["a.txt", "a.txt"]}, "files are given twice: a.txt"),
+        ({"files": ["a.txt", "./a.txt"]}, "files are given twice: a.txt = ./a.txt"),
+        ({"files": ["a.txt", "link.txt"]}, "files are given twice: a.txt = link.txt"),
         ({"files": ["nowhere.txt"]}, "there is no file nowhere.txt"),
         ({"files": ["gs://bucket/a.txt"]}, "gs://bucket/a.txt is remote"),
         ({"id_field": "id"}, "a.txt is plain text, which has no field 'id'"),
@@ -381,6 +407,7 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
 def test_a_bad_argument_leaves_no_directory(embedder, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("text\n")
+    Path("link.txt").symlink_to("a.txt")
     arguments = {"files": ["a.txt"], "process": 0, "processes": 1} | changes
     files, of_job = arguments.pop("files"), {name: arguments.pop(name) for name in ("process", "processes")}
     with pytest.raises((ValueError, OSError), match=message):
@@ -400,8 +427,13 @@ def test_a_directory_of_something_else_is_left_alone(embedder, files, tmp_path):
 
 def test_an_input_that_has_become_shorter_since_it_was_counted(embedder, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text\n" * 15)
-    counted = bulk._scan_inputs
-    monkeypatch.setattr(bulk, "_scan_inputs", lambda *a: (counted(*a), (tmp_path / "a.txt").write_text("text\n" * 12))[0])
+
+    def counted(*arguments, **named):
+        known = inputs.scan_inputs(*arguments, **named)
+        (tmp_path / "a.txt").write_text("text\n" * 12)
+        return known
+
+    monkeypatch.setattr(bulk, "scan_inputs", counted)
     with pytest.raises(DataError, match="become shorter: there are 2 of the 5 rows of part-00001"):
         embed_files(embedder, "model", [str(tmp_path / "a.txt")], tmp_path / "out", OPTIONS)
     assert sorted(contents(tmp_path / "out")) == ["part-00000.parquet"]

@@ -1,15 +1,19 @@
 """Native checkpoints are whole or absent, and never silently wrong."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from etils import epath
 
+from convert.__main__ import main as convert
 from jina_jax import Embedder
 from jina_jax.checkpoints import native, sealed_directory
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
@@ -31,6 +35,46 @@ def test_an_edited_file_is_refused_until_it_is_sealed(saved):
         Embedder.load(saved)
     seal(saved)
     assert Embedder.load(saved).encode("a").shape == (16,)
+
+
+def no_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def another_size(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"mlp_size": 128', '"mlp_size": 96'))
+
+
+def no_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+
+
+def no_arrays(directory: Path) -> None:
+    shutil.rmtree(directory / "arrays")
+
+
+def no_metadata(directory: Path) -> None:
+    for file in (directory / "arrays").glob("*METADATA*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_json, "config.json is not JSON"),
+        (another_size, "config.json contradicts the arrays"),
+        (no_tokenizer, "damaged or not a tokenizer"),
+        (no_arrays, "has no arrays"),
+        (no_metadata, "arrays"),
+    ],
+)
+def test_files_from_which_no_model_can_be_read_are_not_sealed(saved, damage, message):
+    before = (saved / "manifest.json").read_bytes()
+    damage(saved)
+    result = CliRunner().invoke(convert, ["seal", str(saved)])
+    assert result.exit_code == 1 and message in result.output and len(result.output.splitlines()) == 1, result.output
+    assert (saved / "manifest.json").read_bytes() == before
 
 
 def test_a_missing_file_is_named(saved):

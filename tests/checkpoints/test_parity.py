@@ -33,6 +33,8 @@ TEXTS = (
     "🦊 emoji 👩‍👩‍👧 flags 🇩🇪🇯🇵 and 1️⃣",
     "  white \t space \n\n everywhere \u00a0\u3000 ",
     "a word " * 20,
+    "<pad>first, <pad> and <pad><pad> inside </s> a <mask> text<s> <pad>",
+    "<pad><pad>",
 )
 LENGTHS = (2, 17, 512, 513, 1024, 1500, 3000, 8194)
 

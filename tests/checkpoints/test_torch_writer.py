@@ -145,6 +145,13 @@ def test_verify_reports_agreement_and_a_changed_weight(tmp_path):
     assert layers[2] > 1e-5 and max(layers[:2] + layers[3:]) < 1e-5, "the report names the layer"
 
 
+def test_a_checkpoint_is_not_compared_with_itself(tmp_path):
+    checkpoints.write_original(tmp_path / "original")
+    (tmp_path / "link").symlink_to("original")
+    result = verify(tmp_path / "original", tmp_path / "link")
+    assert result.exit_code == 1 and "source and target are the same directory" in result.output
+
+
 def test_tasks_that_would_share_a_folder_are_refused(source, tmp_path):
     adapter = extract_adapter(source.encoder, "separation")
     encoder = add_adapter(add_adapter(source.encoder, "legal-de", adapter), "legal.de", adapter)

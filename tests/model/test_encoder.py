@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from jina_jax import Encoder, ModelConfig, pool
 from jina_jax.embed.forward import text_embeddings, token_states
-from jina_jax.model.encoder import token_adapter_ids
+from jina_jax.model.encoder import absolute_positions, token_adapter_ids
 from jina_jax.model.gradient_sums import GradientSums
 from jina_jax.model.layers import DeferredLayerNorm, LayerNorm, gelu
 from jina_jax.model.lora import AdapterParam, AdapterScale
@@ -81,6 +84,23 @@ def test_no_tasks_argument_is_the_base_model(encoder, texts):
     none = np.full(rows.texts.shape, -1, np.int32)
     got, want = (token_states(encoder, *rows[:3], tasks) for tasks in (None, none))
     np.testing.assert_allclose(np.asarray(got)[rows.segment_ids > 0], np.asarray(want)[rows.segment_ids > 0], atol=1e-5)
+
+
+@given(st.lists(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=9), max_size=5), min_size=3, max_size=3))
+def test_positions_of_packed_texts_that_spell_padding_are_pytorchs(rows):
+    """Token 1 is the padding id, also of the slots behind the last text."""
+    texts = [text for row in rows for text in row]
+    numbers = iter(range(len(texts)))
+    plan = packing.BatchPlan([[next(numbers) for _ in row] for row in rows], (len(rows), 96))
+    batch = packing.lay_out(texts, plan, pad_id=1)
+    inputs = [jnp.asarray(array) for array in (batch.tokens, batch.positions)]
+    got = np.asarray(absolute_positions(*inputs, ModelConfig(position_type="absolute")))
+    for row, slot in zip(*np.nonzero(batch.texts >= 0), strict=True):
+        text = torch.tensor([texts[batch.texts[row, slot]]])
+        expected = XLMRobertaEmbeddings.create_position_ids_from_input_ids(text, 1)[0]
+        assert got[row][batch.segment_ids[row] == slot + 1].tolist() == expected.tolist()
+    bert = absolute_positions(*inputs, ModelConfig(position_type="absolute", position_offset=0))
+    np.testing.assert_array_equal(bert, batch.positions)
 
 
 def test_tasks_of_tokens():

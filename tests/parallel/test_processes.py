@@ -3,6 +3,7 @@
 They run on this machine, with real collectives between them.
 """
 
+import multiprocessing
 import os
 import signal
 import time
@@ -14,7 +15,18 @@ import pytest
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
-from helpers.training import Runs, assert_identical, exit_codes, log_of, run_config, saved_arrays, stages, write_datasets
+from helpers.training import (
+    Runs,
+    assert_identical,
+    exit_codes,
+    free_address,
+    log_of,
+    run_config,
+    saved_arrays,
+    stages,
+    write_datasets,
+)
+from helpers.waiting import meet
 from jina_jax.parallel import processes
 from train.config import MeshConfig
 from train.run.metrics import read_metrics
@@ -134,10 +146,34 @@ def test_an_incomplete_environment_is_named(monkeypatch, job, message):
         processes.start()
 
 
+def test_a_process_that_is_late_is_waited_for_and_one_that_never_comes_is_named(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.training"])
+    address, logs = free_address(), [tmp_path / str(number) for number in range(2)]
+    job = [context.Process(target=meet, args=(number, address, log)) for number, log in enumerate(logs)]
+    for process in job:
+        process.start()
+    assert exit_codes(job, seconds=60) == [0, 0]
+    main, other = (log.read_text("utf-8") for log in logs)
+    assert "process 1 has waited 0 s for process 0 (datasets/a)" in other
+    assert "process 0 has waited 0 s for process 1 (the model is saved)" in main
+    cure = "see its log, and set JINA_JAX_WAIT_SECONDS to wait longer"
+    assert f"error: process 0 has waited 0.5 seconds for process 1 (never), which is alive; {cure}" in main
+    assert f"error: process 1 has waited 0.5 seconds for process 0 (never told), which is alive; {cure}" in other
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "soon", "nan", "inf"])
+def test_a_limit_that_is_none_is_named(monkeypatch, limit):
+    monkeypatch.setenv("JINA_JAX_WAIT_SECONDS", limit)
+    with pytest.raises(ValueError, match=f"JINA_JAX_WAIT_SECONDS must be a number of seconds above 0, not '{limit}'"):
+        processes.start()
+
+
 def test_alone_there_is_nobody_to_wait_for(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert not processes.start() and jax.process_count() == 1
     processes.barrier("anything")
-    assert processes.max_over_processes("rows", 3, 5) == 5 and processes.broadcast_from_main("name", lambda: "value") == "value"
+    assert processes.asking_main("rows")(3, b"5", lambda values: [value * 2 for value in values]) == b"55"
+    assert processes.broadcast_from_main("name", lambda: "value") == "value"
