@@ -22,7 +22,7 @@ from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
-from .folded_adapters import FoldedAdapters
+from .folded_adapters import FoldedAdapters, how_many_to_keep
 from .forward import text_embeddings, token_states
 from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
 from .progress import progress_bar
@@ -39,10 +39,12 @@ SLOTS_PER_TEXT = 256
 class Tuning(NamedTuple):
     """Sizes that trade memory and latency for speed; results do not depend on them."""
 
-    worth_folding: int = 16_384
-    """Characters of one task in a call of several from which on its adapter is folded."""
-    kept_adapters: int = 1
-    """Folded encoders that are kept; each holds a copy of the kernels."""
+    worth_folding: int = 32_768
+    """Characters of one task in a call from which on its adapter is folded into the kernels. A
+    smaller call has it computed beside them, unless a folded encoder is kept."""
+    kept_adapters: int | None = None
+    """Folded encoders that are kept; each holds a copy of the kernels. None = all that a quarter of
+    an accelerator's memory holds, one on CPU."""
     first_chunk: int = FIRST_CHUNK
     largest_chunk: int = LARGEST_CHUNK
     """Texts tokenised at a time, see `text.batching`."""
@@ -67,7 +69,7 @@ class EncodeOptions(TypedDict, total=False):
 
 
 class Embedder:
-    """A model and its tokenizer.
+    """A model and its tokenizer; any number of threads may use it at the same time.
 
     Attributes:
         config: the model's configuration; its `tasks` and `prompts` are what `encode` takes.
@@ -95,7 +97,8 @@ class Embedder:
         self._backend = private_backend(tokenizer)
         self.max_length = max_tokens(tokenizer, config)
         self.tuning = tuning or Tuning()
-        self._folded = FoldedAdapters(self.encoder, self.tuning.kept_adapters, self._for_inference)
+        kept = self.tuning.kept_adapters or how_many_to_keep(encoder)
+        self._folded = FoldedAdapters(self.encoder, kept, self._for_inference)
 
     @classmethod
     def load(
@@ -318,14 +321,20 @@ class Embedder:
         mixed = []
         for index in names:
             members = np.flatnonzero(adapter_ids == index)
-            if len(names) > 1 and sum(len(texts[i]) for i in members) < self.tuning.worth_folding:
-                mixed.append(members)
-            else:
+            large = sum(len(texts[i]) for i in members) >= self.tuning.worth_folding
+            if large or (len(names) == 1 and self._ready(index)):
                 yield self._encoder_of(index), members, False
+            else:
+                mixed.append(members)
         if mixed:
             members = np.sort(np.concatenate(mixed))
             base_alone = (adapter_ids[members] < 0).all()
             yield self._base, members, not base_alone
+
+    def _ready(self, index: int) -> bool:
+        """True if a small call may have its adapter folded: it never folds one anew because another
+        task was called meanwhile."""
+        return index < 0 or self._folded.ready(self.config.tasks[index])
 
     def _encoder_of(self, index: int) -> Encoder:
         """Returns the base, or the encoder with one adapter folded in."""

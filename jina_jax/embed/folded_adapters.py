@@ -4,8 +4,33 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
+import jax
+
 from ..model.adapters import fold_adapter
+from ..model.device import platform
 from ..model.encoder import Encoder
+from ..model.parameters import variables
+
+_SHARE_OF_MEMORY = 4
+"""Folded encoders fill at most one part in this many of an accelerator's memory."""
+
+
+def how_many_to_keep(encoder: Encoder) -> int:
+    """Returns how many folded encoders to keep, at least 1 and at most one a task.
+
+    On an accelerator it is what a quarter of its memory holds: the published model's five take 3 GB
+    in half precision. On CPU it is one, since folding there takes longer than a small call, which
+    has the adapter computed beside the kernels for a few percent.
+    """
+    tasks = len(encoder.config.tasks)
+    if platform() == "cpu" or not tasks:
+        return 1
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    kernels = [
+        v.get_value() for path, v in variables(encoder).items() if path.startswith("layers.") and path.endswith("kernel")
+    ]
+    size = sum(kernel.size * kernel.dtype.itemsize for kernel in kernels)
+    return min(max(memory // _SHARE_OF_MEMORY // size, 1), tasks)
 
 
 class FoldedAdapters:
@@ -36,6 +61,11 @@ class FoldedAdapters:
                 self._kept[task] = self._prepare(fold_adapter(self._encoder, task))
             self._kept.move_to_end(task)
             return self._kept[task]
+
+    def ready(self, task: str) -> bool:
+        """True if asking for a task folds nothing, or folds it once and for good."""
+        with self._lock:
+            return task in self._kept or self._limit >= len(self._encoder.config.tasks)
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ A layer takes its `adapter_ids` in one of three forms:
   * None: the base model;
   * one index for the whole batch, [], -1 = none: the adapter is folded into the kernel, in float32,
     and the matmul is the base model's;
-  * an index for each token, [b, t], -1 = none: one matmul over `[x, z]`, where z = x @ a holds the
-    down-projections of all adapters with the foreign ones masked. The mix of tasks in a batch
-    changes no shape, so nothing is recompiled.
+  * an index for each token, [b, t], -1 = none: `[x, z]` times the kernel and all adapters' b, where
+    z = x @ a holds the down-projections of all adapters with the foreign ones masked. The mix of
+    tasks in a batch changes no shape, so nothing is recompiled.
 """
 
 import dataclasses

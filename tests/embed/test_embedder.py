@@ -64,8 +64,8 @@ def test_large_groups_are_folded_and_small_ones_mixed_with_the_same_result(embed
     assert folding._folded.tasks
 
 
-def test_the_folded_kernels_of_the_last_task_are_kept(embedder):
-    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer)
+def test_large_calls_fold_and_the_last_tasks_kernels_are_kept(embedder):
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(worth_folding=1))
     model.encode("x", "classification")
     kept = model._folded["classification"]
     model.encode(["y", "z"], "classification")
@@ -75,19 +75,40 @@ def test_the_folded_kernels_of_the_last_task_are_kept(embedder):
 
 
 def test_more_folded_kernels_are_kept_on_request_and_the_oldest_go_first(embedder):
-    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(kept_adapters=2))
+    tuning = Tuning(worth_folding=1, kept_adapters=2)
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=tuning)
     for task in ("classification", "retrieval.query", "classification", "retrieval.passage"):
         model.encode("x", task)
     assert model._folded.tasks == ("classification", "retrieval.passage")
 
 
-def test_threads_share_the_folded_kernels(embedder):
-    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer)
-    tasks = [TASKS[i % len(TASKS)] for i in range(24)]
-    expected = {task: embedder.encode("x", task) for task in TASKS}
+@pytest.mark.parametrize("kept", [1, len(TASKS)])
+def test_small_calls_never_fold_anew(embedder, kept):
+    folds = []
+    tuning = Tuning(worth_folding=100, kept_adapters=kept)
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=tuning)
+    prepare = model._folded._prepare
+    model._folded._prepare = lambda encoder: folds.append(1) or prepare(encoder)
+    expected = {task: embedder.encode("a game", task) for task in TASKS}
+    for task in TASKS * 3:
+        np.testing.assert_allclose(model.encode("a game", task), expected[task], atol=1e-6)
+    assert len(folds) == (len(TASKS) if kept == len(TASKS) else 0)
+    model.encode(["a game"] * 100, "classification")  # a large one folds, and small ones use what it has left
+    before = len(folds)
+    np.testing.assert_allclose(model.encode("a game", "classification"), expected["classification"], atol=1e-6)
+    assert len(folds) == before and "classification" in model._folded.tasks
+
+
+def test_an_embedder_is_safe_in_any_number_of_threads(embedder):
+    tuning = Tuning(worth_folding=200, kept_adapters=1)  # of two calls one folds, and takes the other's place
+    model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=tuning)
+    tasks = (*TASKS, None)
+    calls = [(f"text {i % 3} " * (40 if i % 5 == 0 else 1), tasks[i % len(tasks)]) for i in range(600)]
+    expected = {call: embedder.encode(*call) for call in set(calls)}
     with ThreadPoolExecutor(8) as pool:
-        for task, got in zip(tasks, pool.map(lambda task: model.encode("x", task), tasks), strict=True):
-            np.testing.assert_array_equal(got, expected[task])
+        results = list(pool.map(lambda call: model.encode(*call), calls))
+    for call, result in zip(calls, results, strict=True):
+        np.testing.assert_allclose(result, expected[call], atol=1e-6)
 
 
 def test_a_task_prepends_its_instruction_and_a_prompt_replaces_it(embedder):
