@@ -80,7 +80,7 @@ def _compare(encoder: Encoder, reference: Any, token_ids: list[list[int]], task:
     )
     return {
         "task": task,
-        "layer": max(layers),
+        "layer": float(np.max(layers)),  # max() would pass over NaN
         "layers": layers,
         "states": _difference(np.asarray(states)[real], expected[-1][real]),
         "embedding": float(np.abs(got - want).max()),

@@ -28,6 +28,18 @@ class DataError(JinaJaxError):
     """An invalid file of texts, records or packages; the message names file and line."""
 
 
+class NotFiniteError(JinaJaxError):
+    """NaN or infinity where a model should give numbers.
+
+    Attributes:
+        indices: of the texts of the call that it was given for.
+    """
+
+    def __init__(self, message: str, indices: list[int]):
+        super().__init__(message)
+        self.indices = indices
+
+
 class RunError(JinaJaxError):
     """A run that cannot start or continue.
 

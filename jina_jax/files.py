@@ -73,7 +73,7 @@ def _read_json(path: Path, kind: type, error: type[JinaJaxError]) -> Any:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise error(f"{path} is not JSON: {reason}") from reason
     if not isinstance(value, kind):
         raise error(f"{path} holds a {type(value).__name__}, not a {kind.__name__}")

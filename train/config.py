@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +89,8 @@ class Stage:
     same_class: Literal["suffix", "excluded"] = "suffix"
     """Method that keeps tuples of one class from being negatives of one another (classification).
     "suffix": one number ends all texts of a tuple, and the model learns to read it, as in the
-    paper. "excluded": the loss leaves such tuples out."""
+    paper. "excluded": the loss leaves out such tuples, and others' negatives of an anchor's own
+    class."""
     mask_rate: Share = 0.3
     weight_decay: NotNegative = 0.01
     betas: tuple[Share, Share] = (0.9, 0.98)
@@ -257,8 +259,12 @@ def _call_config(file: Path, function: str) -> TrainConfig:
     except ImportError as error:
         imported = re.search(r"cannot import name '(\w+)'", str(error))
         raise ConfigError(f"{file}: {error}{hint(imported[1]) if imported else ''}") from error
-    except (TypeError, SyntaxError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    except Exception as error:  # the file is a program, and may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        place = f"{file}, line {lines[-1]}" if lines else file
+        raise ConfigError(f"{place}: {type(error).__name__}: {error}") from error
     if not isinstance(made, TrainConfig):
         raise ConfigError(f"{file}: {function}() gives a {type(made).__name__}, not a TrainConfig")
     return made

@@ -31,7 +31,8 @@ from ..checkpoints.sources import MODEL_FILES
 from ..embed.embedder import Embedder
 from ..embed.progress import progress_bar
 from ..embed.quantize import EmbeddingPrecision
-from ..errors import RunError
+from ..embed.results import not_finite
+from ..errors import NotFiniteError, RunError
 from ..files import json_diff, read_json, repeated_files, sha256, write_json
 from ..parallel.mesh import make_mesh
 from ..text.readers import TextRecord, check_file, parquet
@@ -268,7 +269,12 @@ def _embedded(
                 return
             if not batch or len(running) == calls:
                 ids, call = running.popleft()
-                yield ids, call.result()
+                try:
+                    embeddings = call.result()
+                except NotFiniteError as error:
+                    wrong = [ids[index] for index in error.indices]
+                    raise not_finite(error.indices, f"{len(wrong)} of the texts, by id", wrong) from error
+                yield ids, embeddings
                 bar.update(len(ids))
 
 

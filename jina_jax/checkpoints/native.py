@@ -6,7 +6,6 @@ and renamed when it is complete: a directory with a manifest is a complete check
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from ..model.lora import AdapterScale
 from ..model.parameters import abstract_variables, from_arrays, variables
 from ..parallel.processes import is_main_process
 from ..text.tokenizer import Tokenizer
+from .array_store import all_processes, check_readable, load_arrays, orbax, orbax_path, stored_arrays
 from .sealed_directory import MANIFEST, atomic_directory, seal, verify
 
 _ARRAYS = "arrays"
@@ -46,10 +46,10 @@ def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: Tokenize
     """
     with atomic_directory(directory) as target:
         arrays = {path: np.asarray(variable.get_value()) for path, variable in variables(encoder).items()}
-        ocp = orbax()
         with all_processes():
-            ocp.save(str(target.absolute() / _ARRAYS), arrays)
+            orbax().save(orbax_path(target / _ARRAYS), arrays)
         if is_main_process():
+            check_readable(target / _ARRAYS, arrays)
             (target / "config.json").write_text(dump_json(encoder.config.to_dict()), "utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(target)
@@ -77,11 +77,10 @@ def read_unverified(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
     Arguments and errors are those of `load_checkpoint`, but for damage inside the arrays.
     """
-    ocp = orbax()
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
     if not (directory / _ARRAYS).is_dir():
         raise CheckpointError(f"{directory} has no {_ARRAYS}")
-    stored = ocp.metadata(str(directory.absolute() / _ARRAYS)).metadata
+    stored = stored_arrays(directory / _ARRAYS)
     expected = abstract_variables(config)
     wrong = sorted(expected.keys() ^ stored.keys())
     wrong += [path for path in expected.keys() & stored.keys() if tuple(stored[path].shape) != expected[path].shape]
@@ -98,23 +97,5 @@ def read_unverified(directory: Path, *, dtype: DTypeLike | None = None, param_dt
         for path, variable in expected.items()
     }
     with all_processes():
-        arrays = ocp.load(str(directory.absolute() / _ARRAYS), targets)
+        arrays = load_arrays(directory / _ARRAYS, targets)
     return from_arrays(config, arrays, dtype=stored["tokens.table"].dtype if dtype is None else dtype)
-
-
-def orbax() -> Any:
-    """Imports Orbax at first use, since its import takes as long as that of JAX."""
-    from orbax.checkpoint import v1 as ocp
-
-    return ocp
-
-
-def all_processes() -> Any:
-    """Returns an Orbax context in which processes synchronise at the coordinator.
-
-    If `active_processes` were not set, they would synchronise on the devices, in between training
-    steps.
-    """
-    context = orbax().Context()
-    context.multiprocessing.active_processes = set(range(jax.process_count()))
-    return context

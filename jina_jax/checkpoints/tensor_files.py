@@ -106,7 +106,7 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     try:
         places: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         files = sorted({str(file) for file in places.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
     if outside := [file for file in files if Path(file).name != file]:
         raise CheckpointError(f"{index} names files outside its directory: {outside}")

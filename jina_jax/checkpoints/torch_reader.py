@@ -311,6 +311,10 @@ def _assemble(
         values = tensor.read()
         if not _finite(values):
             not_finite.append(name)
+        elif values.dtype != array.dtype:
+            values = _cast(values, array.dtype)
+            if not _finite(values):
+                not_finite.append(f"{name}, in {array.dtype}")
         entry.fill(array, values)
     return array
 
@@ -321,6 +325,11 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     buffer = np.zeros(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is infinite, and reported
+        return values.astype(dtype)
 
 
 def _finite(values: np.ndarray) -> bool:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from ..config import ModelConfig
+from ..errors import CheckpointError
 from ..files import dump_json
 from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
 from ..model.encoder import Encoder
@@ -213,7 +214,13 @@ def _on_host(arrays: Mapping[str, Array], dtype: DTypeLike | None) -> Arrays:
     """Arrays in host memory: parameters in `dtype` (None = unchanged), scales unchanged."""
     keep = {path for path in arrays if path.removesuffix("scale") + "b" in arrays}
     host = {path: np.asarray(array) for path, array in arrays.items()}
-    return {path: a if dtype is None or path in keep else a.astype(jnp.dtype(dtype)) for path, a in host.items()}
+    if dtype is None:
+        return host
+    with np.errstate(over="ignore"):  # what overflows is infinite, and an error below
+        cast = {path: array if path in keep else array.astype(jnp.dtype(dtype)) for path, array in host.items()}
+    if wrong := [path for path, array in cast.items() if np.isfinite(host[path]).all() and not np.isfinite(array).all()]:
+        raise CheckpointError(f"values of {wrong} are too large for {jnp.dtype(dtype)}; choose bfloat16 or float32")
+    return cast
 
 
 def _tensors(table: Mapping[str, TensorMapping], arrays: Arrays) -> Arrays:

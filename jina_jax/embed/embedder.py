@@ -62,6 +62,7 @@ class EncodeOptions(TypedDict, total=False):
     truncate_dim: int | None
     normalize_embeddings: bool
     precision: EmbeddingPrecision
+    ranges: Any
     max_length: int | None
     show_progress_bar: bool | None
     convert_to_tensor: bool
@@ -205,6 +206,7 @@ class Embedder:
         truncate_dim: int | None = None,
         normalize_embeddings: bool = True,
         precision: EmbeddingPrecision = "float32",
+        ranges: Any = None,
         max_length: int | None = None,
         output_value: OutputValue = "sentence_embedding",
         show_progress_bar: bool | None = None,
@@ -226,6 +228,8 @@ class Embedder:
                 at.
             normalize_embeddings: scale to length 1, after truncation.
             precision: float32, int8, uint8, binary or ubinary, as in sentence-transformers.
+            ranges: for int8 and uint8, least and largest value of each dimension [2, dim], as
+                sentence-transformers' `quantize_embeddings` takes them; None = those of this call.
             max_length: most tokens of a text, special tokens included; longer texts are cut, with a
                 warning.
             output_value: "sentence_embedding", or "token_embeddings" for the token states of each
@@ -247,7 +251,7 @@ class Embedder:
             raise ValueError("device is JAX's to choose: set JAX_PLATFORMS, or use jax.default_device(...) around the call")
         request = parse_request(sentences, task, prompt, prompt_name, batch_size, max_length, self.config, self.max_length)
         output = parse_output(
-            sentences, truncate_dim, normalize_embeddings, precision, output_value, convert_to_numpy, self.config
+            sentences, truncate_dim, normalize_embeddings, precision, ranges, output_value, convert_to_numpy, self.config
         )
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with progress_bar(len(request.texts), "Embedding", "text", show=show) as progress:

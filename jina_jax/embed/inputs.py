@@ -2,16 +2,16 @@
 valid."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ..config import ModelConfig
 from ..text.tokenizer import check_unicode
-from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
+from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision, parse_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class Output(NamedTuple):
     """Leading dimensions to keep."""
     normalize: bool
     precision: EmbeddingPrecision
+    ranges: Float[np.ndarray, "2 d"] | None
+    """Least and largest value of each dimension, for int8 and uint8; None = those of the call."""
     single: bool
     """One text was given as a string: the result is its vector."""
     as_list: bool
@@ -59,6 +61,7 @@ def parse_output(
     truncate_dim: Any,
     normalize: bool,
     precision: Any,
+    ranges: Any,
     output_value: Any,
     convert_to_numpy: bool,
     config: ModelConfig,
@@ -70,7 +73,8 @@ def parse_output(
     if output_value == "token_embeddings" and precision != "float32":
         raise ValueError("token_embeddings come in float32 only")
     single = isinstance(sentences, str)
-    return Output(output_value == "token_embeddings", dim, normalize, precision, single, not convert_to_numpy)
+    ranges = parse_ranges(ranges, precision, dim)
+    return Output(output_value == "token_embeddings", dim, normalize, precision, ranges, single, not convert_to_numpy)
 
 
 def as_texts(sentences: Any) -> list[str]:
@@ -81,6 +85,8 @@ def as_texts(sentences: Any) -> list[str]:
         sentences = sentences.tolist()  # of no dimension: one string
         if isinstance(sentences, str):
             raise ValueError("sentences is an array without dimensions; pass the string itself")
+    if isinstance(sentences, Set):
+        raise ValueError(f"sentences must be in an order, and a {type(sentences).__name__} has none; pass a list")
     if isinstance(sentences, bytes | dict) or not isinstance(sentences, Iterable):
         raise ValueError(f"sentences must be a string or a sequence of strings, not {type(sentences).__name__}")
     texts = list(sentences)
@@ -147,6 +153,8 @@ def _tasks(task: Any, texts: int) -> list[str | None]:
         return [task] * texts
     if not isinstance(task, Iterable):
         raise ValueError(f"task must be a name, or one for each text, not {type(task).__name__}")
+    if isinstance(task, Set):
+        raise ValueError(f"tasks must be in the order of the texts, and a {type(task).__name__} has none; pass a list")
     tasks = list(task)
     if len(tasks) != texts:
         raise ValueError(f"there are {len(tasks)} tasks for {texts} texts")

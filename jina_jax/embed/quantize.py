@@ -1,7 +1,7 @@
 """Quantises embeddings to bytes or bits, as sentence-transformers' `quantize_embeddings` does."""
 
 import logging
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -14,18 +14,26 @@ EMBEDDING_PRECISIONS = get_args(EmbeddingPrecision)
 _FEW_EMBEDDINGS = 100
 
 
-def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision) -> Num[np.ndarray, "n _"]:
+def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision, ranges: Any = None) -> Num[np.ndarray, "n _"]:
     """Quantises embeddings.
+
+    Args:
+        embeddings: to quantise.
+        precision: of the result.
+        ranges: least and largest value of each dimension [2, d], for int8 and uint8, from
+            embeddings of the kind that is quantised; values beyond them become the ends. Only
+            embeddings of the same ranges can be compared. None = those of `embeddings`.
 
     Returns:
         float32: [n, d], unchanged.
-        int8 and uint8: [n, d], in 256 steps between each dimension's minimum and maximum in
-            `embeddings`.
+        int8 and uint8: [n, d], in 256 steps between the ends of each dimension's range.
         binary (int8) and ubinary (uint8): [n, ceil(d / 8)], the signs packed into bits.
 
     Raises:
-        ValueError: an unknown precision, or a single embedding to take int8 or uint8 ranges from.
+        ValueError: an unknown precision, a single embedding to take int8 or uint8 ranges from, or
+            ranges that are none.
     """
+    ranges = parse_ranges(ranges, precision, embeddings.shape[-1])
     match precision:
         case "float32":
             return embeddings
@@ -34,19 +42,41 @@ def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision
         case "binary":
             return (np.packbits(embeddings > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
         case "uint8":
-            return _steps(embeddings, precision).astype(np.uint8)
+            return _steps(embeddings, precision, ranges).astype(np.uint8)
         case "int8":
-            return (_steps(embeddings, precision) - 128).astype(np.int8)
+            return (_steps(embeddings, precision, ranges) - 128).astype(np.int8)
     raise ValueError(f"unknown precision {precision!r}; use one of {list(EMBEDDING_PRECISIONS)}")
 
 
-def _steps(embeddings: np.ndarray, precision: str) -> np.ndarray:
+def parse_ranges(ranges: Any, precision: str, dim: int) -> np.ndarray | None:
+    """Returns calibration ranges as an array [2, d], or None where none are given.
+
+    Raises:
+        ValueError: the precision takes none, or they are not a minimum and a maximum for each of
+            `dim` dimensions.
+    """
+    if ranges is None:
+        return None
+    if precision not in ("int8", "uint8"):
+        raise ValueError(f"ranges are for the precisions int8 and uint8, not for {precision}")
+    try:
+        ranges = np.asarray(ranges, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ranges must be numbers [2, {dim}]: {error}") from error
+    if ranges.shape != (2, dim):
+        raise ValueError(f"ranges must be [2, {dim}], least and largest value of each dimension, not {ranges.shape}")
+    if not np.isfinite(ranges).all() or (ranges[0] > ranges[1]).any():
+        raise ValueError("ranges must be finite, and no least value above its largest")
+    return ranges
+
+
+def _steps(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None) -> np.ndarray:
     if len(embeddings) == 0:
         return embeddings
-    if len(embeddings) == 1:
-        raise ValueError(f"{precision} takes its ranges from the embeddings of a call; one embedding has none")
-    if len(embeddings) < _FEW_EMBEDDINGS:
+    if ranges is None and len(embeddings) == 1:
+        raise ValueError(f"{precision} takes its ranges from the embeddings of a call; one embedding has none: give `ranges`")
+    if ranges is None and len(embeddings) < _FEW_EMBEDDINGS:
         logger.warning("%s ranges are taken from only %d embeddings", precision, len(embeddings))
-    low, high = embeddings.min(axis=0), embeddings.max(axis=0)
+    low, high = (embeddings.min(axis=0), embeddings.max(axis=0)) if ranges is None else ranges
     step = (high - low) / np.float32(255)
     return np.clip(np.floor((embeddings - low) / np.where(step == 0, np.float32(1), step)), 0, 255)

@@ -1,12 +1,13 @@
 """From the results of packed batches to what a call of `Embedder.encode` returns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ..errors import NotFiniteError
 from ..text.packing import PackedBatch, scatter
 from .inputs import Output
 from .quantize import quantize
@@ -58,13 +59,20 @@ def collect_token_states(
 
 
 def check_finite(finite: Any) -> None:
-    """Raises ValueError that names the texts whose result is not finite; `finite` is [n] bool."""
+    """Raises NotFiniteError if the result of a text is not finite; `finite` is [n] bool."""
     if wrong := np.flatnonzero(~finite).tolist():
-        listed = f"{wrong[:10]}{' and others' if len(wrong) > 10 else ''}"
-        raise ValueError(
-            f"the model gives NaN or infinity for {len(wrong)} of {len(finite)} texts, by index {listed}; "
-            "if it computes in float16, which overflows above 65,504, load it with dtype bfloat16 or float32"
-        )
+        raise not_finite(wrong, f"{len(wrong)} of {len(finite)} texts, by index", wrong)
+
+
+def not_finite(indices: list[int], of_texts: str, names: Sequence[Any]) -> NotFiniteError:
+    """Returns the error for texts whose result is not finite, by the names that their user
+    knows."""
+    listed = f"{list(names[:10])}{' and others' if len(names) > 10 else ''}"
+    return NotFiniteError(
+        f"the model gives NaN or infinity for {of_texts} {listed}; "
+        "if it computes in float16, which overflows above 65,504, load it with dtype bfloat16 or float32",
+        indices,
+    )
 
 
 def finish(collected: Any, output: Output) -> Any:
@@ -74,7 +82,7 @@ def finish(collected: Any, output: Output) -> Any:
     embeddings = np.asarray(collected)[:, : output.dim]
     if output.normalize:
         embeddings = normalize(embeddings)
-    embeddings = quantize(embeddings, output.precision)
+    embeddings = quantize(embeddings, output.precision, output.ranges)
     if output.single:
         return embeddings[0]
     return list(embeddings) if output.as_list else embeddings

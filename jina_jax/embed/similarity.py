@@ -18,7 +18,11 @@ def cosine_similarity(
     embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
 ) -> Float[np.ndarray, "n m"]:
     """Returns the cosine of every row of one with every row of the other; a vector counts as one
-    row."""
+    row.
+
+    Raises:
+        ValueError: the embeddings are integers, that is bits or steps.
+    """
     return _unit_rows(embeddings1) @ _unit_rows(embeddings2).T
 
 
@@ -30,4 +34,10 @@ def pairwise_cosine_similarity(
 
 
 def _unit_rows(embeddings: Any) -> np.ndarray:
-    return normalize(np.atleast_2d(np.asarray(embeddings, np.float32)))
+    array = np.asarray(embeddings)
+    if array.dtype.kind in "iub":
+        raise ValueError(
+            f"similarities are of floats, not of {array.dtype}: encode with precision float32; what is quantised turns back "
+            "by np.unpackbits (ubinary), or by low + step * (x - lowest x) with the ranges that it was quantised with"
+        )
+    return normalize(np.atleast_2d(array.astype(np.float32)))

@@ -80,7 +80,8 @@ def matmul_with_lora(x: Array, z: Array, kernel: Array, rows: Array) -> Array:
     gradient of their concatenation would have to be computed in full.
     """
     if platform() == "cpu" or math.prod(x.shape[:-1]) <= FEW_TOKENS:
-        return _matmul(x, kernel, 0) + _matmul(z, rows, 0)
+        last = (x.ndim - 1,)
+        return _dot(x, kernel.astype(x.dtype), last, (0,)) + _dot(z, rows.astype(x.dtype), last, (0,))
     return _dot(*_joined(x, z, kernel, rows), (x.ndim - 1,), (0,))
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ from jina_jax.bulk import parquet_shards as shards
 from jina_jax.bulk import run as bulk
 from jina_jax.bulk.run import BulkOptions, embed_files, load_on_this_host, model_fingerprint
 from jina_jax.cli import main
-from jina_jax.errors import DataError, RunError
+from jina_jax.errors import DataError, NotFiniteError, RunError
 from jina_jax.text.readers import read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -592,3 +593,27 @@ def test_the_corpus_by_two_processes_killed_ten_times(model, tmp_path):
     with lzma.open(corpus, "rt", encoding="utf-8") as lines:
         want = [json.loads(line)["id"] for line in lines]
     assert pq.read_table(output)["id"].to_pylist() == want and len(want) == 15_278
+
+
+@pytest.mark.parametrize("precision", ["float32", "ubinary"])
+def test_a_text_whose_embedding_is_not_finite_is_named_and_its_shard_not_written(
+    embedder, model, files, tmp_path, monkeypatch, precision
+):
+    rows = [row for file in files for row in read_texts(file)]
+    texts = [row.text for row in rows]
+    place = 13  # of the second shard
+    encode = Embedder.encode
+
+    def overflowing(self, sentences, *arguments, **options):
+        at = [i for i, sentence in enumerate(sentences) if sentence == texts[place]]
+        if at:
+            raise NotFiniteError("the model gives NaN", at)
+        return encode(self, sentences, *arguments, **options)
+
+    monkeypatch.setattr(Embedder, "encode", overflowing)
+    with pytest.raises(
+        NotFiniteError, match=f"NaN or infinity for 1 of the texts, by id .*{rows[place].id.rpartition('/')[2]}"
+    ):
+        embed_files(embedder, "x", files, tmp_path / "out", replace(OPTIONS, precision=precision))
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".parquet"] == ["part-00000.parquet"]
+    assert not (tmp_path / "out" / "_manifest.json").exists()

@@ -457,3 +457,12 @@ def test_a_flipped_bit_in_any_file_of_a_native_checkpoint_is_found(copy):
             Embedder.load(directory)
         (directory / "moved").rename(file)
     assert Embedder.load(directory).config.tasks
+
+
+def test_weights_that_overflow_the_dtype_asked_for_are_named(copy):
+    directory = copy("e5")
+    name = "encoder.layer.1.output.dense.weight"
+    edit_tensors(directory / "model.safetensors", lambda tensors: tensors[name].mul_(1e8))
+    with pytest.raises(CheckpointError, match=rf"NaN or infinity: \['{name}, in float16'\]"):
+        read_torch_checkpoint(directory, param_dtype=np.float16)
+    read_torch_checkpoint(directory, param_dtype=np.float32)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from etils import epath
 
 from convert.__main__ import main as convert
 from jina_jax import Embedder
-from jina_jax.checkpoints import native, sealed_directory
+from jina_jax.checkpoints import array_store, native, sealed_directory
+from jina_jax.checkpoints.array_store import check_readable
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
 from jina_jax.checkpoints.remote import fetch
 from jina_jax.checkpoints.sealed_directory import atomic_directory, check_free, seal, verify
 from jina_jax.errors import CheckpointError, ConfigError
+from jina_jax.model.parameters import variables
 
 
 @pytest.fixture
@@ -189,3 +192,50 @@ def test_a_remote_directory_is_fetched_whole(saved, embedder):
     np.testing.assert_array_equal(Embedder.load(local).encode("a"), embedder.encode("a"))
     with pytest.raises(FileNotFoundError, match="no directory"):
         fetch(saved / "nowhere")
+
+
+# ---- names of directories, and what is behind them
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a*b?", "{x,y}", "50 %", "ünï\n[a]"])
+def test_a_directory_may_have_any_name(embedder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    embedder.save(tmp_path / name / "model")
+    embedder.save(tmp_path / f"model {name}")
+    for directory in (tmp_path / name / "model", tmp_path / f"model {name}"):
+        np.testing.assert_array_equal(Embedder.load(directory).encode("a game"), embedder.encode("a game"))
+
+
+def test_another_thing_in_the_place_of_a_link(embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    embedder.save(tmp_path / "[a]" / "model")
+    (link,) = tmp_path.glob("jina-jax-*")
+    link.unlink()
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is in the way of"):
+        Embedder.load(tmp_path / "[a]" / "model")
+
+
+@pytest.mark.parametrize("fault", [no_arrays, no_metadata])
+def test_what_cannot_be_opened_is_not_called_saved(embedder, tmp_path, monkeypatch, fault):
+    class Orbax:
+        def __getattr__(self, name):
+            return getattr(array_store.orbax(), name)
+
+        def save(self, path, arrays):
+            array_store.orbax().save(path, arrays)
+            fault(Path(path).parent)
+
+    monkeypatch.setattr(native, "orbax", Orbax)
+    with pytest.raises(CheckpointError, match="it was written, and .*cannot be read"):
+        embedder.save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_arrays_than_those_saved_are_found(embedder, saved):
+    arrays = {path: variable.get_value() for path, variable in variables(embedder.encoder).items()}
+    check_readable(saved / "arrays", arrays)
+    arrays["tokens.table"] = arrays["tokens.table"][1:]
+    arrays["more"] = arrays.pop("embed_norm.bias")
+    with pytest.raises(CheckpointError, match=r"does not hold what was saved: \['embed_norm.bias', 'more', 'tokens.table'\]"):
+        check_readable(saved / "arrays", arrays)

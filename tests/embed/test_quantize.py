@@ -31,3 +31,38 @@ def test_few_embeddings_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         quantize(np.eye(3, dtype=np.float32), "int8")
     assert "only 3 embeddings" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+@pytest.mark.parametrize("texts", [1, 5])
+def test_calibration_ranges_are_those_of_sentence_transformers(precision, texts):
+    rng = np.random.default_rng(1)
+    ranges = np.sort(rng.standard_normal((2, 16)).astype(np.float32), axis=0)
+    embeddings = rng.uniform(ranges[0], ranges[1], (texts, 16)).astype(np.float32)
+    got = quantize(embeddings, precision, ranges)
+    np.testing.assert_array_equal(got, quantize_embeddings(embeddings, precision, ranges=ranges))
+
+
+def test_values_beyond_the_ranges_become_their_ends():
+    got = quantize(np.array([[-9, 0, 9]], np.float32), "int8", [[-1, -1, -1], [1, 1, 1]])
+    np.testing.assert_array_equal(got, [[-128, -1, 127]])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([[0, 0]], r"ranges must be \[2, 2\]"),
+        ([[0, 0], [1, np.nan]], "must be finite"),
+        ([[0, 2], [1, 1]], "no least value above its largest"),
+        ("wide", "must be numbers"),
+        ([[0], [1, 1]], "must be numbers"),
+    ],
+)
+def test_what_are_no_ranges(ranges, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(np.ones((3, 2), np.float32), "int8", ranges)
+
+
+def test_ranges_beside_a_precision_that_takes_none():
+    with pytest.raises(ValueError, match="int8 and uint8, not for ubinary"):
+        quantize(np.ones((3, 2), np.float32), "ubinary", [[0, 0], [1, 1]])

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jina_jax.checkpoints.native import all_processes
+from jina_jax.checkpoints.array_store import all_processes, check_readable, load_arrays, orbax_path, stored_arrays
 from jina_jax.checkpoints.sealed_directory import atomic_directory, seal, verify
 from jina_jax.errors import CheckpointError
 from jina_jax.files import dump_json, read_json
@@ -61,9 +61,11 @@ class Saver:
         try:
             with contextlib.ExitStack() as stack:
                 target = stack.enter_context(atomic_directory(self._directory / f"{step:08d}"))
+                arrays = _copied(tree)
                 with _in_chunks():
-                    arrays = ocp.save_async(str(target.absolute() / _ARRAYS), _copied(tree))
-                self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, arrays, run)
+                    writing = ocp.save_async(orbax_path(target / _ARRAYS), arrays)
+                shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+                self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, writing, shapes, run)
         except Exception as error:
             raise _not_saved(step, error) from error
 
@@ -84,11 +86,19 @@ class Saver:
         """Waits for the end of a save under way."""
         self._pool.shutdown()
 
-    def _finish(self, stack: contextlib.ExitStack, target: Path, arrays: ocp.AsyncResponse, run: dict[str, Any]) -> None:
+    def _finish(
+        self,
+        stack: contextlib.ExitStack,
+        target: Path,
+        writing: ocp.AsyncResponse,
+        shapes: dict[str, jax.ShapeDtypeStruct],
+        run: dict[str, Any],
+    ) -> None:
         with stack:
-            arrays.result()
+            writing.result()
             if not is_main_process():
                 return
+            check_readable(target / _ARRAYS, shapes)
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
         for _, old in _saved(self._directory)[: -self._keep]:
@@ -160,14 +170,14 @@ def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in _by_name(tree).items()
     }
-    path = str(checkpoint.directory.absolute() / _ARRAYS)
-    stored = ocp.metadata(path).metadata
+    path = checkpoint.directory / _ARRAYS
+    stored = stored_arrays(path)
     wrong = sorted(wanted.keys() ^ stored.keys())
     wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
     if wrong:
         raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
     with _reading_at_once(max(CHUNK_BYTES, *(_bytes_to_read(leaf, stored[name]) for name, leaf in wanted.items())) + 1):
-        arrays = ocp.load(path, wanted)
+        arrays = load_arrays(path, wanted)
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
 
 
