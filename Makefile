@@ -7,14 +7,14 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint types smoke312 smoke313
+.PHONY: quickstart test lint types smoke312 smoke313 test-oldest
 .NOTPARALLEL:
 
 quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; resumes where it was stopped
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
 
 test: .venv/.test  ## everything but the tests marked slow or hub
-	.venv/bin/python -m pytest -n auto --durations=15
+	.venv/bin/python -m pytest -n auto --dist worksteal --durations=15
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -30,6 +30,16 @@ smoke312: .venv312/.smoke  ## jax 0.11 on Python 3.12, without torch
 
 smoke313: .venv313/.smoke  ## the other end of the supported range: jax 0.12 on Python 3.13, without torch
 	.venv313/bin/python -m pytest $(SMOKE)
+
+OLDEST = tests/text tests/embed tests/bulk tests/checkpoints/test_native.py tests/test_smoke.py tests/test_cli.py tests/test_config.py
+
+test-oldest: .venvoldest/.oldest  ## the oldest versions that pyproject.toml allows, without torch
+	.venvoldest/bin/python -m pytest $(OLDEST)
+
+.venvoldest/.oldest: pyproject.toml tests/oldest_versions.txt
+	$(PYTHON) -m venv .venvoldest
+	.venvoldest/bin/python -m pip install -e '.[cli]' -c tests/oldest_versions.txt pytest hypothesis beartype
+	@touch $@
 
 .venv/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

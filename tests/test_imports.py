@@ -186,3 +186,16 @@ def test_every_error_of_the_library_is_a_value_error():
     errors = importlib.import_module("jina_jax.errors")
     children = {errors.ConfigError, errors.CheckpointError, errors.DataError, errors.RunError}
     assert set(errors.JinaJaxError.__subclasses__()) >= children and issubclass(errors.JinaJaxError, ValueError)
+
+
+def test_the_oldest_versions_are_those_that_pyproject_allows():
+    """`make test-oldest` runs with exactly these; tokenizers comes with transformers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    allowed = {re.split(r"[\[><=]", each)[0]: re.search(r">=([\d.]+)", each)[1].split(".") for each in asked}
+    lines = (ROOT / "tests" / "oldest_versions.txt").read_text().split()
+    oldest = {name: version.split(".") for name, version in (line.split("==") for line in lines)}
+    assert oldest.pop("tokenizers")
+    assert oldest.keys() == allowed.keys()
+    for name, version in oldest.items():
+        assert version[: len(allowed[name])] == allowed[name] and set(version[len(allowed[name]) :]) <= {"0"}, name

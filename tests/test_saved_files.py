@@ -1,6 +1,6 @@
 """What commit 4fe3f70 saved is read, and what it began resumes.
 
-The README.md of tests/fixtures/commit_4fe3f70 says what there is.
+The README.md of tests/fixtures/commit_4fe3f70 says what there is, and which losses are not its own.
 """
 
 import json

@@ -7,7 +7,7 @@ import click
 
 from jina_jax import Embedder
 from jina_jax.command import Command
-from jina_jax.files import atomic_write, check_output_file
+from jina_jax.files import atomic_write, check_not_input, check_output_file
 
 from .data.hard_negatives import MiningConfig, Scorer, bm25_scores, embedding_scores, mine
 from .data.records import Pair, read_records, write_records
@@ -45,10 +45,11 @@ def main(
     with hard negatives.
 
     Candidates are the positives of all pairs. An anchor's negatives never include its own
-    positives, an equal text, or texts of its group.
+    positives, an equal text, or texts of its group. Triplets name the group of each negative.
     """
     config = MiningConfig(**numbers)
     _check_output(out)
+    check_not_input(out, [pairs])
     if bm25 == (model is not None):
         raise ValueError("search with either --bm25 or --model")
     if bm25 and (query_task or document_task):

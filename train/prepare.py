@@ -15,6 +15,7 @@ import click
 
 from jina_jax.checkpoints.sealed_directory import check_free
 from jina_jax.command import CommandGroup
+from jina_jax.files import repeated_files
 
 from .data.corpus import BUNDLED, SPLITS
 from .data.records import KINDS
@@ -37,6 +38,8 @@ def main() -> None:
 def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_overlapping: bool) -> None:
     """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or
     .parquet)."""
+    if twice := repeated_files(file for file in files if file.exists()):
+        raise ValueError(f"files are given twice: {', '.join(' = '.join(dict.fromkeys(same)) for same in twice)}")
     with _new(out):
         dataset = prepare_records({split: list(files)}, kind, out, drop_overlapping=drop_overlapping)
     _tell(dataset, kind, (split,))

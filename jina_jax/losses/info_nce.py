@@ -35,6 +35,7 @@ def info_nce(
     weights: tuple[float, ...] | None = None,
     valid: Bool[Array, "n"] | None = None,
     group: Int[Array, "n"] | None = None,
+    negative_group: Int[Array, "n m"] | None = None,
     chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, ""]:
@@ -52,8 +53,9 @@ def info_nce(
         dims, weights: Matryoshka prefixes and their weights, see `jina_jax.losses`.
         valid: an invalid row is neither anchor nor candidate, its negatives do not count, and its
             contents, even NaN, have no effect.
-        group: rows of the same group are not negatives of one another; explicit negatives always
-            count.
+        group: rows of the same group are not negatives of one another.
+        negative_group: group of each of `negatives`; one of an anchor's own group is no negative of
+            that anchor, whichever row it comes from. None = explicit negatives always count.
         chunk: rows whose logits exist at a time, so that memory grows linearly with the rows.
             None = all, for small batches.
         axis_name: the candidates are those of all shards; each shard scores its local rows.
@@ -75,6 +77,7 @@ def info_nce(
     check_rows(q, 1, valid=valid, group=group)
     if negatives is not None and (negatives.ndim != 3 or negatives.shape[::2] != q.shape or not negatives.shape[1]):
         raise ValueError(f"negatives are {negatives.shape}, should be {(q.shape[0], 'm >= 1', q.shape[1])}")
+    _check_negative_group(negative_group, negatives, group)
     check_positive(temperature=temperature)
     check_chunk(chunk)
     matryoshka = prefixes(q.shape[1], dims, weights)
@@ -85,11 +88,13 @@ def info_nce(
         zero_where_invalid(p, valid),
         None if negatives is None else zero_where_invalid(negatives, valid),
     )
-    all_q, all_p, all_negatives, all_valid, all_group = all_gather_rows((q, p, negatives, valid, group), axis_name)
+    all_q, all_p, all_negatives, all_valid, all_group, all_negative_group = all_gather_rows(
+        (q, p, negatives, valid, group, negative_group), axis_name
+    )
     score = partial(_row_losses, prefixes=matryoshka, temperature=temperature, chunk=chunk)
-    loss = score(q, p, group, Candidates(all_p, all_negatives, all_valid, all_group))
+    loss = score(q, p, group, Candidates(all_p, all_valid, all_group, all_negatives, all_negative_group))
     if bidirectional:
-        loss += score(p, q, group, Candidates(all_q, None, all_valid, all_group))
+        loss += score(p, q, group, Candidates(all_q, all_valid, all_group))
     return jnp.where(valid, loss, 0).sum() / jnp.maximum(all_valid.sum(), 1)
 
 
@@ -97,9 +102,19 @@ class Candidates(NamedTuple):
     """Rows that anchors are scored against, from all shards: embeddings and explicit negatives."""
 
     embeddings: Array
-    negatives: Array | None
     valid: Array
     group: Array
+    negatives: Array | None = None
+    negative_group: Array | None = None
+
+
+def _check_negative_group(negative_group: Array | None, negatives: Array | None, group: Array | None) -> None:
+    if negative_group is None:
+        return
+    if negatives is None or group is None:
+        raise ValueError("negative_group is compared with group, for negatives; give both of them as well")
+    if negative_group.shape != negatives.shape[:2]:
+        raise ValueError(f"negative_group is {negative_group.shape}, should be {negatives.shape[:2]}")
 
 
 def _row_losses(
@@ -136,6 +151,8 @@ def _contrast(anchors: Array, positives: Array, group: Array, candidates: Candid
     if candidates.negatives is not None:
         n, m, d = candidates.negatives.shape
         explicit = jnp.repeat(candidates.valid, m)[None]
+        if candidates.negative_group is not None:
+            explicit &= group[:, None] != candidates.negative_group.reshape(1, n * m)
         others = jnp.logaddexp(others, _log_sum(anchors, unit_prefix(candidates.negatives.reshape(n * m, d), dim), explicit))
     # log(1 + exp(x)) keeps the digits of small losses, which a log-sum minus the positive loses.
     return jax.nn.softplus(others - (anchors * unit_prefix(positives, dim)).sum(-1))

@@ -49,13 +49,16 @@ def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:
         return " ".join(rng.choice(WORDS, words))
 
     def fields(number: int) -> dict[str, Any]:
+        # Some have the same positive, and some have it as a negative.
+        positive, negative = ({} if number % 4 != rest else {"p": "alpha beta gamma"} for rest in (1, 3))
         match kind:
             case "text":
                 return {"text": text(12)}
             case "pair":
-                return {"anchor": text(4), "positive": text(8)}
+                return {"anchor": text(4), "positive": positive.get("p", text(8))}
             case "triplet":
-                return {"anchor": text(4), "positive": text(8), "negatives": [text(6) for _ in range(3)]}
+                negatives = [negative.get("p", text(6)), text(6), text(6)]
+                return {"anchor": text(4), "positive": positive.get("p", text(8)), "negatives": negatives}
             case "scored_pair":
                 return {"sentence1": text(5), "sentence2": text(5), "score": float(rng.random())}
         return {"text": text(6), "label": f"label {number % 3}"}

@@ -32,6 +32,7 @@ def batch() -> dict[str, np.ndarray]:
         "negatives": rng.standard_normal((N, M, D)).astype(np.float32),
         "valid": np.array([1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0], bool),
         "group": np.array([0, 1, 1, 2, 0, 3, 3, 0, 7, -1, -1], np.int32),
+        "negative_group": rng.choice([0, 1, 3, 7, -1, 99], (N, M)).astype(np.int32),
     }
 
 
@@ -53,30 +54,35 @@ def assert_same(got, want, tolerance=1e-5):
         np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-def plain_info_nce(q, p, negatives=None, *, temperature, bidirectional=True, dims, weights, valid=None, group=None):
+def plain_info_nce(
+    q, p, negatives=None, *, temperature, bidirectional=True, dims, weights, valid=None, group=None, negative_group=None
+):
     """Row by row, as the contract words it."""
     n = len(q)
     valid = np.ones(n, bool) if valid is None else valid
     group = np.arange(n) if group is None else group
+    numbers = np.full((n, M), -2) if negative_group is None else negative_group
     total = q.sum() * 0
     for dim, weight in zip(dims, weights, strict=True):
         for anchors, others, explicit in [(q, p, negatives)] + [(p, q, None)] * bidirectional:
             for i in np.flatnonzero(valid):
                 candidates = [others[i]] + [others[j] for j in np.flatnonzero(valid) if group[j] != group[i]]
                 if explicit is not None:
-                    candidates += [negative for j in np.flatnonzero(valid) for negative in explicit[j]]
+                    rows, columns = np.nonzero(valid[:, None] & (numbers != group[i]))
+                    candidates += [explicit[j, k] for j, k in zip(rows, columns, strict=True)]
                 prefixes = torch.stack(candidates)[:, :dim]
                 cosines = torch.cosine_similarity(anchors[i, None, :dim], prefixes, dim=1)
                 total = total - weight * torch.log_softmax(cosines / temperature, 0)[0]
     return total / max(valid.sum(), 1)
 
 
-ALL = ("negatives", "valid", "group")
+ALL = ("negatives", "valid", "group", "negative_group")
 
 
 @pytest.mark.parametrize(
     ("names", "chunk"),
-    [((), None), ((), 4), (("valid",), 4), (("group",), 4), (("negatives",), 4)] + [(ALL, c) for c in (None, 1, 4, N, 100)],
+    [((), None), ((), 4), (("valid",), 4), (("group",), 4), (("negatives",), 4), (ALL[:3], 4), (("negatives", *ALL[2:]), None)]
+    + [(ALL, c) for c in (None, 1, 4, N, 100)],
 )
 def test_info_nce_is_the_plain_loop(batch, names, chunk):
     options = {"temperature": 0.1, "dims": DIMS, "weights": WEIGHTS}
@@ -243,6 +249,21 @@ def test_equal_texts_cannot_be_told_apart():
     assert info_nce(same, same, temperature=0.05, group=np.zeros(8, np.int32)) == 0
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_an_anchor_without_negatives_of_another_group_loses_nothing(batch, chunk):
+    """Its group is that of all rows and of all explicit negatives; one of another group counts."""
+    arrays = [batch[name] for name in ("q", "p", "negatives")]
+    groups = {"group": np.full(N, 5, np.int32), "negative_group": np.full((N, M), 5, np.int32)}
+    loss = partial(info_nce, temperature=0.05, dims=DIMS, chunk=chunk)
+    value, grads = gradients(partial(loss, **groups), *arrays)
+    assert value == 0 and not any(np.any(grad) for grad in grads)
+    groups["negative_group"][3, 1] = 6
+    value, grads = gradients(partial(loss, **groups), *arrays)
+    own = np.zeros((N, M), bool)
+    own[3, 1] = True
+    assert value > 0 and np.any(grads[2][own]) and not np.any(grads[2][~own])
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 0.05, 1e6])
 def test_extremes_stay_finite(batch, temperature):
     """Zero vectors, tiny and huge ones, opposite ones, at any temperature."""
@@ -309,6 +330,12 @@ def test_scores_count_by_order_and_embeddings_by_direction(batch):
         ({"negatives": np.ones((N, 2, D + 1))}, "negatives"),
         ({"valid": np.ones(N - 1, bool)}, "valid"),
         ({"group": np.ones((N, 1), np.int32)}, "group"),
+        ({"negative_group": np.ones((N, 2), np.int32)}, "give both of them"),
+        ({"negative_group": np.ones((N, 2), np.int32), "negatives": np.ones((N, 2, D))}, "give both of them"),
+        (
+            {"negative_group": np.ones((N, 1), np.int32), "negatives": np.ones((N, 2, D)), "group": np.ones(N, np.int32)},
+            r"negative_group is \(11, 1\), should be \(11, 2\)",
+        ),
         ({"q": np.ones((0, D)), "p": np.ones((0, D))}, "embeddings"),
     ],
     ids=str,

@@ -67,8 +67,9 @@ masks = {"valid": valid, "group": group}
 contrast = partial(info_nce, temperature=0.1, dims=DIMS, weights=WEIGHTS)
 check(contrast, pairs)
 check(contrast, pairs | {"valid": jnp.zeros(N, bool)})
+negatives = {"negatives": array(N, M, D), "negative_group": jnp.asarray(rng.integers(0, 9, (N, M)), jnp.int32)}
 for axes in (AXES, ("fsdp",)):
-    check(partial(contrast, chunk=2), pairs | {"negatives": array(N, M, D)} | masks, axes)
+    check(partial(contrast, chunk=2), pairs | negatives | masks, axes)
 
 score = jnp.asarray(rng.integers(0, 4, N), jnp.float32)
 ordered = partial(cosent, temperature=0.1, dims=DIMS, weights=WEIGHTS)

@@ -38,7 +38,7 @@ PUBLISHED_SIZES = {
     "intfloat/multilingual-e5-large": ModelConfig(**_XLM_R),
     "intfloat/multilingual-e5-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
     "intfloat/multilingual-e5-small": ModelConfig(
-        **_XLM_R | {"vocab_size": 250_037, "max_position_embeddings": 512}, **_SMALLER["small"]
+        **_XLM_R | {"vocab_size": 250_037, "max_position_embeddings": 512, "position_offset": 0}, **_SMALLER["small"]
     ),
 }
 """Sizes of models on the hub, by id."""
@@ -119,15 +119,11 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
         adapter_ids=int32_struct(mesh, *per_text),
         labels=int32_struct(mesh, *per_token),
         places=int32_struct(mesh, stage.batch_size, texts),
-        scores=_batch_struct(mesh, jnp.float32, stage.batch_size),
-        groups=int32_struct(mesh, stage.batch_size),
+        scores=int32_struct(mesh, stage.batch_size, 2),
+        groups=int32_struct(mesh, stage.batch_size, max(texts - 1, 1)),
     )
 
 
 def int32_struct(mesh: Mesh, *shape: int) -> Any:
     """Shape of an int32 array of a batch; an array without axes is replicated on every device."""
-    return _batch_struct(mesh, jnp.int32, *shape)
-
-
-def _batch_struct(mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH if shape else PartitionSpec()))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH if shape else PartitionSpec()))

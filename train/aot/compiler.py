@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from jina_jax.errors import JinaJaxError
+from jina_jax.errors import JinaJaxError, how_to_install
 
 from ..step.chips import GIB
 from .hlo_cost import Collective, cost
 from .kernel_schedules import DUMP_FLAGS, kernel_cycles, lookup_cycles
 from .topology import Topology, parse_topology, send_rate
 
-INSTALL = "pip install 'jina-jax[train,tpu]'"
+INSTALL = how_to_install("train,tpu")
 
 
 class NoCompiler(JinaJaxError):

@@ -1,6 +1,5 @@
 """Turns examples into batches: tokenised, masked, packed, in fixed shapes."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tokenizers
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jina_jax.text import packing
 from jina_jax.text.tokenizer import Tokenizer, private_backend
@@ -16,6 +15,7 @@ from jina_jax.text.tokenizer import Tokenizer, private_backend
 from ..config import Stage
 from .examples import Example
 from .masking import mask_words, word_starts
+from .whole_batch import Agreed, agree_alone
 
 Either = np.ndarray | jax.Array
 
@@ -35,9 +35,11 @@ class TrainBatch(NamedTuple):
     """Original token of a masked position, -1 elsewhere."""
     places: Int[Either, "n s"]
     """Index of each text among the b * g of its device."""
-    scores: Float[Either, " n"]
-    groups: Int[Either, " n"]
-    """Group of each example; examples of equal group are not negatives of one another."""
+    scores: Int[Either, "n 2"]
+    """Score of each example, as `score_keys` writes it."""
+    groups: Int[Either, "n numbers"]
+    """Number of the group of each example, then of each of its negatives (`groups.py`). A text is
+    no negative of an anchor of equal number. An example of one text has one number."""
 
 
 class TokenizedTexts(NamedTuple):
@@ -91,6 +93,8 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
     """
     backend = private_backend(tokenizer)
     if stage.objective == "mlm":
+        if tokenizer.mask_token_id is None:
+            raise ValueError(f"stage {stage.name}: the tokenizer has no mask token, which masked language modelling needs")
         mask = partial(
             mask_words,
             starts=word_starts(tokenizer),
@@ -132,7 +136,7 @@ def collate(
     shape: BatchShape,
     devices: int,
     pad_id: int,
-    max_over_processes: Callable[[int], int] = lambda rows: rows,
+    agree: Callable[[int, Sequence[Example]], Agreed] = agree_alone,
 ) -> TrainBatch:
     """Packs examples into one batch, in separate rows for each device.
 
@@ -142,8 +146,8 @@ def collate(
         shape: from `batch_shape`.
         devices: devices of this process.
         pad_id: padding id of the model.
-        max_over_processes: takes the most rows that a device of this process needs, and returns the
-            most that a device of any process needs.
+        agree: takes the most rows that a device of this process needs, and the examples; returns
+            what holds for all processes (`whole_batch.py`).
     """
     # A device takes every d-th example, as a process takes every p-th: so the split over the same
     # number of devices does not depend on the number of processes.
@@ -151,14 +155,24 @@ def collate(
     parts = [encode(share) for share in shares]
     most = packing.max_texts(shape.row_length)
     plans = [packing.best_fit_decreasing([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
-    needed = max_over_processes(max(map(len, plans)))
-    rows = next(count for count in shape.row_counts if count >= needed)
+    ordered = [example for share in shares for example in share]
+    agreed = agree(max(map(len, plans)), ordered)
+    rows = next(count for count in shape.row_counts if count >= agreed.rows)
     packed = [_packed(part, plan, (rows, shape.row_length), pad_id) for part, plan in zip(parts, plans, strict=True)]
     arrays = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
     arrays["places"] = arrays["places"].reshape(len(examples), -1)
-    scores = np.array([example.score for share in shares for example in share], np.float32)
-    groups = np.array([_group(example) for share in shares for example in share], np.int32)
-    return TrainBatch(**arrays, scores=scores, groups=groups)
+    return TrainBatch(**arrays, scores=score_keys([example.score for example in ordered]), groups=agreed.groups)
+
+
+def score_keys(scores: Sequence[float]) -> Int[np.ndarray, "n 2"]:
+    """Returns integers (high, low) whose order, high first, is that of the scores in float64.
+
+    Devices compute in float32, in which close scores would become equal.
+    """
+    # Bits of floats are in their order, apart from negative ones, which are the other way round.
+    bits = (np.array(scores, np.float64) + 0.0).view(np.int64)  # the sum makes one zero of -0 and 0
+    keys = np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
+    return np.stack([keys >> 32, (keys & 0xFFFFFFFF) - 2**31], axis=1).astype(np.int32)
 
 
 def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, length: int, mask: Callable) -> TokenizedTexts:
@@ -199,12 +213,3 @@ def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int]
         "labels": labels,
         "places": places,
     }
-
-
-def _group(example: Example) -> int:
-    """Returns an integer for the group of an example.
-
-    Examples without a group are grouped by anchor, since equal anchors have the same positives. The
-    integer is a checksum: it is the same on every process, and a rare collision costs one negative.
-    """
-    return zlib.crc32((example.group or f"\0{example.texts[0]}").encode()) >> 1

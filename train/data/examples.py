@@ -6,7 +6,7 @@ How an objective uses a record is decided here, on the host; how it uses the emb
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,16 @@ class Example(NamedTuple):
     """Texts, the anchor first; every example of a batch has equally many."""
     score: float = 0.0
     group: str = ""
-    """Group name; examples of equal group are not negatives of one another. "" = examples
-    with the same anchor are a group."""
+    """Group of anchor and positive; texts of equal group are not negatives of one another. "" =
+    none."""
     suffix: str = ""
     """Text put behind every text of the example, and never cut off."""
     seed: int = 0
     """Seed of later random draws for this example (masking)."""
+    negative_groups: tuple[str, ...] = ()
+    """Group of each negative, "" = none; () = none has one."""
+    by_text: bool = True
+    """True if equal texts are of one group, whatever groups are given; False if those decide."""
 
 
 ToExample = Callable[[Any, np.random.Generator], Example]
@@ -55,9 +59,9 @@ def to_example(stage: Stage, kind: str, source: Sequence[Record]) -> ToExample:
         case "labelled_text" if stage.objective == "classification":
             classes, told_apart = (
                 Classes(source),
-                {"suffix": _class_id_suffix, "excluded": _exclude_same_class}[stage.same_class],
+                {"suffix": _class_id_suffix, "excluded": _class_as_group}[stage.same_class],
             )
-            return lambda record, rng: told_apart(_class_example(record, rng, classes, stage.num_negatives), record, rng)
+            return lambda record, rng: told_apart(_class_example(record, rng, classes, stage.num_negatives), rng)
         case "labelled_text":
             classes = Classes(source)
             return lambda record, rng: _class_example(record, rng, classes, 1)
@@ -90,22 +94,26 @@ class Classes:
         self._own = {label: np.array(indices) for label, indices in by_label.items()}
         self._labels = labels
 
-    def same(self, record: LabelledText, rng: np.random.Generator) -> LabelledText:
-        """Draws another record of a record's class; the same one if the class has no other."""
-        for _ in range(8):
-            drawn = self._source[int(rng.choice(self._own[record.label]))]
-            if drawn.text != record.text:  # type: ignore[attr-defined]
-                break
-        return drawn  # type: ignore[return-value]
+    def same(self, label: str, rng: np.random.Generator, unlike: Collection[str]) -> LabelledText:
+        """Draws a record of a class with a text unlike some, if it has one."""
+        return self._drawn(lambda: int(rng.choice(self._own[label])), unlike)
 
-    def others(self, record: LabelledText, count: int, rng: np.random.Generator) -> list[LabelledText]:
-        """Draws `count` records of other classes."""
-        drawn: list[LabelledText] = []
-        while len(drawn) < count:
-            index = int(rng.integers(len(self._labels)))
-            if self._labels[index] != record.label:
-                drawn.append(self._source[index])  # type: ignore[arg-type]
-        return drawn
+    def other(self, label: str, rng: np.random.Generator, unlike: Collection[str]) -> LabelledText:
+        """Draws a record of another class with a text unlike some, if there is one."""
+
+        def draw() -> int:
+            while self._labels[index := int(rng.integers(len(self._labels)))] == label:
+                pass
+            return index
+
+        return self._drawn(draw, unlike)
+
+    def _drawn(self, draw: Callable[[], int], unlike: Collection[str]) -> LabelledText:
+        for _ in range(8):
+            record = self._source[draw()]
+            if record.text not in unlike:  # type: ignore[attr-defined]
+                break
+        return record  # type: ignore[return-value]
 
 
 def _mlm_example(record: PlainText, rng: np.random.Generator) -> Example:
@@ -120,7 +128,9 @@ def _triplet_example(record: Triplet, rng: np.random.Generator, count: int) -> E
     """Example of a triplet; negatives are drawn without repetition if there are enough of them."""
     held = len(record.negatives)
     drawn = rng.permutation(held)[:count] if held >= count else rng.integers(held, size=count)
-    return Example((record.anchor, record.positive, *(record.negatives[i] for i in drawn)), group=record.group)
+    texts = (record.anchor, record.positive, *(record.negatives[i] for i in drawn))
+    groups = tuple(record.negative_groups[i] for i in drawn) if record.negative_groups else ()
+    return Example(texts, group=record.group, negative_groups=groups)
 
 
 def _scored_example(record: ScoredPair, _: np.random.Generator) -> Example:
@@ -128,19 +138,29 @@ def _scored_example(record: ScoredPair, _: np.random.Generator) -> Example:
 
 
 def _class_example(record: LabelledText, rng: np.random.Generator, classes: Classes, negatives: int) -> Example:
-    """Example of a text, another of its class, and texts of other classes."""
-    others = classes.others(record, negatives, rng)
-    return Example((record.text, classes.same(record, rng).text, *(other.text for other in others)))
+    """Example of a text, another of its class, and texts of other classes; the groups are classes.
+
+    No text stands on both sides, even if it has two labels in the dataset.
+    """
+    others = [classes.other(record.label, rng, {record.text}) for _ in range(negatives)]
+    same = classes.same(record.label, rng, {record.text, *(other.text for other in others)})
+    texts = (record.text, same.text, *(other.text for other in others))
+    own = {record.text, same.text}  # still equal to another where the dataset has no further text
+    labels = (record.label if other.text in own else other.label for other in others)
+    return Example(texts, group=record.label, negative_groups=tuple(labels))
 
 
-def _class_id_suffix(example: Example, _: LabelledText, rng: np.random.Generator) -> Example:
+def _class_id_suffix(example: Example, rng: np.random.Generator) -> Example:
     """Ends all texts in one number that no other tuple has.
 
     Texts of the same class in another tuple are told apart by it and do no harm as negatives.
     """
-    return example._replace(suffix=f" {rng.integers(10**9):09d}")
+    return example._replace(suffix=f" {rng.integers(10**9):09d}", group="", negative_groups=())
 
 
-def _exclude_same_class(example: Example, record: LabelledText, _: np.random.Generator) -> Example:
-    """Puts all tuples of one class into one group."""
-    return example._replace(group=f"class {record.label}")
+def _class_as_group(example: Example, _: np.random.Generator) -> Example:
+    """Keeps all tuples of a class, and others' negatives of that class, from being negatives.
+
+    Texts do not decide here: one that has two labels would make one group of both classes.
+    """
+    return example._replace(by_text=False)

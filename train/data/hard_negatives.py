@@ -90,7 +90,7 @@ def mine(
     """Finds negatives of each pair's anchor among the positives of all pairs.
 
     An anchor's negatives never include its positives, a text equal to it, or texts of pairs of its
-    `group`.
+    `group`. Each negative keeps the `group` of its pair.
 
     Args:
         pairs: repeated pairs count once.
@@ -112,11 +112,13 @@ def mine(
     parts: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         parts[pair.language if same_language else ""].append(pair)
-    return [triplet for part in parts.values() for triplet in _mine_part(part, scorer, config, rng)]
+    return [triplet for part in parts.values() for triplet in _mine_part(part, pairs, scorer, config, rng)]
 
 
-def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.random.Generator) -> Iterator[Triplet]:
-    relations = _Relations(pairs)
+def _mine_part(
+    pairs: list[Pair], known: Sequence[Pair], scorer: Scorer, config: MiningConfig, rng: np.random.Generator
+) -> Iterator[Triplet]:
+    relations = _Relations(pairs, known)
     # Leaves room for positives, as sentence-transformers does.
     pool = config.range_max + max(map(len, relations.positives))
     blocks, first = [], 0
@@ -129,8 +131,12 @@ def _mine_part(pairs: list[Pair], scorer: Scorer, config: MiningConfig, rng: np.
     for pair in distinct(pairs):
         found = negatives[pair.anchor]
         if (found >= 0).all():
-            texts = tuple(relations.candidates[i] for i in found)
-            yield Triplet(**pair.model_dump(include=set(Pair.model_fields)), negatives=texts)
+            texts, groups = (tuple(names[i] for i in found) for names in (relations.candidates, relations.groups))
+            yield Triplet(
+                **pair.model_dump(include=set(Pair.model_fields)),
+                negatives=texts,
+                negative_groups=groups if any(groups) else (),
+            )
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
@@ -147,20 +153,28 @@ class _Relations:
     Attributes:
         anchors: all anchors, each once.
         candidates: all positives, each once.
+        groups: group of each candidate, of the first pair that gives it one; "" = none.
         positives: indices of each anchor's positives.
     """
 
-    def __init__(self, pairs: Sequence[Pair]):
+    def __init__(self, pairs: Sequence[Pair], known: Sequence[Pair]):
+        """Takes anchors and candidates from `pairs`, and their relations from all `known` pairs."""
         self.anchors = list(dict.fromkeys(pair.anchor for pair in pairs))
         self.candidates = list(dict.fromkeys(pair.positive for pair in pairs))
         self._index = {text: i for i, text in enumerate(self.candidates)}
+        groups: dict[str, str] = {}
         positives, self._groups = defaultdict(set), defaultdict(set)
         members = defaultdict(set)
-        for pair in pairs:
-            positives[pair.anchor].add(self._index[pair.positive])
+        for pair in known:
             if pair.group:
                 self._groups[pair.anchor].add(pair.group)
+            if pair.positive not in self._index:
+                continue
+            positives[pair.anchor].add(self._index[pair.positive])
+            if pair.group:
                 members[pair.group].add(self._index[pair.positive])
+                groups.setdefault(pair.positive, pair.group)
+        self.groups = [groups.get(text, "") for text in self.candidates]
         self.positives = [_indices(positives[anchor]) for anchor in self.anchors]
         self._members = {group: _indices(texts) for group, texts in members.items()}
 
@@ -171,7 +185,8 @@ class _Relations:
         """
         text = self.anchors[anchor]
         equal = _indices([self._index[text]] if text in self._index else [])
-        group_members = [self._members[group] for group in self._groups.get(text, ())]
+        groups = self._groups.get(text, ())
+        group_members = [self._members[group] for group in groups if group in self._members]
         return np.setdiff1d(np.concatenate([equal, *group_members]), self.positives[anchor])
 
 

@@ -1,7 +1,7 @@
 """The five kinds of training records, and the functions that read and write them.
 
 The fields have sentence-transformers' names. Every kind may also have `language`, by which batches
-of one language are formed, and `group`: records of equal group are never negatives of one another.
+of one language are formed, and `group`: texts of equal group are never negatives of one another.
 """
 
 import json
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from jina_jax.errors import DataError
 from jina_jax.text import readers
@@ -36,11 +37,36 @@ class Pair(Record):
     anchor: Text
     positive: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_texts_are_no_negatives(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        negatives = fields.get("negatives")
+        for number, text in enumerate(negatives if isinstance(negatives, list | tuple) else (), 1):
+            for own in ("anchor", "positive"):
+                if text == fields.get(own):
+                    raise PydanticCustomError("own_text", f"negative {number} is the {own} itself")  # type: ignore[arg-type]
+        return fields
+
 
 class Triplet(Pair):
-    """A pair, and negatives: texts that look alike but do not belong to the anchor."""
+    """A pair, and negatives: texts that look alike but do not belong to the anchor.
+
+    `negative_groups` are the groups of the negatives, "" where one has none; () = not known.
+    """
 
     negatives: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)]
+    negative_groups: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @field_validator("negative_groups")
+    @classmethod
+    def _belong_to_the_negatives(cls, groups: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        own, negatives = info.data.get("group"), info.data.get("negatives", groups)
+        if groups and len(groups) != len(negatives):
+            raise PydanticCustomError("length", f"{len(groups)} for {len(negatives)} negatives")  # type: ignore[arg-type]
+        if own and own in groups:
+            message = f"negative {groups.index(own) + 1} is of the record's own group"
+            raise PydanticCustomError("own_group", message)  # type: ignore[arg-type]
+        return groups
 
 
 class ScoredPair(Record):
@@ -83,8 +109,8 @@ def read_records(file: str | Path, kind: str) -> Iterator[Record]:
     """Yields the records of a file in any format of `jina_jax.text.readers`, one by one.
 
     Raises:
-        DataError: a record lacks a field or has one of another type; the message names file and
-            line.
+        DataError: a record lacks a field, has one of another type, or has its own anchor or
+            positive among its negatives; the message names file and line.
         ValueError: unknown kind or file type.
         FileNotFoundError: no such file.
     """
@@ -110,6 +136,6 @@ def _checked(record: type[Record], kind: str, fields: dict[str, Any], place: str
     try:
         return record.model_validate(present)
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        details = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
         needed = [name for name, field in record.model_fields.items() if field.is_required()]
         raise DataError(f"{place}: not a {kind} record ({details}); it needs {needed}") from error

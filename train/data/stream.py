@@ -5,7 +5,10 @@ run that resumes from a number sees the batches that it would have seen. Batch i
 records, however many processes it is split over.
 """
 
+import contextlib
 import hashlib
+import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +19,8 @@ import grain
 import numpy as np
 
 from jina_jax.config import ModelConfig
-from jina_jax.files import sha256
+from jina_jax.errors import DataError
+from jina_jax.files import kept_sha256
 from jina_jax.parallel.processes import main_process_first
 from jina_jax.text.tokenizer import Tokenizer
 
@@ -25,14 +29,16 @@ from .collate import BatchShape, TrainBatch, batch_shape, collate, text_encoder
 from .examples import Example, texts_per_example, to_example
 from .records import Record
 from .tfds_datasets import RecordFiles, RecordSource, open_dataset, prepare_records
+from .whole_batch import Ask, agree_on, ask_nobody
 
-MaxOverProcesses = Callable[[str, int, int], int]
+logger = logging.getLogger(__name__)
 
 
 def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
     """Opens the stage's datasets.
 
-    The main process turns files of records into TFDS datasets under `workdir`, once.
+    The main process turns files of records into TFDS datasets under `workdir`, once. The hash by
+    which their contents are known is kept there too.
 
     Raises:
         ValueError: a dataset is empty, damaged, or has malformed records; the message says where.
@@ -53,7 +59,7 @@ def batch_stream(
     devices: int = 1,
     process: int = 0,
     processes: int = 1,
-    max_over_processes: MaxOverProcesses = lambda name, number, rows: rows,
+    asking_main: Callable[[str], Ask] = lambda name: ask_nobody,
 ) -> grain.MapDataset[tuple[str, TrainBatch]]:
     """Returns the process-local batches of a stage, endless and by number, with their record kind.
 
@@ -65,24 +71,28 @@ def batch_stream(
         seed: seed of the order of records and of all random draws.
         devices: devices of this process.
         process, processes: index of this process, and number of processes.
-        max_over_processes: (name, number, value) -> the largest value of all processes; a batch
-            needs the same number of rows in all of them.
+        asking_main: as in `jina_jax.parallel.processes`; needed with several processes, which must
+            agree on each batch.
 
     Raises:
+        DataError: labelled texts, of a dataset or of a language by itself, have only one label.
         ValueError: the batch size is not divisible by the devices.
     """
     if stage.batch_size % (devices * processes):
         raise ValueError(f"stage {stage.name}: batch_size {stage.batch_size} is not divisible by {devices * processes} devices")
     share = stage.batch_size // processes
     encode = text_encoder(stage, dict(config.prompts), tokenizer)
+    tell = _telling_once(stage)
     parts, weights = [], []
     for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
         shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
+        cure = "; set by_language=False, or leave these records out" if dataset.by_language else ""
         languages = list(_by_language(source, dataset, stage.batch_size))
-        shares = np.array([len(part) for part in languages]) ** dataset.language_exponent
+        shares = np.array([len(part) for _, part in languages]) ** dataset.language_exponent
         weights += list(dataset.weight * shares / shares.sum())
-        for number, part in enumerate(languages):
-            make = to_example(stage, dataset.kind, part)
+        for number, (place, part) in enumerate(languages):
+            with _named(f"{dataset.path}, split {dataset.split!r}{place}", cure):
+                make = to_example(stage, dataset.kind, part)
             examples = (
                 grain.MapDataset.source(part)
                 .seed(_seed(seed, stage.name, index, number))
@@ -91,12 +101,13 @@ def batch_stream(
                 .random_map(lambda record, rng, make=make: make(record, rng))
             )
             batched = examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
-            name = f"{stage.name}/{index}/{number}"
+            ask = asking_main(f"{stage.name}/{index}/{number}")
 
             def collated(
-                batch: int, examples: list[Example], kind: str = dataset.kind, shape: BatchShape = shape, name: str = name
+                batch: int, examples: list[Example], kind: str = dataset.kind, shape: BatchShape = shape, ask: Ask = ask
             ):
-                return kind, collate(examples, encode, shape, devices, config.pad_id, partial(max_over_processes, name, batch))
+                agree = partial(agree_on, ask=partial(ask, batch), tell=tell)
+                return kind, collate(examples, encode, shape, devices, config.pad_id, agree)
 
             parts.append(batched.map_with_index(collated))
     return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
@@ -124,23 +135,48 @@ class _Subset(Sequence[Record]):
         return self._source.many(self._indices) if isinstance(self._source, RecordSource) else super().__iter__()
 
 
-def _by_language(source: Sequence[Record], dataset: DatasetConfig, least: int) -> Iterator[Sequence[Record]]:
-    """Yields the dataset, or one subset for each language.
+def _telling_once(stage: Stage) -> Callable[[int], None]:
+    """Returns a function that tells, the first time it is called, of records that it counts."""
+    calls = itertools.count()  # read by several threads
+
+    def tell(count: int) -> None:
+        if next(calls) == 0:
+            logger.warning(
+                "stage %s: %d of the %d records of a batch have their own anchor, positive or group among their negatives; "
+                "such negatives do not count, here and in later batches",
+                *(stage.name, count, stage.batch_size),
+            )
+
+    return tell
+
+
+@contextlib.contextmanager
+def _named(place: str, cure: str) -> Iterator[None]:
+    """Adds the place of some records, and a cure, to the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{place}: {error}{cure}") from error
+
+
+def _by_language(source: Sequence[Record], dataset: DatasetConfig, least: int) -> Iterator[tuple[str, Sequence[Record]]]:
+    """Yields the dataset, or one subset for each language, with its place in the dataset's name.
 
     Languages with less than a batch of records are joined in one subset.
     """
     if not dataset.by_language:
-        yield source
+        yield "", source
         return
     by_language = defaultdict(list)
     for index, record in enumerate(source):
         by_language[record.language].append(index)
-    rare = [index for indices in by_language.values() if len(indices) < least for index in indices]
-    for _, indices in sorted(by_language.items()):
-        if len(indices) >= least:
-            yield _Subset(source, np.array(indices))
+    rare = {language: indices for language, indices in sorted(by_language.items()) if len(indices) < least}
+    for language, indices in sorted(by_language.items()):
+        if language not in rare:
+            yield f", language {language!r}", _Subset(source, np.array(indices))
     if rare:
-        yield _Subset(source, np.array(sorted(rare)))
+        joined = sorted(index for indices in rare.values() for index in indices)
+        yield f", languages {list(rare)} (fewer than {least} records each)", _Subset(source, np.array(joined))
 
 
 def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
@@ -149,7 +185,8 @@ def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"there is no dataset {path}")
-    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{sha256(path)[:16]}"
+    digest = kept_sha256(path, workdir / "data")
+    directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{digest[:16]}"
     ready = directory / RecordFiles.name / str(RecordFiles.VERSION)
     if ready.is_dir():
         return ready

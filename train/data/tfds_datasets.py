@@ -5,8 +5,10 @@
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
+import json
 import random
 import tempfile
 from collections import defaultdict
@@ -22,6 +24,9 @@ from jina_jax.errors import DataError
 from .corpus import BUNDLED, SPLITS, Package, read_corpus, tag_overlap, title_and_body
 from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
 from .word_overlap import overlaps
+
+HASHES = "records_sha256"
+"""Key of the dataset's metadata under which each split has the SHA-256 of its records."""
 
 
 class RecordFiles(tfds.core.GeneratorBasedBuilder):
@@ -41,7 +46,7 @@ class RecordFiles(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         records = (record for file in self.files[split] for record in read_records(file, self.kind))
-        yield from enumerate(_fields(record) for record in records if not self.skip(record))
+        yield from _examples(self, split, (record for record in records if not self.skip(record)))
 
 
 class DebianPackages(tfds.core.GeneratorBasedBuilder):
@@ -64,7 +69,7 @@ class DebianPackages(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         records = CORPUS_RECORDS[self._name()][1](read_corpus(self.file, split))
-        yield from enumerate(map(_fields, records))
+        yield from _examples(self, split, records)
 
     def _name(self) -> str:
         assert self.builder_config is not None and self.builder_config.name is not None
@@ -198,10 +203,15 @@ def prepare_corpus(name: str, directory: Path, file: Path = BUNDLED) -> Path:
 
 
 class RecordSource(Sequence[Record]):
-    """Random access to the records of one split, shuffled by TFDS always in the same way."""
+    """Random access to the records of one split, shuffled by TFDS always in the same way.
 
-    def __init__(self, source: Any, kind: str, path: Path):
-        self._source, self._record, self._path = source, KINDS[kind], path
+    Attributes:
+        sha256: hash of the records, made when they were written; None for a dataset that an earlier
+            version prepared.
+    """
+
+    def __init__(self, source: Any, kind: str, path: Path, sha256: str | None = None):
+        self._source, self._record, self._path, self.sha256 = source, KINDS[kind], path, sha256
 
     def __len__(self) -> int:
         return len(self._source)
@@ -248,10 +258,13 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
         raise FileNotFoundError(f"there is no dataset {path}")
     try:
         builder = tfds.builder_from_directory(str(path))
+        hashes = dict(builder.info.metadata or {}).get(HASHES, {})  # type: ignore[call-overload]
     except Exception as error:  # raised by TFDS, the JSON reader or protobuf
         raise DataError(f"{path} is not a TFDS dataset: {error}") from error
     fields = set(builder.info.features or ())  # type: ignore[arg-type]
-    if missing := sorted(set(kind_named(kind).model_fields) - fields):
+    # Fields that may be left out came into being one after the other.
+    required = {name for name, field in kind_named(kind).model_fields.items() if field.is_required()}
+    if missing := sorted(required - fields):
         raise DataError(f"{path} holds no {kind} records: they lack {missing}, and have {sorted(fields)}")
     if split not in builder.info.splits:
         raise DataError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
@@ -265,15 +278,31 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
         raise DataError(f"{path} cannot be read: {error}") from error
     if held != expected or not held:
         raise DataError(f"{path} holds {held} records of {split!r}, its own count is {expected}: it is damaged or empty")
-    return RecordSource(source, kind, path)
+    return RecordSource(source, kind, path, hashes.get(split))
 
 
 def _info(builder: Any, kind: str) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(builder=builder, features=tfds.features.FeaturesDict(_features(KINDS[kind])))
+    features = tfds.features.FeaturesDict(_features(KINDS[kind]))
+    return tfds.core.DatasetInfo(builder=builder, features=features, metadata=tfds.core.MetadataDict())
+
+
+def _examples(builder: Any, split: str, records: Iterable[Record]) -> Iterator[tuple[int, dict]]:
+    """Yields the records' fields by number; puts their hash into the dataset's metadata at the end.
+
+    The hash is of what a run learns from, in its order, and not of the files that it came from.
+    """
+    digest = hashlib.sha256()
+    for number, record in enumerate(records):
+        digest.update(json.dumps(record.model_dump(exclude_defaults=True), sort_keys=True).encode() + b"\n")
+        yield number, _fields(record)
+    builder.info.metadata.setdefault(HASHES, {})[split] = digest.hexdigest()
 
 
 def _features(record: type[Record]) -> dict[str, Any]:
-    own = {"negatives": tfds.features.Sequence(tfds.features.Text()), "score": np.float32}
+    # Without an encoding of its own, TFDS would store every float in 32 bits.
+    score = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES)
+    texts = tfds.features.Sequence(tfds.features.Text())
+    own = {"negatives": texts, "negative_groups": texts, "score": score}
     return {name: own.get(name, tfds.features.Text()) for name in record.model_fields}
 
 
@@ -284,9 +313,9 @@ def _fields(record: Record) -> dict[str, Any]:
 def _text(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8")
-    if isinstance(value, list | np.ndarray):
-        return tuple(map(_text, value))
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return tuple(map(_text, value)) if isinstance(value, list | np.ndarray) else value
 
 
 def _prepared(builder: Any, files: Iterable[Path]) -> Path:

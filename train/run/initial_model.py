@@ -32,6 +32,17 @@ def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
             stage has longer texts than the model can have.
         FileNotFoundError: a path does not exist.
     """
+    start, tokenizer = load_start(config)
+    return prepare_for_stages(start, config), tokenizer
+
+
+def load_start(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
+    """Loads the model of `config.start` as it is, in float32, and its tokenizer.
+
+    Raises:
+        ValueError: the source is damaged or not supported, or the tokenizer is another model's.
+        FileNotFoundError: a path does not exist.
+    """
     start = config.start
     if start.source is None:
         assert start.model is not None and start.tokenizer is not None
@@ -41,7 +52,7 @@ def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
         encoder, tokenizer, _ = load_encoder(
             start.source, dtype=jnp.float32, param_dtype=jnp.float32, tokenizer=start.tokenizer
         )
-    return prepare_for_stages(encoder, config), tokenizer
+    return encoder, tokenizer
 
 
 def fresh_sizes(model: ModelConfig) -> ModelConfig:

@@ -11,6 +11,7 @@ WORKDIR/model/           the finished model, for Embedder.load
 import contextlib
 import fcntl
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -27,22 +28,21 @@ from tqdm import tqdm
 
 from jina_jax.checkpoints.native import is_checkpoint, save_checkpoint
 from jina_jax.errors import RunError
-from jina_jax.files import dump_json, json_diff
+from jina_jax.files import dump_json
 from jina_jax.model.adapters import base_arrays
 from jina_jax.model.parameters import Arrays
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params, shardings
-from jina_jax.parallel.processes import barrier, is_main_process, main_process_first, max_over_processes
+from jina_jax.parallel.processes import asking_main, barrier, is_main_process, main_process_first
 
 from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
-from ..old_names import with_new_names
 from ..step.chips import peak_flops
 from ..step.flops import training_flops
 from ..step.trainable_split import merge_trained, split_trainable
 from ..step.update import State, Step, abstract_state, all_finite, initial_state, make_step
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
-from .identity import dataset_fingerprint, run_identity
-from .initial_model import load_initial_model, with_token_frequencies
+from .identity import changes, run_identity
+from .initial_model import load_start, prepare_for_stages, with_token_frequencies
 from .metrics import MetricsWriter, StepRecord, TrainingDiverged, fetch_metrics, summarise
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,12 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     if checkpoint is None and is_checkpoint(workdir / "model"):
         raise RunError(f"{workdir} has a finished model and no good checkpoint of its run; give another --workdir")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    encoder, tokenizer = load_initial_model(config)
+    start, tokenizer = load_start(config)
+    encoder = prepare_for_stages(start, config)
     base: Arrays = {}
-    runs, states, records = [], [], []
+    runs, states, opened = [], [], []
     for stage in config.stages:
-        sources = open_datasets(stage, workdir)
-        records.append([dataset_fingerprint(source) for source in sources])
+        opened.append(sources := open_datasets(stage, workdir))
         stream = partial(batch_stream, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
             global_stream = stream()  # the same for any number of processes
@@ -123,7 +123,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
             devices=mesh.size // jax.process_count(),
             process=jax.process_index(),
             processes=jax.process_count(),
-            max_over_processes=max_over_processes,
+            asking_main=asking_main,
         )
         model, trained, frozen = split_trainable(encoder, stage)
         base = base or shard_params({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
@@ -136,11 +136,13 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))
 
     # ---- restore
-    identity = run_identity(config, encoder) | {"records": records}
+    identity = run_identity(config, start, encoder, tokenizer, opened)
     done = [0] * len(runs)
     if checkpoint is not None:
         states, done = _resumed(checkpoint, identity, states, runs, mesh)
         logger.info("resumed %s at step %d", workdir, checkpoint.step)
+        if sum(done) < config.steps:
+            _put_aside(workdir / "model", checkpoint.step)
     if is_main_process():
         (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
 
@@ -226,16 +228,27 @@ def _position(done: list[int], runs: list[StageRun]) -> dict[str, Any]:
 def _resumed(
     checkpoint: Checkpoint, identity: dict[str, Any], states: list[State], runs: list[StageRun], mesh: Mesh
 ) -> tuple[list[State], list[int]]:
-    saved = {name: checkpoint.run.get(name) for name in identity}
-    saved["config"] = with_new_names(saved["config"])
-    if changed := json_diff(saved, identity):
+    refused, taken = changes(checkpoint.run, identity)
+    if refused:
         raise RunError(
-            f"{checkpoint.directory.parents[1]} holds another run; it differs in: {'; '.join(changed)}. "
+            f"{checkpoint.directory.parents[1]} holds another run; it differs in: {'; '.join(refused)}. "
             "Give the same configuration, or another --workdir"
         )
+    if taken:
+        logger.warning("changed after step %d: %s", checkpoint.step, "; ".join(taken))
     for run, position in zip(runs, checkpoint.run["data"], strict=True):
         run.batches.set_state(position)
     return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
+
+
+def _put_aside(model: Path, step: int) -> None:
+    """Renames the finished model of a run that goes on for more steps."""
+    with main_process_first("model put aside"):
+        if is_checkpoint(model):
+            aside = model.with_name(f"{model.name}-{step:08d}")
+            shutil.rmtree(aside, ignore_errors=True)  # the same model, put aside before
+            model.rename(aside)
+            logger.warning("the model of step %d is now %s", step, aside)
 
 
 @contextlib.contextmanager

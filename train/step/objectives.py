@@ -6,9 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jina_jax.losses import cosent, info_nce, masked_lm
+from jina_jax.losses.batch_rows import all_gather_rows
 from jina_jax.model import gradient_sums
 from jina_jax.model.encoder import Encoder, Gather, pool
 from jina_jax.model.gradient_sums import GradientSums
@@ -50,16 +51,19 @@ def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gathe
 def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
     """InfoNCE in both directions of anchors and positives.
 
-    All other texts of an example are negatives of every anchor.
+    All other texts of an example are negatives of every anchor of another group.
     """
+    groups = jnp.asarray(batch.groups)
+    further = embeddings.shape[1] > 2
     return info_nce(
         embeddings[:, 0],
         embeddings[:, 1],
-        embeddings[:, 2:] if embeddings.shape[1] > 2 else None,
+        embeddings[:, 2:] if further else None,
         temperature=stage.temperature,
         dims=stage.dims or None,
         weights=stage.dim_weights or None,
-        group=jnp.asarray(batch.groups),
+        group=groups[:, 0],
+        negative_group=groups[:, 1:] if further else None,
         chunk=stage.logit_chunk,
         axis_name=axis_name,
     )
@@ -67,15 +71,30 @@ def info_nce_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: S
 
 def cosent_loss(embeddings: Float[Array, "n s d"], batch: TrainBatch, stage: Stage, axis_name: AxisName) -> Float[Array, ""]:
     """CoSENT loss on graded pairs."""
+    ranks = score_ranks(jnp.asarray(batch.scores), axis_name)
     return cosent(
         embeddings[:, 0],
         embeddings[:, 1],
-        jnp.asarray(batch.scores),
+        ranks,
         temperature=stage.temperature,
         dims=stage.dims or None,
         weights=stage.dim_weights or None,
         axis_name=axis_name,
     )
+
+
+def score_ranks(keys: Int[Array, "n 2"], axis_name: AxisName) -> Float[Array, " n"]:
+    """Number of examples of the global batch with a lower score, for each of this device's.
+
+    Args:
+        keys: from `collate.score_keys`.
+        axis_name: as in `objective`.
+    """
+    high, low = keys[:, 0], keys[:, 1]
+    other_high, other_low = all_gather_rows((high, low), axis_name)
+    high, low, other_high, other_low = high[:, None], low[:, None], other_high[None], other_low[None]
+    lower = (other_high < high) | ((other_high == high) & (other_low < low))
+    return lower.sum(1).astype(jnp.float32)
 
 
 def separation_loss(

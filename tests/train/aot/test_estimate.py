@@ -207,7 +207,7 @@ def test_sizes_in_the_compilers_message():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v5e:4x4"], "the TPU compiler is not installed: pip install 'jina-jax[train,tpu]'"),
+        (["--topology", "v5e:4x4"], "the TPU compiler is not installed: pip install -e '.[train,tpu]'"),
         (["--topology", "v5e:4"], "no topology 'v5e:4'"),
         (["--topology", "v5e:4x4", "--set", "mesh.x=1"], "there is no field 'x'"),
         (["--topology", "v5e:4x4", "--json", "/no/such/directory/out.json"], "no directory /no/such/directory"),

@@ -1,5 +1,6 @@
 """Batches: the texts of every example, tokenised as by the tokenizer, each where `places` says."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.text.packing import best_fit_decreasing, max_texts
 from train.config import DatasetConfig, Stage
-from train.data.collate import TokenizedTexts, TrainBatch, batch_shape, collate, text_encoder
+from train.data.collate import TokenizedTexts, TrainBatch, batch_shape, collate, score_keys, text_encoder
 from train.data.examples import Classes, Example, texts_per_example, to_example
 from train.data.masking import max_masked, word_starts
 from train.data.records import LabelledText, Pair, PlainText, ScoredPair, Triplet
@@ -82,7 +83,18 @@ def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts):
     for i, places in enumerate(batch.places):
         held[i // per_device, places] = True
     assert held.sum() == count * texts and (batch.adapter_ids.reshape(devices, -1)[~held] == -1).all()
-    np.testing.assert_array_equal(batch.scores, np.array([example.score for example in shared], np.float32))
+    np.testing.assert_array_equal(batch.scores, score_keys([example.score for example in shared]))
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+near = st.sampled_from([0.0, -0.0, 5e-324, 0.1, 0.1 + 1e-16, 16777216.0, 16777217.0, -1e300])
+
+
+@given(st.lists(finite | near, max_size=9))
+def test_score_keys_have_the_order_of_the_scores(scores):
+    keys = list(map(tuple, score_keys(scores).tolist()))
+    for score, key in zip(scores, keys, strict=True):
+        assert [key < other for other in keys] == [score < other for other in scores]
 
 
 @given(
@@ -185,21 +197,28 @@ def test_groups_are_equal_where_records_are(tokenizer):
         Example(("a", "b"), group="x"),
         Example(("c", "d"), group="x"),
         Example(("a", "b"), group="y"),
-        Example(("x", "b")),
-        Example(("x", "c")),
-        Example(("a", "c")),
+        Example(("x", "y"), group="z"),
+        Example(("z", "w")),
+        Example(("v", "c")),
     ]
     batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(12, stage()), 1, PAD)
-    groups = batch.groups
+    (groups,) = batch.groups.T
     equal = (groups[:, None] == groups[None]).tolist()
-    same = {(0, 1), (3, 4)}
-    assert equal == [[i == j or (min(i, j), max(i, j)) in same for j in range(6)] for i in range(6)]
+    same = [{0, 1, 2, 5}, {3}, {4}]  # a, or the group x; and c, which the group has as well
+    assert equal == [[any({i, j} <= each for each in same) for j in range(6)] for i in range(6)]
     assert groups.dtype == np.int32 and (groups >= 0).all() and (batch.labels == -1).all()
 
 
 LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) for label in "abcd"] + [
     LabelledText(text="alone", label="e")
 ]
+
+
+def test_masking_needs_a_mask_token(tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.mask_token = None
+    with pytest.raises(ValueError, match="stage s: the tokenizer has no mask token"):
+        text_encoder(stage("mlm", mask_rate=0.3), {}, without)
 
 
 @given(st.integers(0, 99), st.sampled_from(LABELLED), st.integers(1, 7))
@@ -222,9 +241,23 @@ def test_excluded_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
     assert not any(example.suffix for example in examples)
     batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 1, PAD)
-    together = batch.groups[:, None] == batch.groups[None, :]
-    labels = np.array([record.label for record in LABELLED[:16]])
-    assert (together == (labels[:, None] == labels[None, :])).all()
+    classes = {record.text: record.label for record in LABELLED}
+    labels = np.array([[classes[text] for text in (example.texts[0], *example.texts[2:])] for example in examples])
+    own, others = batch.groups[:, 0], batch.groups.reshape(-1)
+    assert ((own[:, None] == others[None]) == (labels[:, :1] == labels.reshape(1, -1))).all()
+
+
+def test_a_text_of_two_classes_is_never_on_both_sides():
+    """Where there is another text; where not, it counts as one of its own class."""
+    both = [LabelledText(text="both", label=label) for label in "ab"]
+    records = both + [LabelledText(text=f"{label} {i}", label=label) for label in "ab" for i in range(4)]
+    make = to_example(stage("classification", same_class="excluded", num_negatives=1), "labelled_text", records)
+    apart = to_example(stage("separation"), "labelled_text", records)
+    drawn = [make_one(record, np.random.default_rng(i)) for i in range(40) for record in records for make_one in (make, apart)]
+    assert all(example.texts[2] not in example.texts[:2] for example in drawn)
+    assert all(example.group != example.negative_groups[0] for example in drawn)
+    make = to_example(stage("classification", same_class="excluded"), "labelled_text", both)
+    assert make(both[0], np.random.default_rng(0)).negative_groups == ("a", "a")
 
 
 def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
@@ -251,21 +284,23 @@ def test_separation_has_one_of_the_class_and_one_of_another(seed, record):
 
 def test_classes_are_drawn_evenly_over_their_records():
     classes, rng = Classes(LABELLED), np.random.default_rng(0)
-    same = Counter(classes.same(LABELLED[0], rng).text for _ in range(2200))
-    others = Counter(classes.others(LABELLED[0], 3700, rng))
+    same = Counter(classes.same("a", rng, {"a 0"}).text for _ in range(2200))
+    others = Counter(classes.other("a", rng, {"a 0"}) for _ in range(3700))
     assert set(same) == {f"a {i}" for i in range(1, 12)} and min(same.values()) > 150
     assert len(others) == 37 and min(others.values()) > 60
 
 
 @given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 9))
 def test_triplets_draw_their_negatives(seed, held, wanted):
-    record = Triplet(anchor="a", positive="p", negatives=tuple(f"n{i}" for i in range(held)), group="g")
+    texts, groups = tuple(f"n{i}" for i in range(held)), tuple(f"g{i}" for i in range(held))
+    record = Triplet(anchor="a", positive="p", negatives=texts, group="g", negative_groups=groups)
     plan = stage("retrieval", num_negatives=wanted)
     example = to_example(plan, "triplet", [record])(record, np.random.default_rng(seed))
     negatives = Counter(example.texts[2:])
     assert example.texts[:2] == ("a", "p") and example.group == "g" and negatives.total() == wanted
     assert set(negatives) <= set(record.negatives) and (wanted > held or max(negatives.values(), default=1) == 1)
     assert len(example.texts) == texts_per_example(plan, "triplet")
+    assert example.negative_groups == tuple(f"g{text[1:]}" for text in example.texts[2:])
 
 
 def test_all_negatives_of_a_triplet_have_their_turn():

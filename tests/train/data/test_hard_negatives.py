@@ -157,6 +157,35 @@ def test_a_text_is_excluded_from_all_groups_of_its_anchor():
     assert {triplet.negatives for triplet in mined if triplet.anchor == "a"} == {("p5",)}
 
 
+def test_an_anchor_has_the_relations_of_all_languages():
+    """What is its positive, or of its group, in another language is no negative in this one."""
+    pairs = [
+        Pair(anchor="a", positive="p1", language="da", group="x"),
+        Pair(anchor="a", positive="p2", language="en", group="y"),
+        Pair(anchor="b", positive="p3", language="da", group="y"),
+        Pair(anchor="c", positive="p2", language="da"),
+        Pair(anchor="d", positive="p4", language="da"),
+    ]
+    model = GivenEmbeddings([*"abcd", "p1", "p2", "p3", "p4"], 0)
+    mined = mine(pairs, embedding_scores(model), MiningConfig(1, 0, 5), same_language=True)
+    assert {triplet.negatives for triplet in mined if triplet.anchor == "a"} == {("p4",)}
+
+
+def test_negatives_keep_the_group_of_their_pair():
+    pairs = [Pair(anchor=f"a{i}", positive=f"p{i}", group=f"g{i}" if i % 2 else "") for i in range(8)]
+    pairs.insert(0, Pair(anchor="a9", positive="p3"))  # the same text with a group comes later
+    model = GivenEmbeddings([f"{mark}{i}" for i in range(10) for mark in "ap"], 0)
+    scorer, selection = embedding_scores(model), MiningConfig(3, 0, 20)
+    for triplet in (mined := mine(pairs, scorer, selection)):
+        numbers = [int(text[1:]) for text in triplet.negatives]
+        assert triplet.negative_groups == (
+            tuple(f"g{i}" if i % 2 else "" for i in numbers) if any(i % 2 for i in numbers) else ()
+        )
+    assert len(mined) == 9
+    without = mine([pair.model_copy(update={"group": ""}) for pair in pairs], scorer, selection)
+    assert all(triplet.negative_groups == () for triplet in without)
+
+
 def test_triplets_keep_language_group_and_order_and_repeated_pairs_count_once():
     pairs = [Pair(anchor=f"a{i % 6}", positive=f"p{i % 6}", language="da", group=f"g{i % 6}") for i in range(9)]
     model = GivenEmbeddings([text for i in range(6) for text in (f"a{i}", f"p{i}")], 0)
@@ -354,6 +383,15 @@ def run(*arguments: object):
     return CliRunner().invoke(main, [*map(str, arguments)])
 
 
+def test_the_pairs_are_not_replaced_by_their_triplets(file, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(file)
+    before = file.read_bytes()
+    for out in (file, file.parent / "." / file.name, tmp_path / "link.jsonl"):
+        result = run(file, "--out", out, "--bm25")
+        assert result.exit_code == 1 and f"{out} is the input {file}, which would be lost" in result.output
+    assert file.read_bytes() == before
+
+
 def test_program_with_bm25(file, tmp_path):
     out = tmp_path / "triplets.jsonl"
     out.write_text("old")
@@ -406,6 +444,10 @@ def test_mistakes_are_one_line_and_leave_the_output_alone(file, tmp_path, option
         ([{"anchor": "a", "positive": "b"}, {"anchor": "a"}], "pairs.jsonl:2: not a pair record (positive"),
         ([{"anchor": "a", "positive": 3}], "pairs.jsonl:1"),
         ([["a", "b"]], "pairs.jsonl:1: a record is a JSON object"),
+        (
+            [{"anchor": "a", "positive": "b", "negatives": ["c", "b"]}],
+            "pairs.jsonl:1: not a pair record (negative 2 is the pos",
+        ),
     ],
 )
 def test_files_that_are_no_pairs(tmp_path, lines, message):

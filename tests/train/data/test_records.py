@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow_datasets")
@@ -35,16 +34,18 @@ LONG = "wörter " * 50_000
 RECORDS = {
     "text": [PlainText(text=text, language="de") for text in (*HARD, LONG)],
     "pair": [Pair(anchor=text, positive=text[::-1], group=f"g{i}") for i, text in enumerate(HARD)],
-    "triplet": [Triplet(anchor="a", positive=text, negatives=(text,) * (i + 1)) for i, text in enumerate(HARD)],
+    "triplet": [
+        Triplet(anchor="a", positive=f"{text}.", negatives=(text,) * (i + 1), negative_groups=groups)
+        for i, (text, groups) in enumerate(zip(HARD, [("",), ("", HARD[1]), *[()] * 7], strict=True))
+    ],
     "scored_pair": [ScoredPair(sentence1="a", sentence2=text, score=i / 3 - 1) for i, text in enumerate(HARD)],
     "labelled_text": [LabelledText(text=text, label=text, language="x") for text in HARD],
 }
 
 
 def dumped(records) -> Counter:
-    """How many there are of each record, in any order; datasets hold scores in single precision."""
-    fields = [record.model_dump() for record in records]
-    return Counter(json.dumps(each | {"score": float(np.float32(each.get("score", 0)))}) for each in fields)
+    """How many there are of each record, in any order."""
+    return Counter(json.dumps(record.model_dump()) for record in records)
 
 
 def written(path: Path, *lines: str) -> Path:
@@ -79,6 +80,14 @@ def small_corpus(tmp_path_factory) -> Path:
 
 def prepare(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_a_file_under_two_names_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_file(Path("a.jsonl"), RECORDS["pair"])
+    result = prepare("records", "a.jsonl", tmp_path / "a.jsonl", "--kind", "pair", "--out", "out")
+    assert result.exit_code == 1 and f"files are given twice: a.jsonl = {tmp_path}/a.jsonl" in result.output
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,6 +162,36 @@ def test_a_malformed_line_is_named_and_nothing_is_prepared(kind, line, message, 
     assert not (tmp_path / "out").exists()
     written(file, good)
     assert prepare("records", file, "--kind", kind, "--out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("triplet", {"negatives": ["c", "b"]}, "negative 2 is the positive itself"),
+        ("triplet", {"negatives": ["a"]}, "negative 1 is the anchor itself"),
+        ("pair", {"negatives": ["b"]}, "negative 1 is the positive itself"),
+        ("triplet", {"negatives": ["c"], "negative_groups": ["g", "h"]}, "negative_groups: 2 for 1 negatives"),
+        ("triplet", {"negatives": ["c", "d"], "negative_groups": ["g"]}, "negative_groups: 1 for 2 negatives"),
+        (
+            "triplet",
+            {"negatives": ["c", "d"], "negative_groups": ["", "x"], "group": "x"},
+            "negative 2 is of the record's own group",
+        ),
+        ("triplet", {"negatives": ["c"], "negative_groups": [None]}, "negative_groups.0: Input should be a valid string"),
+    ],
+)
+@pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
+def test_negatives_that_contradict_their_record_are_refused(kind, fields, message, name, tmp_path):
+    right = {"anchor": "a", "positive": "b", "group": "", "negatives": ["c"], "negative_groups": [""]}
+    rows = [right, {"anchor": "a", "positive": "b"} | fields]
+    if name == "r.parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        written(tmp_path / name, *map(json.dumps, rows))
+    result = prepare("records", tmp_path / name, "--kind", kind, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and f"{name}:2: not a {kind} record (" in result.output and message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

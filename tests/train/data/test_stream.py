@@ -5,7 +5,9 @@ Processes share a batch without loss.
 
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 
 from jina_jax import ModelConfig
+from jina_jax.errors import DataError
 from train.config import DatasetConfig, Stage
-from train.data.records import LabelledText, Pair, PlainText, write_records
+from train.data.records import LabelledText, Pair, PlainText, Triplet, write_records
 from train.data.stream import batch_stream, open_datasets, prefetch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,18 +135,76 @@ def test_as_many_devices_have_the_same_shares_in_any_number_of_processes(stream,
 
 
 def test_all_processes_have_as_many_rows(stream):
-    """By `max_over_processes`, here with a process elsewhere that needs more rows than this one."""
-    asked = []
+    records = [pair(i, mark="q " * (40 if i % 2 else 1)) for i in range(50)]
+    plan = stage(num_row_counts=8, max_length=60)
+    two = [stream(plan, records, process=i, processes=2) for i in range(2)]
+    met = Met(2)
+    together = [stream(plan, records, process=i, processes=2, asking_main=met.asking_main(i)) for i in range(2)]
+    alone = [[len(each[number][1].tokens) for each in two] for number in range(6)]
+    shapes = [[len(batch.tokens) for batch in met.batches(together, number)] for number in range(6)]
+    assert shapes == [[max(rows)] * 2 for rows in alone] and any(a != b for a, b in alone)
 
-    def max_over_processes(name, number, rows):
-        asked.append((name, number, rows))
-        return 5
 
-    plan = stage(num_row_counts=8)
-    alone, together = stream(plan), stream(plan, max_over_processes=max_over_processes)
-    shapes = [len(together[number][1].tokens) for number in range(3)]
-    assert all(rows >= 5 for rows in shapes) and shapes != [len(alone[number][1].tokens) for number in range(3)]
-    assert [(name, number) for name, number, _ in asked] == [("s/0/0", number) for number in range(3)]
+class Met:
+    """Processes, here threads, that meet for each batch."""
+
+    def __init__(self, count: int):
+        self._barrier, self._values, self._made = threading.Barrier(count, timeout=60), [b""] * count, [b""] * count
+
+    def asking_main(self, process: int):
+        def ask(number, value, answers):
+            self._values[process] = value
+            self._barrier.wait()
+            if process == 0:
+                self._made = answers(list(self._values))
+            self._barrier.wait()
+            return self._made[process]
+
+        return lambda name: ask
+
+    @staticmethod
+    def batches(streams, number: int):
+        with ThreadPoolExecutor(len(streams)) as threads:
+            return [batch for _, batch in threads.map(lambda each: each[number], streams)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_groups_do_not_depend_on_the_processes(processes, stream, texts_of):
+    """Texts and groups are shared across processes, and negatives are texts of other ones."""
+    records = [
+        Triplet(
+            anchor=f"q {i}",
+            positive=f"answer {i % 17}",
+            negatives=(f"answer {(i + 5) % 17}", f"other {i % 13}"),
+            negative_groups=("", f"g{(i + 1) % 9}"),
+            group=f"g{i}" if i % 3 == 0 else "",
+        )
+        for i in range(60)
+    ]
+    plan = stage(DatasetConfig("d", "triplet"), objective="retrieval", adapters=("a", "b"), num_negatives=2, batch_size=16)
+    met, whole = Met(processes), stream(plan, records)
+    shares = [stream(plan, records, process=i, processes=processes, asking_main=met.asking_main(i)) for i in range(processes)]
+    for number in range(6):
+        parts = met.batches(shares, number)
+        numbers = dict(zip(texts_of(whole[number][1]), whole[number][1].groups.tolist(), strict=True))
+        assert len({row[0] for row in numbers.values()}) < 16  # some are of one group
+        found = [row for part in parts for row in zip(texts_of(part), part.groups.tolist(), strict=True)]
+        assert sorted(found) == sorted(numbers.items())
+
+
+def test_a_record_with_its_positive_among_its_negatives_is_told_of_once(stream, caplog):
+    """As a dataset of an earlier version may hold it."""
+    right = Triplet(anchor="a", positive="b", negatives=("c", "d"))
+    wrong = right.model_copy(update={"negatives": ("c", "b")})
+    plan = stage(DatasetConfig("d", "triplet"), objective="retrieval", adapters=("a", "b"), num_negatives=2)
+    batches = stream(plan, [wrong, *[right.model_copy(update={"anchor": f"a{i}", "positive": f"b{i}"}) for i in range(7)]])
+    for number in range(3):
+        row = next(row for row in batches[number][1].groups.tolist() if row[0] in row[1:])
+        assert len(set(row)) == 2
+    assert caplog.messages == [
+        "stage s: 1 of the 8 records of a batch have their own anchor, positive or group among their negatives; "
+        "such negatives do not count, here and in later batches"
+    ]
 
 
 def test_what_is_drawn_does_not_depend_on_the_processes(stream, texts_of):
@@ -234,8 +295,21 @@ def test_a_batch_that_does_not_divide_is_refused(devices, processes, stream):
 
 def test_labelled_texts_of_one_label_are_refused(stream):
     plan, records = KINDS["labelled_text"]
-    with pytest.raises(ValueError, match=r"at least 2 labels, not \['a'\]"):
+    with pytest.raises(DataError, match=r"^d, split 'train': labelled texts need at least 2 labels, not \['a'\]$"):
         stream(plan, [record for record in records if record.label == "a"])
+
+
+def test_the_language_of_one_label_is_named(stream):
+    _, records = KINDS["labelled_text"]
+    plan = stage(DatasetConfig("news", "labelled_text", split="all", by_language=True), **CLASSES)
+    one = [record.model_copy(update={"label": "a"}) if record.language == "en" else record for record in records]
+    message = r"news, split 'all', language 'en': labelled texts need at least 2 labels, not \['a'\]; set by_language=False"
+    with pytest.raises(DataError, match=message):
+        stream(plan, one)
+    few = [record for record in records if record.language == "de"]
+    few += [LabelledText(text=f"t {i}", label="b", language="fr") for i in range(3)]
+    with pytest.raises(DataError, match=r"news, split 'all', languages \['fr'\] \(fewer than 8 records each\): .* not \['b'\]"):
+        stream(plan, few)
 
 
 def test_files_are_prepared_once_for_each_split_and_content(tmp_path):

@@ -14,6 +14,8 @@ from jina_jax.errors import DataError
 from train.data.records import Pair, write_records
 from train.data.tfds_datasets import open_dataset, prepare_records
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def prepared(file: Path, count: int, directory: Path) -> Path:
     write_records(file, (Pair(anchor=f"anchor {i}", positive=f"positive {i}") for i in range(count)))
@@ -30,6 +32,14 @@ def pairs(tmp_path_factory) -> Path:
 def test_order_is_the_same_wherever_it_is_prepared(tmp_path, pairs):
     again = prepared(tmp_path / "pairs.jsonl", 200, tmp_path / "again")
     assert list(open_dataset(again, "pair", "train")) == list(open_dataset(pairs, "pair", "train"))
+
+
+def test_a_dataset_of_an_earlier_version_is_opened():
+    """It lacks the fields that a record may leave out and that came later."""
+    (path,) = (ROOT / "tests/fixtures/commit_4fe3f70/runs/adapters/data").glob("triplet-*/record_files/1.0.0")
+    assert "negative_groups" not in (path / "features.json").read_text()
+    records = list(open_dataset(path, "triplet", "train"))
+    assert len(records) == 48 and all(record.negative_groups == () and len(record.negatives) == 3 for record in records)
 
 
 def test_datasets_of_another_sort_are_refused(pairs, tmp_path):

@@ -1,9 +1,14 @@
 """The overlap filter: 80 % of the shorter text's words, at least 4, are in the longer text."""
 
+import random
+import time
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data import word_overlap
 from train.data.word_overlap import overlaps
 
 words = st.lists(st.text("abcdAB", min_size=1, max_size=3), max_size=12)
@@ -39,6 +44,31 @@ def test_the_shorter_text_is_that_of_fewer_words():
     long_words = "incomprehensibilities one two three"
     assert overlaps(long_words, "incomprehensibilities 1 one 2 two 3 three")
     assert not overlaps("a one two three", "a1 2 3 4 5")
+
+
+def by_definition(a: str, b: str) -> bool:
+    shorter, longer = sorted((a.casefold(), b.casefold()), key=lambda text: (len(text.split()), len(text), text))
+    shared = sum(word in longer for word in shorter.split())
+    return shared >= 4 and shared >= 0.8 * len(shorter.split())
+
+
+@pytest.mark.parametrize("few", [0, 2, word_overlap.FEW])
+def test_all_words_at_once_are_each_by_itself(few, monkeypatch):
+    monkeypatch.setattr(word_overlap, "FEW", few)
+    rng, found = random.Random(few), Counter()
+    for _ in range(4000):
+        a, b = (" ".join("".join(rng.choices("abA", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 9))) for _ in "ab")
+        found[by_definition(a, b)] += 1
+        assert overlaps(a, b) == by_definition(a, b), (a, b)
+    assert min(found.values()) > 400
+
+
+def test_long_texts_take_time_in_proportion():
+    """Each of 60,000 words against all others would take a minute."""
+    a, b = (" ".join(f"{mark}{i}x" for i in range(60_000)) for mark in "pq")
+    began = time.process_time()
+    assert not overlaps(a, b)
+    assert time.process_time() - began < 5
 
 
 @given(texts, texts)

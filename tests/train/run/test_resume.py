@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -193,12 +194,39 @@ def test_a_finished_model_whose_checkpoints_are_gone_is_not_written_over(runs, u
 # ---- changed ----
 
 
-def test_a_run_may_be_gone_on_with_in_another_manner(runs, undisturbed, interrupted):
-    assert runs.finish(interrupted, log_every=1, keep_checkpoints=5, checkpoint_every=5, read_threads=0) == 0
+def test_a_run_may_be_gone_on_with_in_another_manner(runs, undisturbed, interrupted, tmp_path):
+    """Its data, too, may have another path."""
+
+    def moved(dataset):
+        copy = shutil.copytree(dataset.path, tmp_path / "elsewhere" / dataset.kind, dirs_exist_ok=True)
+        return replace(dataset, path=str(copy))
+
+    of_run = tuple(replace(stage, datasets=tuple(map(moved, stage.datasets))) for stage in runs.config.stages)
+    manner = {"log_every": 1, "keep_checkpoints": 5, "checkpoint_every": 5, "read_threads": 0}
+    assert runs.finish(interrupted, stages=of_run, **manner) == 0, log_of(interrupted)
+    assert log_of(interrupted).count("(it has the same records)") == 4
     assert_identical(model_arrays(interrupted), model_arrays(undisturbed))
     assert steps_saved(interrupted) == [EVERY, 2 * EVERY, 10, 15, STEPS]
     steps = [line["step"] for line in read_metrics(interrupted)]
     assert len(steps) == len(set(steps)) and {*range(9, STEPS + 1)} < {*steps}
+
+
+def test_a_finished_run_goes_on_for_more_steps_in_another_manner(runs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    first, second = runs.config.stages
+    longer = (replace(first, steps=first.steps + 2, encode_chunk_rows=2, logit_chunk=4, remat="full"), second)
+    assert runs.finish(tmp_path, stages=longer) == 0, log_of(tmp_path)
+    (said,) = [line for line in log_of(tmp_path).splitlines() if line.startswith(f"changed after step {STEPS}: ")]
+    assert said.count("(from here on not bit for bit)") == 3
+    assert "stages.0.steps: 9 -> 11 (from here on the learning rate is that of a run of 11 steps)" in said
+    assert [line["step"] for line in read_metrics(tmp_path)][-1] == STEPS + 2
+    before, aside = model_arrays(undisturbed), load_checkpoint(tmp_path / f"model-{STEPS:08d}")
+    assert_identical(base_arrays(aside) | extract_adapters(aside), before)
+    after = model_arrays(tmp_path)
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
+
+    assert runs.finish(tmp_path) == 1
+    assert "stages.0.steps: 11 -> 9, and 11 have been taken" in log_of(tmp_path)
 
 
 def test_a_cut_off_line_of_the_metrics_is_written_again(runs, undisturbed, interrupted):

@@ -17,9 +17,9 @@ from helpers.training import KINDS, WORDS, compiled_once, stages
 from jina_jax.model.encoder import Encoder
 from jina_jax.model.parameters import from_arrays, variables
 from train.config import DatasetConfig, Stage
-from train.data.collate import TrainBatch, batch_shape, collate, text_encoder
+from train.data.collate import TrainBatch, batch_shape, collate, score_keys, text_encoder
 from train.data.examples import Example
-from train.step.objectives import objective
+from train.step.objectives import objective, score_ranks
 
 STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, encode_chunk_rows=None)
 CASES = [
@@ -47,7 +47,8 @@ def examples(name: str, kind: str) -> list[Example]:
     def example(number: int) -> Example:
         texts = tuple(" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(count))
         suffix = f" {number}" if name == "classification" else ""
-        return Example(texts, rng.integers(4) / 4, "together" if number in (1, 4) else "", suffix, seed=number)
+        score = 1 + rng.integers(4) * 1e-12  # equal in float32
+        return Example(texts, score, "together" if number in (1, 4) else "", suffix, seed=number)
 
     return [example(number) for number in range(N)]
 
@@ -119,6 +120,15 @@ class Case:
             cosines = jnp.concatenate([(unit[:, 0] * unit[:, side]).sum(-1) for side in (1, 2)])
             return plain_cosent(cosines, [1] * N + [0] * N, self.stage.temperature)
         return plain_contrast(unit, [e.group or number for number, e in enumerate(self.examples)], self.stage.temperature)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_ranks_are_those_of_float64_over_all_devices(shards):
+    values = [0.1, 0.1 + 1e-15, -0.0, 0.0, 5e-324, -5e-324, 2.0**24, 2.0**24 + 1, -1e300]
+    scores = np.random.default_rng(0).choice(values, 32)
+    keys = jnp.asarray(score_keys(scores.tolist())).reshape(shards, -1, 2)
+    ranks = jax.vmap(lambda keys: score_ranks(keys, "shards"), axis_name="shards")(keys).reshape(-1)
+    np.testing.assert_array_equal(ranks, (scores[None] < scores[:, None]).sum(1))
 
 
 def plain_mlm(logits, labels):

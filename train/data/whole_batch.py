@@ -1,0 +1,65 @@
+"""What the processes that share a batch agree on: its number of rows, and the numbers of groups.
+
+Every process reads only its share of the examples. It sends hashes of what its texts and groups are
+to the main process, which links them across the batch and answers each with its numbers: a batch is
+the same however many processes share it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from .examples import Example
+from .groups import count_contradictions, group_links, group_numbers
+
+Answers = Callable[[list[bytes]], list[bytes]]
+Ask = Callable[[int, bytes, Answers], bytes]
+"""As `jina_jax.parallel.processes.asking_main` returns it."""
+
+
+class Agreed(NamedTuple):
+    """What holds for a batch."""
+
+    rows: int
+    """Most rows that a device of any process needs."""
+    groups: Int32[np.ndarray, "n numbers"]
+    """Numbers of the groups of this process's examples, as `TrainBatch` has them."""
+
+
+def agree_on(
+    rows: int, examples: Sequence[Example], ask: Callable[[bytes, Answers], bytes], tell: Callable[[int], None]
+) -> Agreed:
+    """Returns what holds for all processes.
+
+    Args:
+        rows: most rows that a device of this process needs.
+        examples: this process's share of the batch.
+        ask: takes the value of this process to the main process.
+        tell: called in the main process if examples of the batch contradict themselves, with their
+            number.
+    """
+    links = group_links(examples)
+    head = np.array([rows, count_contradictions(examples)], np.uint64)
+
+    def answers(shares: list[bytes]) -> list[bytes]:
+        table = np.stack([np.frombuffer(share, np.uint64) for share in shares])
+        most, contradictions = int(table[:, 0].max()), int(table[:, 1].sum())
+        if contradictions:
+            tell(contradictions)
+        numbers = group_numbers(table[:, 2:].reshape(-1, *links.shape[1:])).reshape(len(shares), -1)
+        return [np.append(share, np.int32(most)).tobytes() for share in numbers]
+
+    answer = np.frombuffer(ask(np.concatenate([head, links.reshape(-1)]).tobytes(), answers), np.int32)
+    return Agreed(int(answer[-1]), answer[:-1].reshape(len(examples), -1))
+
+
+def ask_nobody(_: int, value: bytes, answers: Answers) -> bytes:
+    """Is `Ask` in a program of one process."""
+    return answers([value])[0]
+
+
+agree_alone = partial(agree_on, ask=partial(ask_nobody, 0), tell=lambda count: None)
+"""`agree_on` for a process that has the whole batch."""
