@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from jina_jax.parallel.processes import Answers
+
 from .examples import Example
 from .groups import count_contradictions, group_links, group_numbers
 
-Answers = Callable[[list[bytes]], list[bytes]]
 Ask = Callable[[int, bytes, Answers], bytes]
 """As `jina_jax.parallel.processes.asking_main` returns it."""
 
