@@ -122,13 +122,14 @@ def test_a_run_killed_at_each_of_20_random_moments_goes_on_to_the_same_parameter
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name.startswith("killed")])
 def test_a_run_killed_inside_a_save_goes_on_to_the_same_parameters(runs, undisturbed, tmp_path, fault):
+    workdir = tmp_path / "lr[1e-4]"  # brackets are a pattern to what looks for files below
     number = 1 if fault in ("killed while old ones are removed", "killed before the model is saved") else 2
-    assert runs.finish(tmp_path, (fault, number)) == -signal.SIGKILL
-    assert runs.finish(tmp_path) == 0
-    assert_same_run(tmp_path, undisturbed)
-    assert not list(tmp_path.rglob("*.partial*"))
+    assert runs.finish(workdir, (fault, number)) == -signal.SIGKILL
+    assert runs.finish(workdir) == 0
+    assert not list(workdir.rglob("*.partial*"))
     if number == 2:
-        assert f"resumed {tmp_path} at step {EVERY}" in log_of(tmp_path)
+        assert f"resumed {workdir} at step {EVERY}" in log_of(workdir)
+    assert_same_run(workdir.rename(tmp_path / "run"), undisturbed)
 
 
 def test_a_run_that_is_asked_to_end_saves_and_says_how_to_go_on(runs, undisturbed, tmp_path):
