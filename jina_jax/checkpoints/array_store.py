@@ -94,7 +94,7 @@ def _one_error(path: Path) -> Iterator[None]:
         yield
     except JinaJaxError:
         raise
-    except Exception as error:
+    except Exception as error:  # Orbax, TensorStore and protobuf have no base in common
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -18,6 +18,11 @@ Result = tuple[PackedBatch, Array]
 way."""
 
 
+_NAMED = 32
+"""Texts that an error names: as many as may share a row of 512 slots, and so its NaN, since 0 times
+NaN is NaN in attention and in the mean."""
+
+
 def one_ahead(results: Iterator[Result]) -> Iterator[Result]:
     """Starts each batch before the one before it is read, so that the device never waits for the
     host."""
@@ -67,9 +72,9 @@ def check_finite(finite: Any) -> None:
 def not_finite(indices: list[int], of_texts: str, names: Sequence[Any]) -> NotFiniteError:
     """Returns the error for texts whose result is not finite, by the names that their user
     knows."""
-    listed = f"{list(names[:10])}{' and others' if len(names) > 10 else ''}"
+    listed = f"{list(names[:_NAMED])}{' and others' if len(names) > _NAMED else ''}"
     return NotFiniteError(
-        f"the model gives NaN or infinity for {of_texts} {listed}; "
+        f"the model gives NaN or infinity for {of_texts} {listed} (those that shared a row with one that has it included); "
         "if it computes in float16, which overflows above 65,504, load it with dtype bfloat16 or float32",
         indices,
     )

@@ -36,6 +36,7 @@ from jina_jax.bulk import run as bulk
 from jina_jax.bulk.run import BulkOptions, embed_files, load_on_this_host, model_fingerprint
 from jina_jax.cli import main
 from jina_jax.errors import DataError, NotFiniteError, RunError
+from jina_jax.model.parameters import from_arrays, variables
 from jina_jax.text.readers import read_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -596,24 +597,18 @@ def test_the_corpus_by_two_processes_killed_ten_times(model, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "ubinary"])
-def test_a_text_whose_embedding_is_not_finite_is_named_and_its_shard_not_written(
-    embedder, model, files, tmp_path, monkeypatch, precision
-):
-    rows = [row for file in files for row in read_texts(file)]
-    texts = [row.text for row in rows]
-    place = 13  # of the second shard
-    encode = Embedder.encode
-
-    def overflowing(self, sentences, *arguments, **options):
-        at = [i for i, sentence in enumerate(sentences) if sentence == texts[place]]
-        if at:
-            raise NotFiniteError("the model gives NaN", at)
-        return encode(self, sentences, *arguments, **options)
-
-    monkeypatch.setattr(Embedder, "encode", overflowing)
-    with pytest.raises(
-        NotFiniteError, match=f"NaN or infinity for 1 of the texts, by id .*{rows[place].id.rpartition('/')[2]}"
-    ):
-        embed_files(embedder, "x", files, tmp_path / "out", replace(OPTIONS, precision=precision))
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".parquet"] == ["part-00000.parquet"]
+def test_a_text_whose_embedding_is_not_finite_is_named_and_its_shard_not_written(embedder, tmp_path, precision):
+    texts = [f"an image editor {number}" for number in range(16)]
+    texts[13] = "画像"  # of the second shard, and the second of its call
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts), "utf-8")
+    others, own = (
+        {token for text in some for token in embedder.tokenizer(text)["input_ids"]} for some in (texts[:13], texts[13:14])
+    )
+    arrays = {path: variable.get_value() for path, variable in variables(embedder.encoder).items()}
+    arrays["tokens.table"] = arrays["tokens.table"].at[np.array(sorted(own - others))].set(np.inf)
+    broken = Embedder(from_arrays(embedder.config, arrays, dtype=np.float32), embedder.config, embedder.tokenizer)
+    with pytest.raises(NotFiniteError, match=r"NaN or infinity for 1 of the texts, by id \['.*texts\.txt:14'\]"):
+        embed_files(broken, "x", [str(file)], tmp_path / "out", replace(OPTIONS, precision=precision))
+    assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["part-00000.parquet"]
     assert not (tmp_path / "out" / "_manifest.json").exists()

@@ -5,13 +5,16 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from conftest import TASKS
 from jina_jax import Embedder
+from jina_jax.embed import folded_adapters
 from jina_jax.embed.embedder import Tuning
 from jina_jax.embed.folded_adapters import FoldedAdapters
 from jina_jax.embed.forward import text_embeddings, token_states
@@ -450,3 +453,17 @@ def test_a_set_of_texts_or_tasks_has_no_order(embedder, unchecked, unordered):
         embedder.encode(unordered)
     with pytest.raises(ValueError, match="in the order of the texts"):
         embedder.encode(["a", "b"][: len(unordered)], unordered)
+
+
+@pytest.mark.parametrize(
+    ("platform", "memory", "kept"),
+    [("cpu", 2**40, 1), ("tpu", 2**40, len(TASKS)), ("tpu", 2 * 4, 2), ("tpu", 0, 1), ("gpu", None, 1)],
+)
+def test_folded_kernels_are_kept_as_an_accelerators_memory_allows(embedder, monkeypatch, platform, memory, kept):
+    config = embedder.config
+    kernels = 4 * config.num_layers * config.hidden_size * (4 * config.hidden_size + 2 * config.mlp_size)  # float32
+    memory = memory if memory is None or memory > 100 else memory * kernels
+    stats = None if memory is None else {"bytes_limit": memory}
+    monkeypatch.setattr(folded_adapters, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+    assert folded_adapters.how_many_to_keep(embedder.encoder) == kept

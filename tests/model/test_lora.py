@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jina_jax.model import matmul as products
 from jina_jax.model.lora import AdaptedDense, AdaptedEmbed, AdapterParam, AdapterScale, AdapterSpec
 from jina_jax.model.matmul import matmul
 
@@ -261,3 +262,17 @@ def test_the_update_of_the_vocabulary_is_never_built(task):
     program = jax.jit(lambda layer, tokens, task: layer(tokens, task)).lower(embed(), TOKENS, task).as_text()
     results = re.findall(r" = .*tensor<([x\d]+)xf32>$", program, re.MULTILINE)
     assert f"{ENTRIES}x{OUTPUTS}" not in results and "2x7x5" in results
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_few_tokens_and_many_have_the_same_product(monkeypatch, tokens):
+    monkeypatch.setattr(products, "platform", lambda: "tpu")
+    monkeypatch.setattr(products, "FEW_TOKENS", 20)
+    x, z, kernel, rows = (
+        np.random.default_rng(i).standard_normal(shape).astype(np.float32)
+        for i, shape in enumerate([(2, tokens // 2, 16), (2, tokens // 2, 6), (16, 3, 8), (6, 3, 8)])
+    )
+    program = jax.jit(products.matmul_with_lora)  # one of its own: the choice is made while tracing
+    assert str(jax.make_jaxpr(program)(x, z, kernel, rows)).count("dot_general") == (2 if tokens <= 20 else 1)
+    expected = np.einsum("bti,ino->btno", x, kernel) + np.einsum("bti,ino->btno", z, rows)
+    np.testing.assert_allclose(program(x, z, kernel, rows), expected, atol=1e-5)
