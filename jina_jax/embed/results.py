@@ -74,7 +74,7 @@ def not_finite(indices: list[int], of_texts: str, names: Sequence[Any]) -> NotFi
     knows."""
     listed = f"{list(names[:_NAMED])}{' and others' if len(names) > _NAMED else ''}"
     return NotFiniteError(
-        f"the model gives NaN or infinity for {of_texts} {listed} (those that shared a row with one that has it included); "
+        f"the model gives NaN or infinity for {of_texts} {listed}; texts of a row share it; "
         "if it computes in float16, which overflows above 65,504, load it with dtype bfloat16 or float32",
         indices,
     )
