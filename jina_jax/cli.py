@@ -1,12 +1,6 @@
-"""Command line: `jina-jax embed`."""
+"""Command line: `jina-jax`."""
 
-import contextlib
-import json
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from .errors import how_to_install
 
@@ -15,20 +9,8 @@ try:
 except ImportError:
     sys.exit(f"the command line needs an extra: {how_to_install('cli')}")
 
-import numpy as np
-
-from .bulk import run as bulk
-from .bulk.parquet_shards import embedding_column
-from .checkpoints.remote import is_remote
-from .checkpoints.sources import find_model
 from .command import CommandGroup
-from .embed.embedder import Embedder
-from .embed.quantize import EMBEDDING_PRECISIONS
-from .files import atomic_write, check_not_input, check_output_file
-from .text.readers import decoded_lines, without_line_end
-
-NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
-PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
+from .commands.embed import embed
 
 
 @click.group(cls=CommandGroup)
@@ -37,105 +19,7 @@ def main() -> None:
     """Task-adapted multilingual embeddings in JAX."""
 
 
-@main.command()
-@click.argument("files", nargs=-1, required=True)
-@click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
-@click.option("--task", help="Adapter; default: the base model.")
-@click.option("--dim", type=int, help="Leading dimensions to keep; default: all.")
-@click.option("--precision", type=click.Choice(EMBEDDING_PRECISIONS), default="float32", show_default=True)
-@click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
-@click.option(
-    "--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards."
-)
-@click.option("--field", help="DIR/: field or column with the text; outer.inner for one inside another.  [default: text]")
-@click.option("--id-field", help="DIR/: the one with the id; default: FILE:NUMBER of the row.")
-@click.option("--shard-rows", type=int, help=f"DIR/: rows of a shard.  [default: {bulk.SHARD_ROWS}]")
-@click.option("--num-processes", type=int, default=1, envvar=["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS"], help=NUM_PROCESSES)
-@click.option("--process-id", type=int, envvar=["JAX_PROCESS_ID", "SLURM_PROCID"], help=PROCESS_ID)
-def embed(files: Sequence[str], model: str, output: str, num_processes: int, process_id: int | None, **options: Any) -> None:
-    """Embed the lines of one file (UTF-8, one text each), or of standard input with -.
-
-    With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz,
-    and .parquet) as Parquet shards. However a run ended, it resumes when it is started again.
-    Several processes, each with its own --process-id, share the shards.
-    """
-    if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
-        _embed_files(files, model, output, num_processes, process_id, options)
-        return
-    directory_options = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
-    if given := [f"--{name.replace('_', '-')}" for name, value in directory_options.items() if value is not None]:
-        raise ValueError(f"{', '.join(given)}: only with --output DIR/")
-    if len(files) > 1:
-        raise ValueError("several files are embedded with --output DIR/")
-    _embed_lines(Path(files[0]), model, output, **options)
-
-
-def _embed_lines(
-    file: Path, model: str, output: str, task: str | None, dim: int | None, precision: Any, batch_size: int
-) -> None:
-    suffix = Path(output).suffix
-    if output != "-" and suffix not in (".npy", ".parquet"):
-        raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
-    if output != "-":
-        check_output_file(Path(output))
-        check_not_input(Path(output), [file])
-    texts = _lines(file)
-    embedder = Embedder.load(model)
-    embeddings = embedder.encode(
-        texts, task=task, truncate_dim=dim, precision=precision, batch_size=batch_size, show_progress_bar=sys.stderr.isatty()
-    )
-    if output == "-":
-        for embedding in embeddings:
-            click.echo(json.dumps(embedding.tolist()))
-        return
-    with atomic_write(Path(output)) as target:
-        if suffix == ".npy":
-            with target.open("wb") as stream:
-                np.save(stream, embeddings)
-        else:
-            _write_parquet(target, texts, embeddings)
-    click.echo(f"{output}: {len(texts)} embeddings of {embeddings.shape[1]} dimensions", err=True)
-
-
-def _embed_files(
-    files: Sequence[str], model: str, output: str, processes: int, process: int | None, given: dict[str, Any]
-) -> None:
-    if is_remote(output):
-        raise ValueError(f"--output must be a directory that all processes see as a local one, not {output}")
-    if process is None and processes > 1:
-        raise ValueError("--num-processes needs a --process-id for each of them")
-    process = process or 0
-    options = bulk.BulkOptions(**{name: value for name, value in given.items() if value is not None})
-    bulk.check_arguments(files, options, process, processes)
-    on_terminal = sys.stderr.isatty()
-    logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger(bulk.__name__).setLevel(logging.WARNING if on_terminal else logging.INFO)
-    directory = find_model(model)
-    done = bulk.embed_files(
-        bulk.load_on_this_host(directory),
-        bulk.model_fingerprint(directory),
-        files,
-        Path(output),
-        options,
-        process=process,
-        processes=processes,
-        progress=on_terminal,
-    )
-    state = "complete" if done.complete else f"process {process} of {processes} has done its part; others have not yet"
-    click.echo(f"{output}: {done.rows} rows in {done.shards} shards; {state}", err=True)
-
-
-def _lines(file: Path) -> list[str]:
-    with contextlib.nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as lines:
-        return [without_line_end(line) for _, line in decoded_lines(lines, file)]
-
-
-def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": texts, "embedding": embedding_column(embeddings)}), path)
-
+main.add_command(embed)
 
 if __name__ == "__main__":
     main()
