@@ -123,4 +123,3 @@ def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": texts, "embedding": embedding_column(embeddings)}), path)
-
