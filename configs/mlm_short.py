@@ -20,7 +20,9 @@ from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        start=InitialModel(source="FacebookAI/xlm-roberta-large", rope_theta=10_000.0, max_position_embeddings=8194),
+        start=InitialModel(
+            source="FacebookAI/xlm-roberta-large", position_type="rope", rope_theta=10_000.0, max_position_embeddings=8194
+        ),
         stages=(
             Stage(
                 name="mlm_short",

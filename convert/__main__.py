@@ -10,7 +10,8 @@ from jina_jax.checkpoints import native, sealed_directory, torch_writer
 from jina_jax.checkpoints.load import load_encoder
 from jina_jax.checkpoints.sealed_directory import MANIFEST, check_free
 from jina_jax.checkpoints.sources import checkpoint_format, find_model
-from jina_jax.command import CommandGroup
+from jina_jax.command import CommandGroup, revision_option
+from jina_jax.commands.demo_model import demo_model
 from jina_jax.config import SERVING_ROPE_THETA
 from jina_jax.files import atomic_write
 from jina_jax.model.encoder import Encoder
@@ -34,7 +35,7 @@ def main() -> None:
 @click.argument("dst")
 @dtype_option
 @pickle_option
-@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
+@revision_option
 def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
     """Write SRC, a PyTorch checkpoint, as the native checkpoint DST.
 
@@ -55,8 +56,11 @@ def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revisi
 @click.option("--layout", type=click.Choice(LAYOUTS), required=True)
 @click.option("--task", help="sentence-transformers only: the adapter to merge. Default: the base model.")
 @dtype_option
+@revision_option
 @click.option("--rope-theta", type=float, default=SERVING_ROPE_THETA, show_default=True, help="Rotary base to write.")
-def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | None, rope_theta: float) -> None:
+def to_torch(
+    src: str, dst: str, layout: str, task: str | None, dtype: str | None, revision: str | None, rope_theta: float
+) -> None:
     """Write SRC as a PyTorch checkpoint DST.
 
     SRC is a native checkpoint, or any other that this library reads.
@@ -64,7 +68,7 @@ def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | Non
     check_free(dst)
     if task and layout != "sentence-transformers":
         raise ValueError(f"--task goes with --layout sentence-transformers; {layout} holds all tasks")
-    encoder, tokenizer, _ = load_encoder(src)
+    encoder, tokenizer, _ = load_encoder(src, revision=revision)
     config = encoder.config
     if config.position_type == "rope" and config.rope_theta != rope_theta:
         click.echo(f"the rotary base is {config.rope_theta:g} in {src} and written as {rope_theta:g}", err=True)
@@ -85,14 +89,15 @@ def to_torch(src: str, dst: str, layout: str, task: str | None, dtype: str | Non
 @click.argument("src")
 @click.argument("dst")
 @pickle_option
+@revision_option
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for the report. Default: standard output.")
 @click.pass_context
-def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, out: Path | None) -> None:
+def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, revision: str | None, out: Path | None) -> None:
     """Compare DST with the PyTorch checkpoint SRC, per layer and per task.
 
     The exit status is 1 if a difference is above its tolerance.
     """
-    report = compare(find_model(src, allow_pickle=allow_pickle), dst, allow_pickle=allow_pickle)
+    report = compare(find_model(src, revision, allow_pickle=allow_pickle), dst, allow_pickle=allow_pickle)
     text = json.dumps(report, indent=2)
     if out is None:
         click.echo(text)
@@ -116,6 +121,9 @@ def seal(directory: Path) -> None:
         load_tokenizer(directory, encoder.config)
     sealed_directory.seal(directory)
     click.echo(f"{directory}: sealed")
+
+
+main.add_command(demo_model, "demo_model")
 
 
 def _describe(encoder: Encoder) -> str:

@@ -10,7 +10,10 @@ except ImportError:
     sys.exit(f"the command line needs an extra: {how_to_install('cli')}")
 
 from .command import CommandGroup
+from .commands.demo_model import demo_model
 from .commands.embed import embed
+from .commands.info import info
+from .commands.search import search
 
 
 @click.group(cls=CommandGroup)
@@ -19,7 +22,10 @@ def main() -> None:
     """Task-adapted multilingual embeddings in JAX."""
 
 
+main.add_command(demo_model)
 main.add_command(embed)
+main.add_command(info)
+main.add_command(search)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,8 @@
-"""Behaviour that all commands share: one-line errors, and a compilation cache kept between runs."""
+"""What commands share: one-line errors, a compilation cache kept between runs, and the options of a
+model."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,23 @@ class Command(click.Command):
 
 class CommandGroup(Command, click.Group):
     """Command group with `Command`'s error handling and compilation cache."""
+
+
+revision_option = click.option("--revision", help="Branch, tag or commit; for a hub id.")
+
+max_length_option = click.option(
+    "--max-length", type=int, help="Tokens of a text to keep, special ones included; default: the model's limit."
+)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options with which a command loads a model: --dtype and --revision."""
+    dtype = click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of parameters and computation; default: float32 on CPU, on accelerators that of the files.",
+    )
+    return dtype(revision_option(command))
 
 
 def use_compilation_cache() -> None:

@@ -23,6 +23,19 @@ PUBLISHED_INSTRUCTIONS = {
 The instruction of a task is put before every input.
 """
 
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""Names of the prompt of documents, in the order in which they are looked for; that of queries is
+"query"."""
+
+Side = Literal["query", "document"]
+"""The two sides of a retrieval."""
+
+SIDE_TASKS: dict[Side, str] = {"query": "retrieval.query", "document": "retrieval.passage"}
+"""Task of each side."""
+
+SIDE_PROMPTS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": DOCUMENT_PROMPTS}
+"""Names of the prompt of each side, in the order in which they are looked for."""
+
 SERVING_ROPE_THETA = 20_000.0
 """Rotary base of the released model. The paper trains at 10,000 and serves at 20,000."""
 
@@ -148,6 +161,10 @@ class ModelConfig:
 
     def prompt(self, name: str) -> str | None:
         return dict(self.prompts).get(name)
+
+    def side_prompt(self, side: Side) -> str | None:
+        """Name of the prompt of a side of a retrieval; None = the model has none."""
+        return next((name for name in SIDE_PROMPTS[side] if self.prompt(name) is not None), None)
 
     def task_index(self, task: str) -> int:
         """Index of a task's adapter; raises ValueError listing the valid names."""

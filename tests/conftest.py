@@ -3,6 +3,7 @@
 The fixtures are the bundled tokenizer and corpus, and small models with every parameter random.
 """
 
+import importlib.util
 import json
 import lzma
 import os
@@ -23,6 +24,7 @@ import pytest
 from hypothesis import settings
 
 from jina_jax import Embedder, Encoder, ModelConfig
+from jina_jax.checkpoints.demo_model import PACKAGE, write_demo_model
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.model.parameters import abstract_variables, from_arrays
 from jina_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -120,3 +122,21 @@ def corpus() -> list[str]:
     with lzma.open(ROOT / "data" / "debian_packages.jsonl.xz", "rt", encoding="utf-8") as lines:
         packages = [package for package in map(json.loads, lines) if package["split"] == "test"]
     return [text for package in packages for pair in package["text"].values() for text in (pair["title"], pair["body"])]
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory) -> Path:
+    """Directory of multilingual-e5-small in bfloat16, with real weights.
+
+    It is written once for a whole run, by the worker that first asks for it.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        pytest.skip(f"{PACKAGE} is not installed: make .venv/.test, on Linux on x86-64")
+    from filelock import FileLock
+
+    of_worker = tmp_path_factory.getbasetemp()
+    directory = (of_worker.parent if "PYTEST_XDIST_WORKER" in os.environ else of_worker) / "demo_model"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            write_demo_model(directory, "bfloat16")
+    return directory

@@ -106,7 +106,7 @@ class Case:
     def command(self) -> tuple[click.Command, list[str]]:
         door = self.rng.choice([self.embed, self.embed, self.convert, self.convert, self.train, self.prepare, self.mine])
         if self.rng.random() < 0.1:
-            door = self.rng.choice([self.evaluate, self.compile])
+            door = self.rng.choice([self.evaluate, self.compile, self.info, self.info])
         command, arguments = door()
         if self.rng.random() < 0.2:
             arguments.insert(self.rng.randrange(len(arguments) + 1), self.rng.choice([*ODD_NAMES, "--x", "--help"]))
@@ -116,8 +116,14 @@ class Case:
         output = self.rng.choice(
             ["-", str(self.path("o.npy")), str(self.path("o.parquet")), f"{self.path('shards')}/", self.odd()]
         )
-        options = ["--dim", "--batch-size", "--shard-rows", "--num-processes", "--process-id"]
-        texts = ["--task", "--precision", "--field", "--id-field"]
+        options = ["--dim", "--batch-size", "--shard-rows", "--num-processes", "--process-id", "--max-length"]
+        texts = [
+            "--task",
+            "--precision",
+            "--field",
+            "--id-field",
+            *self.rng.choice([(), ("--prompt", "--prompt-name", "--side")]),
+        ]
         given = [self.texts() for _ in range(self.rng.choice([1, 1, 2]))]
         return jina_jax, ["embed", *given, "--model", self.model(), "--output", output, *self.options(options, texts)]
 
@@ -132,6 +138,9 @@ class Case:
         )
         options = self.options(["--rope-theta"] if layout else [], ["--task"] if layout else ["--revision"])
         return convert, [name, self.model(), self.new(), *layout, *options, *self.options([], ["--dtype"])]
+
+    def info(self) -> tuple[click.Command, list[str]]:
+        return jina_jax, ["info", self.model(), *self.rng.choice([[], ["--json"]])]
 
     def train(self) -> tuple[click.Command, list[str]]:
         return train.__main__.main, [self.config(), "--workdir", self.new(), *self.overrides()]

@@ -78,6 +78,10 @@ class Stage:
     adapters: tuple[str, ...] = ()
     """Tasks whose adapters are trained; for retrieval the query's, then the passage's. () = the
     base model."""
+    prompts: tuple[str, str] = ("", "")
+    """Texts put before each anchor, and before every other text of an example. The trained model
+    keeps them: a base as its prompts `query` and `document`, adapters as their tasks'
+    instructions."""
     temperature: AboveZero = 0.05
     dims: tuple[Positive, ...] = ()
     """Matryoshka dimensions of the loss; () = only the full dimension."""
@@ -127,6 +131,13 @@ class Stage:
         wanted = {"mlm": (0,), "pairs": (0,), "retrieval": (1, 2)}.get(self.objective, (1,))
         if len(self.adapters) not in wanted:
             raise ValueError(f"stage {self.name}: {self.objective} trains {wanted} adapters, not {list(self.adapters)}")
+        if self.objective == "mlm" and any(self.prompts):
+            raise ValueError(f"stage {self.name}: mlm takes no prompts, not {self.prompts}")
+        if len(self.adapters) == 1 and len(set(self.prompts)) > 1:
+            raise ValueError(
+                f"stage {self.name}: prompts are {self.prompts}, and {self.adapters[0]}, one task, has one instruction; "
+                "give the same prompt twice, or two adapters"
+            )
         if self.objective == "classification" and not self.num_negatives:
             raise ValueError(f"stage {self.name}: classification needs num_negatives of at least 1")
 
@@ -142,13 +153,20 @@ class InitialModel:
     """Sizes of a model with random weights."""
     tokenizer: str | None = None
     """Directory with tokenizer.json; None = the source's."""
+    position_type: Literal["keep", "rope"] = "keep"
+    """Positions of the model. "keep": those that it has. "rope": rotary ones; a model with absolute
+    positions loses their table, and has to learn the new ones (MLM)."""
     rope_theta: AboveZero | None = None
-    """Rotary base in training; None = the source's. A model with absolute positions becomes a
-    rotary one."""
+    """Rotary base in training; None = the model's, or 20,000 where rotary positions are new to it.
+    An error for a model that keeps absolute positions."""
     max_position_embeddings: Positive | None = None
+    """Positions that a rotary model has; None = its own number, or 8,194 where they are new to it.
+    An error for a model that keeps absolute positions: their table has its size."""
     matryoshka_dims: tuple[Positive, ...] | None = None
     instructions: tuple[tuple[str, str], ...] = ()
-    """Pairs (task, text put before every input), for adapters that the source lacks."""
+    """Pairs (task, text put before every input), for adapters that the source lacks. A task that is
+    not named has its stage's `prompts`, else the source's prompt of queries, retrieval.passage that
+    of documents; where the source has no prompts either, the published instruction, or none."""
     lora_rank: Positive | None = None
     lora_alpha: AboveZero | None = None
 

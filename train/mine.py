@@ -6,10 +6,10 @@ from typing import Any
 import click
 
 from jina_jax import Embedder
-from jina_jax.command import Command
+from jina_jax.command import Command, max_length_option, model_options
 from jina_jax.files import atomic_write, check_not_input, check_output_file
 
-from .data.hard_negatives import MiningConfig, Scorer, bm25_scores, embedding_scores, mine
+from .data.hard_negatives import MiningConfig, bm25_scores, embedding_scores, mine
 from .data.records import Pair, read_records, write_records
 
 
@@ -18,8 +18,10 @@ from .data.records import Pair, read_records, write_records
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.jsonl of triplets; replaced when complete.")
 @click.option("--bm25", is_flag=True, help="Search by words.")
 @click.option("--model", help="Search by embeddings of this model: a directory or hub id.")
-@click.option("--query-task", help="Adapter for anchors; default: retrieval.query where the model has it.")
-@click.option("--document-task", help="Adapter for positives; default: retrieval.passage where the model has it.")
+@model_options
+@max_length_option
+@click.option("--query-task", help="Adapter for anchors; default: retrieval.query, or the model's prompt for queries.")
+@click.option("--document-task", help="Adapter for positives; default: retrieval.passage, or the prompt for documents.")
 @click.option("--num-negatives", type=int, default=7, show_default=True, help="Of each anchor.")
 @click.option("--range-min", type=int, default=10, show_default=True, help="Best candidates to skip.")
 @click.option("--range-max", type=int, default=100, show_default=True, help="Rank of the last candidate to consider.")
@@ -35,6 +37,9 @@ def main(
     out: Path,
     bm25: bool,
     model: str | None,
+    dtype: str | None,
+    revision: str | None,
+    max_length: int | None,
     query_task: str | None,
     document_task: str | None,
     same_language: bool,
@@ -52,12 +57,22 @@ def main(
     check_not_input(out, [pairs])
     if bm25 == (model is not None):
         raise ValueError("search with either --bm25 or --model")
-    if bm25 and (query_task or document_task):
-        raise ValueError("--query-task and --document-task are for --model")
+    of_model = {
+        "--dtype": dtype,
+        "--revision": revision,
+        "--max-length": max_length,
+        "--query-task": query_task,
+        "--document-task": document_task,
+    }
+    if bm25 and (given := [name for name, value in of_model.items() if value is not None]):
+        raise ValueError(f"{', '.join(given)}: only with --model")
     read = [pair for pair in read_records(pairs, "pair") if isinstance(pair, Pair)]
     if not read:
         raise ValueError(f"{pairs} has no pairs")
-    scorer = bm25_scores if model is None else _model_scores(model, query_task, document_task)
+    scorer = bm25_scores
+    if model is not None:
+        embedder = Embedder.load(model, dtype=dtype, revision=revision)
+        scorer = embedding_scores(embedder, query_task=query_task, document_task=document_task, max_length=max_length)
     triplets = mine(read, scorer, config, same_language=same_language, seed=seed)
     if not triplets:
         raise ValueError(f"no anchor of {pairs} has {config.num_negatives} negatives; widen the ranks, scores or margins")
@@ -70,10 +85,6 @@ def _check_output(out: Path) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
     check_output_file(out)
-
-
-def _model_scores(model: str, query_task: str | None, document_task: str | None) -> Scorer:
-    return embedding_scores(Embedder.load(model), query_task=query_task, document_task=document_task)
 
 
 if __name__ == "__main__":

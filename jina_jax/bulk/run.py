@@ -25,13 +25,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..checkpoints.pipeline import transformer_folder
 from ..checkpoints.sources import MODEL_FILES
+from ..config import Side
 from ..embed.embedder import Embedder
 from ..embed.progress import progress_bar
 from ..embed.quantize import EmbeddingPrecision
 from ..embed.results import not_finite
+from ..embed.sides import check_exclusive, embedded_with, encode_options
 from ..errors import NotFiniteError, RunError
 from ..files import json_diff, read_json, repeated_files, sha256, write_json
 from ..parallel.mesh import make_mesh
@@ -67,7 +70,8 @@ The number bounds memory, and is large enough to fill packed rows well.
 class BulkOptions:
     """Options that the embeddings depend on, beside model and input.
 
-    See `Embedder.encode` and `readers.read_texts`.
+    See `Embedder.encode` and `readers.read_texts`. A run that an earlier version began may lack
+    some; it has them at their defaults.
     """
 
     task: str | None = None
@@ -78,8 +82,19 @@ class BulkOptions:
     id_field: str | None = None
     shard_rows: int = SHARD_ROWS
     """Rows of a shard; the last may have fewer."""
+    prompt: str | None = None
+    prompt_name: str | None = None
+    side: Side | None = None
+    """As `encode_query` or `encode_document`; in place of task and prompt."""
+    max_length: int | None = None
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What the texts are embedded with, as `embed.sides` takes it."""
+        return {name: getattr(self, name) for name in ("task", "prompt", "prompt_name", "side")}
 
     def __post_init__(self) -> None:
+        check_exclusive(**self.choice)
         if self.shard_rows < 1:
             raise ValueError(f"shard_rows must be at least 1, not {self.shard_rows}")
         if self.precision in ("int8", "uint8"):
@@ -98,8 +113,12 @@ class BulkResult(NamedTuple):
     """Whether all shards and the manifest are written; else other processes are still at work."""
 
 
-def load_on_this_host(directory: Path) -> Embedder:
+def load_on_this_host(directory: Path, *, dtype: DTypeLike | None = None) -> Embedder:
     """Loads the model on all devices of this host.
+
+    Args:
+        directory: of the model, local.
+        dtype: as `Embedder.load` takes it.
 
     Raises:
         ValueError: the devices belong to a larger slice, which runs as one program and not as
@@ -111,7 +130,7 @@ def load_on_this_host(directory: Path) -> Embedder:
             "TPU_CHIPS_PER_PROCESS_BOUNDS to its chips, such as 2,2,1"
         )
     devices = jax.local_devices()
-    return Embedder.load(directory, mesh=make_mesh(devices=devices) if len(devices) > 1 else None)
+    return Embedder.load(directory, dtype=dtype, mesh=make_mesh(devices=devices) if len(devices) > 1 else None)
 
 
 def model_fingerprint(directory: Path) -> str:
@@ -230,6 +249,7 @@ def _identity(
         "version": VERSION,
         "model": {"sha256": fingerprint, "dtype": str(np.dtype(embedder.encoder.dtype))},
         "options": dataclasses.asdict(options),
+        "embedded": embedded_with(embedder.config, **options.choice),
         "inputs": [
             {"file": name} | {key: known[key] for key in ("bytes", "rows", "sha256")}
             for name, known in zip(names, inputs, strict=True)
@@ -242,11 +262,21 @@ def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
     file = output / RUN / "run.json"
     if not file.exists():
         write_json(file, identity)
-    if changed := json_diff(read_json(file, RunError), identity):
+    if changed := json_diff(_completed(read_json(file, RunError), identity), identity):
         raise RunError(
             f"{output} holds other embeddings; they differ in: {'; '.join(changed)}. "
             "Give the same files, model and options, or another directory"
         )
+
+
+def _completed(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the identity of a run what an earlier version did not record: options that it lacked
+    are at their defaults, and what follows from options and model is as now."""
+    if not isinstance(saved.get("options"), dict):
+        return saved
+    defaults = {field.name: field.default for field in dataclasses.fields(BulkOptions)}
+    added = {"options": defaults | saved["options"], "embedded": saved.get("embedded", identity["embedded"])}
+    return saved | added
 
 
 # ---- embedding
@@ -279,14 +309,13 @@ def _embedded(
 
 
 def _encoded(embedder: Embedder, texts: list[str], options: BulkOptions) -> np.ndarray:
-    return embedder.encode(
-        texts,
-        options.task,
-        truncate_dim=options.dim,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        show_progress_bar=False,
-    )
+    arguments = encode_options(embedder.config, **options.choice) | {
+        "truncate_dim": options.dim,
+        "precision": options.precision,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+    }
+    return np.asarray(embedder.encode(texts, **arguments, show_progress_bar=False))
 
 
 def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 Layout = Literal["original", "transformers"]
 
 _POSITION_TYPES: dict[str, PositionType] = {"rotary": "rope", "rope": "rope", "absolute": "absolute"}
-_MODEL_TYPES = ("bert", "xlm-roberta", "jina_embeddings_v3")
+MODEL_TYPES = ("bert", "xlm-roberta", "jina_embeddings_v3")
 
 Family = Literal["bert", "xlm-roberta", "flash", "jina_embeddings_v3"]
 """Class of a `config.json`: transformers' three by model_type, and the original's own, `flash`,
@@ -75,13 +75,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(hf.get(field), kind | None):
             raise ConfigError(f"{field} must be a {kind.__name__}, not {hf[field]!r}")
     model_type = hf.get("model_type")
-    if model_type is not None and model_type not in _MODEL_TYPES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {list(_MODEL_TYPES)}")
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {list(MODEL_TYPES)}")
     if hf.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; supported is 'gelu' (exact)")
     if hf.get("emb_pooler") not in (None, "mean"):
         raise ConfigError(f"emb_pooler {hf['emb_pooler']!r} is not supported; supported are null and 'mean'")
-    family = _family(hf)
+    family = family_of(hf)
     default = _DEFAULTS[family]
     fields = {**default, **hf}
     position = _or(fields["position_embedding_type"], default["position_embedding_type"])
@@ -177,7 +177,7 @@ def to_hf(config: ModelConfig, layout: Layout, dtype: str) -> dict[str, Any]:
     return hf
 
 
-def _family(hf: Mapping[str, Any]) -> Family:
+def family_of(hf: Mapping[str, Any]) -> Family:
     """Class of a `config.json`.
 
     The original's files have XLM-RoBERTa's model_type or none. They are known by what only they

@@ -6,6 +6,7 @@ and renamed when it is complete: a directory with a manifest is a complete check
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,31 @@ def read_unverified(directory: Path, *, dtype: DTypeLike | None = None, param_dt
 
     Arguments and errors are those of `load_checkpoint`, but for damage inside the arrays.
     """
+    config, stored = open_unverified(directory)
+    # The sharding of the default device, which jax.default_device may have changed.
+    here = jnp.zeros(()).sharding
+    targets = {
+        path: jax.ShapeDtypeStruct(
+            variable.shape,
+            stored[path].dtype if param_dtype is None or isinstance(variable, AdapterScale) else jnp.dtype(param_dtype),
+            sharding=here,
+        )
+        for path, variable in abstract_variables(config).items()
+    }
+    with all_processes():
+        arrays = load_arrays(directory / _ARRAYS, targets)
+    return from_arrays(config, arrays, dtype=stored["tokens.table"].dtype if dtype is None else dtype)
+
+
+def open_unverified(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Returns the configuration of a native checkpoint, and shape and dtype of its arrays by path.
+
+    They fit each other; the arrays are not read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: `config.json` contradicts the arrays.
+    """
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
     if not (directory / _ARRAYS).is_dir():
         raise CheckpointError(f"{directory} has no {_ARRAYS}")
@@ -86,16 +112,4 @@ def read_unverified(directory: Path, *, dtype: DTypeLike | None = None, param_dt
     wrong += [path for path in expected.keys() & stored.keys() if tuple(stored[path].shape) != expected[path].shape]
     if wrong:
         raise ConfigError(f"{directory}: config.json contradicts the arrays {wrong}")
-    # The sharding of the default device, which jax.default_device may have changed.
-    here = jnp.zeros(()).sharding
-    targets = {
-        path: jax.ShapeDtypeStruct(
-            variable.shape,
-            stored[path].dtype if param_dtype is None or isinstance(variable, AdapterScale) else jnp.dtype(param_dtype),
-            sharding=here,
-        )
-        for path, variable in expected.items()
-    }
-    with all_processes():
-        arrays = load_arrays(directory / _ARRAYS, targets)
-    return from_arrays(config, arrays, dtype=stored["tokens.table"].dtype if dtype is None else dtype)
+    return config, stored

@@ -227,7 +227,7 @@ def _adapter_folders(directory: Path) -> list[Path]:
 def _warn_of_unread_adapters(directory: Path) -> None:
     if deeper := sorted(path.parent.relative_to(directory).as_posix() for path in directory.glob("*/*/adapter_config.json")):
         warnings.warn(
-            f"{directory}: the adapters {deeper} are not read; those in folders of the base model's directory are", stacklevel=6
+            f"{directory}: the adapters {deeper} are not read; those in folders of the base model's directory are", stacklevel=7
         )
 
 
@@ -239,7 +239,7 @@ def _warn_of_idle_patterns(adapters: list[PeftAdapter]) -> None:
             idle = [pattern for pattern in patterns if not any(adapter.matches(pattern, name) for name in adapter.tensors)]
             if idle:
                 message = f"{adapter.folder}: {field} has {idle}, which match no module of the adapter and change nothing"
-                warnings.warn(message, stacklevel=6)  # the caller of Embedder.load
+                warnings.warn(message, stacklevel=7)  # the caller of Embedder.load
 
 
 def _check_numbers(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""Reads `modules.json`, sentence-transformers' list of the modules of a model and their folders."""
+"""Reads and writes `modules.json`, sentence-transformers' list of the modules of a model and their
+folders."""
 
+import json
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json, read_json_list
+from ..files import dump_json, read_json, read_json_list
 
 MODULES = "modules.json"
 
@@ -50,6 +52,21 @@ def read_modules(directory: Path) -> list[Module]:
     if not in_order:
         raise ConfigError(f"{path} lists {kinds}; supported are a Transformer, Pooling and, if wanted, Normalize")
     return modules
+
+
+def write_modules(directory: Path, hidden_size: int) -> None:
+    """Writes the list and the folders of a Transformer in the directory itself, mean pooling of
+    its `hidden_size` dimensions, and normalisation."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (directory / MODULES).write_text(json.dumps(listed, indent=2), "utf-8")
+    (directory / "2_Normalize").mkdir()
+    (directory / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
+    (directory / "1_Pooling" / "config.json").write_text(dump_json(pooling), "utf-8")
 
 
 def transformer_folder(directory: Path) -> Path:

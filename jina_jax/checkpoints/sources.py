@@ -29,18 +29,20 @@ def find_model(source: str | Path, revision: str | None = None, *, allow_pickle:
     Args:
         source: a directory; a remote directory (`gs://...`), which is copied; or a hub id, which is
             downloaded to the hub's cache.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; None for a directory.
         allow_pickle: download pickles too, in place of the safetensors files that the hub lacks.
 
     Raises:
         FileNotFoundError: there is no such directory and no such model.
         CheckpointError: the hub has the weights only as pickles, and they are not allowed.
-        ValueError: `source` is a file.
+        ValueError: `source` is a file, or a directory and a revision is given.
     """
     text = str(source)
+    path = Path(source).expanduser()
+    if revision is not None and (is_remote(source) or path.is_dir()):
+        raise ValueError(f"{source} is a directory, which has no revision {revision!r}; a model on the hub has")
     if is_remote(source):
         return fetch(source)
-    path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -1,4 +1,5 @@
-"""Opens the named tensors in the files of a PyTorch checkpoint without reading them."""
+"""Opens the named tensors in the files of a PyTorch checkpoint without reading them, and writes
+such files."""
 
 import json
 import warnings
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, how_to_install
 
@@ -39,6 +41,15 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as a new safetensors file, with the permissions that a new file has here:
+    safetensors by itself lets nobody else read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def has_weights(directory: Path) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..config import PUBLISHED_INSTRUCTIONS, ModelConfig
+from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json
 from ..model.encoder import Encoder
@@ -30,6 +30,7 @@ from ..model.parameters import abstract_variables, from_arrays
 from . import torch_names
 from .foreign import refuse_foreign_tensors
 from .hf_config import from_hf
+from .library_settings import with_library_settings
 from .peft import PeftAdapter, all_share_down_projections, find_peft_adapters, matched_tensors, module_scales
 from .pipeline import transformer_folder
 from .tensor_files import FLOATS, LazyTensor, open_tensors
@@ -49,6 +50,14 @@ class _Source(NamedTuple):
     entry: TensorMapping
 
 
+class OpenCheckpoint(NamedTuple):
+    """A checkpoint whose tensors are those of its configuration, and not read yet."""
+
+    config: ModelConfig
+    sources: list[_Source]
+    adapters: list[PeftAdapter]
+
+
 def read_torch_checkpoint(
     directory: Path,
     *,
@@ -64,6 +73,20 @@ def read_torch_checkpoint(
         dtype: compute dtype; None = that of the parameters.
         param_dtype: dtype of the parameters; None = as stored, bit for bit.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file.
+
+    Raises:
+        CheckpointError, ConfigError, FileNotFoundError: as `open_torch_checkpoint` does, or a
+            tensor is not finite, or the tensors of one array have several dtypes.
+    """
+    opened = open_torch_checkpoint(directory, allow_pickle=allow_pickle)
+    return _fill(*opened, dtype, param_dtype)
+
+
+def open_torch_checkpoint(directory: Path, *, allow_pickle: bool = False) -> OpenCheckpoint:
+    """Opens a checkpoint, and compares its tensors with its configuration.
+
+    Args:
+        directory, allow_pickle: as `read_torch_checkpoint` takes them.
 
     Raises:
         CheckpointError: the files are damaged, or the tensors are not those of a model that this
@@ -94,12 +117,12 @@ def read_torch_checkpoint(
         separate = not all_share_down_projections(adapters, config)
         tasks = tuple(adapter.task for adapter in adapters)
         config = replace(config, tasks=tasks, lora_rank=rank, separate_qkv_adapters=separate)
-    config = _with_library_settings(config, root)
+    config = with_library_settings(config, root)
 
     table = torch_names.base_mappings(config, scheme, parametrized=stacked)
     if stacked:
         table |= torch_names.stacked_adapter_mappings(config)
-    return _fill(config, _match(table, tensors, config, directory), adapters, dtype, param_dtype)
+    return OpenCheckpoint(config, _match(table, tensors, config, directory), adapters)
 
 
 def recognise_name_scheme(names: Iterable[str], directory: Path) -> NameScheme:
@@ -207,32 +230,6 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], scheme: NameScheme, stacked: b
         if axis < len(shapes.get(name, ())):
             sizes[field] = shapes[name][axis]
     return sizes
-
-
-def _with_library_settings(config: ModelConfig, directory: Path) -> ModelConfig:
-    """Adds prompts and dimension of sentence-transformers' file to the configuration.
-
-    Each prompt is taken from `config.json`, else from that file, else, for the name of a published
-    task, from the published instructions. `query` and `document` are empty where the file names
-    them as the default and has no text for them.
-    """
-    published = {task: PUBLISHED_INSTRUCTIONS[task] for task in config.tasks if task in PUBLISHED_INSTRUCTIONS}
-    path = directory / "config_sentence_transformers.json"
-    library = read_json(path) if path.exists() else {}
-    named = library.get("prompts") or {}
-    if not isinstance(named, dict) or not all(isinstance(text, str | None) for text in named.values()):
-        raise ConfigError(f"{path}: prompts must be texts by name, not {named!r}")
-    prompts = published | {name: text or "" for name, text in named.items()} | dict(config.prompts)
-    default = library.get("default_prompt_name")
-    if default in ("query", "document"):
-        prompts = {default: ""} | prompts
-    if default is not None and default not in prompts:
-        raise ConfigError(f"{path}: default_prompt_name {default!r} is not one of its prompts {list(prompts)}")
-    dim = library.get("truncate_dim")
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-        raise ConfigError(f"{path}: truncate_dim must be an integer, not {dim!r}")
-    dim = config.truncate_dim if dim is None else dim
-    return replace(config, prompts=tuple(prompts.items()), default_prompt=default, truncate_dim=dim)
 
 
 def _match(

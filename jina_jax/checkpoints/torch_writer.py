@@ -3,7 +3,6 @@
 The layout is the original's, transformers' or sentence-transformers'.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
-from ..config import ModelConfig
+from ..config import DOCUMENT_PROMPTS, SIDE_TASKS, ModelConfig
 from ..errors import CheckpointError
 from ..files import dump_json
 from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
@@ -25,7 +23,9 @@ from ..text.tokenizer import Tokenizer, lower_cases
 from . import torch_names
 from .hf_config import to_hf
 from .peft import adapter_folder
+from .pipeline import write_modules
 from .sealed_directory import atomic_directory
+from .tensor_files import write_tensors
 from .torch_names import TensorMapping
 
 logger = logging.getLogger(__name__)
@@ -90,37 +90,25 @@ def write_sentence_transformers(
     """Writes a model that sentence-transformers loads without remote code.
 
     The model is the base, or one task merged into it. The task's instruction becomes the default
-    prompt, so that `encode(texts)` in sentence-transformers is `encode(texts, task)` here.
+    prompt, so that `encode(texts)` in sentence-transformers is `encode(texts, task)` here, and the
+    prompt of queries or documents, of both where it is not the task of one of them.
     """
     config = encoder.config
     default = task or config.default_prompt
+    prompts = {name: text for name, text in config.prompts if name not in config.tasks or name == default}
     if task:
-        prompts = {task: config.prompt(task) or ""}
-    else:
-        prompts = {name: text for name, text in config.prompts if name not in config.tasks or name == default}
+        sides = [side for side, own in SIDE_TASKS.items() if task == own or task not in SIDE_TASKS.values()]
+        prompts |= dict.fromkeys([task, *sides], config.prompt(task) or "")
     base = merge_adapter(encoder, task) if task else _without_adapters(encoder)
-    library = {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"}
+    library = {"prompts": _with_document(prompts), "default_prompt_name": default, "similarity_fn_name": "cosine"}
     if config.truncate_dim is not None:
         library["truncate_dim"] = config.truncate_dim
     sentence = {"max_seq_length": max_length, "do_lower_case": lower_cases(tokenizer)}
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     with atomic_directory(directory) as target:
         _write_transformers(target, base, tokenizer, dtype)
         _write_json(target / "config_sentence_transformers.json", library)
         _write_json(target / "sentence_bert_config.json", sentence)
-        (target / "modules.json").write_text(
-            json.dumps(
-                [
-                    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                    for i, (path, kind) in enumerate(modules)
-                ],
-                indent=2,
-            )
-        )
-        (target / "2_Normalize").mkdir()
-        (target / "1_Pooling").mkdir()
-        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
-        _write_json(target / "1_Pooling" / "config.json", pooling)
+        write_modules(target, config.hidden_size)
 
 
 def share_down_projections(adapters: Arrays) -> Arrays:
@@ -185,11 +173,8 @@ def _write_transformers(target: Path, encoder: Encoder, tokenizer: Tokenizer, dt
         folder = target / adapter_folder(task)
         folder.mkdir()
         table = torch_names.peft_adapter_mappings(config, 0, "split" if scheme == "fused" else "bert")
-        save_file(
-            {f"base_model.model.{name}": entry.extract(adapter[entry.path]) for name, entry in table.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        tensors = {f"base_model.model.{name}": entry.extract(adapter[entry.path]) for name, entry in table.items()}
+        write_tensors(folder / "adapter_model.safetensors", tensors)
         _write_json(folder / "adapter_config.json", _adapter_config(config, scale))
 
 
@@ -232,7 +217,7 @@ def _prefixed(tensors: Arrays, family: Literal["roberta", "bert"]) -> Arrays:
 
 
 def _write(target: Path, tensors: Arrays, hf: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(target / "model.safetensors", tensors)
     _write_json(target / "config.json", hf)
     tokenizer.save_pretrained(target)
 
@@ -243,6 +228,13 @@ def _write_prompts(target: Path, config: ModelConfig) -> None:
     if prompts or config.default_prompt:
         library = {"prompts": prompts, "default_prompt_name": config.default_prompt}
         _write_json(target / "config_sentence_transformers.json", library)
+
+
+def _with_document(prompts: dict[str, str]) -> dict[str, str]:
+    """Adds the prompt `document` where that of documents has another name: sentence-transformers
+    looks for this name first, and takes it to be empty where it is missing."""
+    name = next((name for name in DOCUMENT_PROMPTS if name in prompts), "document")
+    return prompts if name == "document" else prompts | {"document": prompts[name]}
 
 
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -15,9 +15,11 @@ from ..bulk import run as bulk
 from ..bulk.parquet_shards import embedding_column
 from ..checkpoints.remote import is_remote
 from ..checkpoints.sources import find_model
-from ..command import Command
+from ..command import Command, max_length_option, model_options
+from ..config import Side
 from ..embed.embedder import Embedder
-from ..embed.quantize import EMBEDDING_PRECISIONS
+from ..embed.quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
+from ..embed.sides import check_exclusive, encode_options
 from ..files import atomic_write, check_not_input, check_output_file
 from ..text.readers import decoded_lines, without_line_end
 
@@ -28,7 +30,16 @@ PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or
 @click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True)
 @click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
+@model_options
 @click.option("--task", help="Adapter; default: the base model.")
+@click.option("--prompt", help="Text put before every input, in place of the task's instruction.")
+@click.option("--prompt-name", help="The same by its name in the model.")
+@click.option(
+    "--side",
+    type=click.Choice(get_args(Side)),
+    help="Embed as queries or documents: with the model's task, else its prompt, for that side.",
+)
+@max_length_option
 @click.option("--dim", type=int, help="Leading dimensions to keep; default: all.")
 @click.option("--precision", type=click.Choice(EMBEDDING_PRECISIONS), default="float32", show_default=True)
 @click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
@@ -48,7 +59,7 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
     Several processes, each with its own --process-id, share the shards.
     """
     if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
-        _embed_files(files, model, output, num_processes, process_id, options)
+        _embed_files(files, model, output, num_processes, process_id, **options)
         return
     directory_options = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
     if given := [f"--{name.replace('_', '-')}" for name, value in directory_options.items() if value is not None]:
@@ -59,8 +70,22 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
 
 
 def _embed_lines(
-    file: Path, model: str, output: str, task: str | None, dim: int | None, precision: Any, batch_size: int
+    file: Path,
+    model: str,
+    output: str,
+    *,
+    dtype: str | None,
+    revision: str | None,
+    task: str | None,
+    prompt: str | None,
+    prompt_name: str | None,
+    side: Side | None,
+    max_length: int | None,
+    dim: int | None,
+    precision: EmbeddingPrecision,
+    batch_size: int,
 ) -> None:
+    check_exclusive(task=task, prompt=prompt, prompt_name=prompt_name, side=side)
     suffix = Path(output).suffix
     if output != "-" and suffix not in (".npy", ".parquet"):
         raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
@@ -68,10 +93,10 @@ def _embed_lines(
         check_output_file(Path(output))
         check_not_input(Path(output), [file])
     texts = _lines(file)
-    embedder = Embedder.load(model)
-    embeddings = embedder.encode(
-        texts, task=task, truncate_dim=dim, precision=precision, batch_size=batch_size, show_progress_bar=sys.stderr.isatty()
-    )
+    embedder = Embedder.load(model, dtype=dtype, revision=revision)
+    options = encode_options(embedder.config, task=task, prompt=prompt, prompt_name=prompt_name, side=side)
+    options |= {"truncate_dim": dim, "precision": precision, "batch_size": batch_size, "max_length": max_length}
+    embeddings = np.asarray(embedder.encode(texts, **options, show_progress_bar=sys.stderr.isatty()))
     if output == "-":
         for embedding in embeddings:
             click.echo(json.dumps(embedding.tolist()))
@@ -86,7 +111,15 @@ def _embed_lines(
 
 
 def _embed_files(
-    files: Sequence[str], model: str, output: str, processes: int, process: int | None, given: dict[str, Any]
+    files: Sequence[str],
+    model: str,
+    output: str,
+    processes: int,
+    process: int | None,
+    *,
+    dtype: str | None,
+    revision: str | None,
+    **given: Any,
 ) -> None:
     if is_remote(output):
         raise ValueError(f"--output must be a directory that all processes see as a local one, not {output}")
@@ -98,9 +131,9 @@ def _embed_files(
     on_terminal = sys.stderr.isatty()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger(bulk.__name__).setLevel(logging.WARNING if on_terminal else logging.INFO)
-    directory = find_model(model)
+    directory = find_model(model, revision)
     done = bulk.embed_files(
-        bulk.load_on_this_host(directory),
+        bulk.load_on_this_host(directory, dtype=dtype),
         bulk.model_fingerprint(directory),
         files,
         Path(output),

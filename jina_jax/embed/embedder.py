@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from ..checkpoints.load import load_encoder
 from ..checkpoints.native import save_checkpoint
-from ..config import ModelConfig
+from ..config import ModelConfig, Side
 from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
@@ -28,6 +28,7 @@ from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
 from .progress import progress_bar
 from .quantize import EmbeddingPrecision
 from .results import Result, collect_embeddings, collect_token_states, finish, one_ahead
+from .sides import side_options
 from .similarity import cosine_similarity, pairwise_cosine_similarity
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Embedder:
         dtype: DTypeLike | None = None,
         revision: str | None = None,
         mesh: Mesh | None = None,
+        prompts: Mapping[str, str] | None = None,
         strict: bool = False,
     ) -> "Embedder":
         """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any
@@ -123,16 +125,21 @@ class Embedder:
             mesh: from `make_mesh`; texts are embedded on all its devices. If these belong
                 to several processes, all of them call `encode` with the same texts, each computes a
                 share, and each gets all embeddings. None = one device.
+            prompts: texts by name, laid over the model's own; those named `query` and `document`
+                are for `encode_query` and `encode_document` of a model without tasks for them. A
+                name that is a task of the model replaces the instruction of that task.
             strict: settings beside the weights that are not known are an error, not a warning.
 
         Raises:
             FileNotFoundError: the source or one of its files does not exist.
-            ValueError: the checkpoint is damaged, ambiguous or not supported; the message says what
-                and where.
+            ValueError: the checkpoint is damaged, ambiguous or not supported, the message says what
+                and where; or a prompt or its name is no string.
         """
         if dtype is None and jax.default_backend() == "cpu":
             dtype = jnp.float32
-        encoder, tokenizer, _ = load_encoder(source, dtype=dtype, param_dtype=dtype, revision=revision, strict=strict)
+        encoder, tokenizer, _ = load_encoder(
+            source, dtype=dtype, param_dtype=dtype, revision=revision, prompts=prompts, strict=strict
+        )
         return cls(encoder, encoder.config, tokenizer, mesh=mesh)
 
     def save(self, directory: str | Path) -> None:
@@ -157,13 +164,12 @@ class Embedder:
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the task retrieval.query, else with the prompt named query, else plain."""
-        return self.encode(sentences, **self._retrieval_options("retrieval.query", ("query",), options))
+        return self.encode(sentences, **self._with_side("query", options))
 
     def encode_document(self, sentences: str | Sequence[str], **options: Any) -> Any:
-        """`encode` with the task retrieval.passage, else with the prompt named document or passage,
-        else plain."""
-        prompts = ("document", "passage", "corpus")
-        return self.encode(sentences, **self._retrieval_options("retrieval.passage", prompts, options))
+        """`encode` with the task retrieval.passage, else with the prompt named document, passage or
+        corpus, else plain."""
+        return self.encode(sentences, **self._with_side("document", options))
 
     @overload
     def encode(
@@ -276,15 +282,11 @@ class Embedder:
         """Cosine similarity of each row of one with the same row of the other."""
         return pairwise_cosine_similarity(embeddings1, embeddings2)
 
-    def _retrieval_options(self, task: str, prompt_names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-        if "task" in options or task in self.config.tasks:
-            return {"task": task} | options
-        if options.get("prompt") is None and options.get("prompt_name") is None:
-            for name in prompt_names:
-                if self.config.prompt(name) is not None:
-                    return options | {"prompt_name": name}
-            return options | {"prompt": ""}  # the default prompt is for `encode`
-        return options
+    def _with_side(self, side: Side, options: dict[str, Any]) -> dict[str, Any]:
+        """Adds what embeds a side to what a call says of itself."""
+        chosen = side_options(self.config, side)
+        prompted = options.get("prompt") is not None or options.get("prompt_name") is not None
+        return options if "task" in options or (prompted and "task" not in chosen) else options | chosen
 
     def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[Result]:
         """Yields every batch with its result, which may still be under way; `texts` are indices in

@@ -104,10 +104,30 @@ def with_prompts(
     # a wrong one is an error for no texts, too
     names = {*tasks, task if isinstance(task, str) else None}
     indices = {name: -1 if name is None else config.task_index(name) for name in names}
-    prefixes = {name: _prefix(name, prompt, prompt_name, config) for name in indices}
+    prefixes = {name: resolve_prompt(name, prompt, prompt_name, config) for name in indices}
     texts = [prefixes[name] + text for name, text in zip(tasks, texts, strict=True)]
     check_unicode(texts)
     return texts, np.array([indices[name] for name in tasks], np.int32)
+
+
+def resolve_prompt(task: str | None, prompt: Any, prompt_name: Any, config: ModelConfig) -> str:
+    """Returns the text put before each input: the prompt, else that of the name, else the task's
+    instruction; for the base model the default prompt.
+
+    Raises:
+        ValueError: the prompt is no string, or the model has none of that name.
+    """
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a string, not {type(prompt).__name__}")
+        return prompt
+    if prompt_name is not None:
+        known = dict(config.prompts)
+        if not isinstance(prompt_name, str) or prompt_name not in known:
+            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {[*known] or 'no prompts'}")
+        return known[prompt_name]
+    name = config.default_prompt if task is None else task
+    return "" if name is None else config.prompt(name) or ""
 
 
 def resolve_truncate_dim(truncate_dim: int | None, config: ModelConfig) -> int:
@@ -161,18 +181,3 @@ def _tasks(task: Any, texts: int) -> list[str | None]:
     if wrong := [name for name in tasks if name is not None and not isinstance(name, str)]:
         raise ValueError(f"a task is a name or None, not {wrong[0]!r}")
     return tasks
-
-
-def _prefix(task: str | None, prompt: str | None, prompt_name: str | None, config: ModelConfig) -> str:
-    if prompt is not None:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be a string, not {type(prompt).__name__}")
-        return prompt
-    name = prompt_name or task or config.default_prompt
-    if name is None:
-        return ""
-    text = config.prompt(name)
-    if text is None and name == prompt_name:
-        known = [known for known, _ in config.prompts]
-        raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {known or 'no prompts'}")
-    return text or ""

@@ -61,6 +61,12 @@ def test_transformers_loads_the_base_and_every_adapter(source, exported):
             np.testing.assert_allclose(states, theirs[row, : len(states)].numpy(), atol=1e-4)
 
 
+def test_weights_may_be_read_by_whom_the_other_files_may(exported):
+    modes = {path.name: path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "adapter_model.safetensors", "config.json"} <= modes.keys()
+    assert len(set(modes.values())) == 1
+
+
 def test_peft_loads_every_adapter(source, exported):
     for task in source.config.tasks:
         base = JinaEmbeddingsV3Model.from_pretrained(exported).eval()

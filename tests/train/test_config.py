@@ -56,7 +56,10 @@ def test_the_stages_follow_each_other():
     order = ["mlm_short", "mlm_long", "pairs_short", "pairs_long", "retrieval"]
     for before, after in zip(order, order[1:], strict=False):
         assert load(after).start.source == f"runs/{before}/model"
-    assert load("mlm_short").start.rope_theta == 10_000
+    assert load("mlm_short").start == InitialModel(
+        source="FacebookAI/xlm-roberta-large", position_type="rope", rope_theta=10_000.0, max_position_embeddings=8194
+    )
+    assert {load(name).start.position_type for name in PRESETS if name != "mlm_short"} == {"keep"}
     tasks = {"retrieval": ("retrieval.query", "retrieval.passage"), "text_matching": ("text-matching",)}
     for name in ("retrieval", "text_matching", "classification", "separation"):
         start, (stage,) = load(name).start, load(name).stages
@@ -155,6 +158,12 @@ def test_overrides_are_checked_together():
         ("stages=()", "stages: "),
         ("start.source=None", "start: give either source, a checkpoint, or model"),
         ("start.rope_theta=inf", "start.rope_theta: "),
+        ("start.position_type=learned", "start.position_type: Input should be 'keep' or 'rope'"),
+        ("stages.0.prompts=('a', 'b', 'c')", "stages.0.prompts"),
+        ("stages.0.prompts=('a',)", "stages.0.prompts"),
+        ("stages.0.prompts=('a', 1)", "stages.0.prompts.1: Input should be a valid string"),
+        ("stages.0.prompts=(None, 'b')", "stages.0.prompts.0: Input should be a valid string"),
+        ("stages.0.prompts=query: ", "stages.0.prompts: "),
         ("dtype=float16", "dtype: Input should be 'float32' or 'bfloat16'"),
         ("mesh.fsdp=0", "mesh.fsdp: Input should be greater than or equal to 1"),
         ("read_threads=-1", "read_threads: "),
@@ -178,6 +187,12 @@ def test_every_wrong_field_is_listed():
         ),
         ("mlm_short", ["stages.0.adapters=('a',)"], "stage mlm_short: mlm trains (0,) adapters, not ['a']"),
         ("mlm_short", ["stages.0.datasets.0.kind=pair"], "mlm does not learn from pair records"),
+        ("mlm_short", ["stages.0.prompts.0=query: "], "stage mlm_short: mlm takes no prompts, not ('query: ', '')"),
+        (
+            "separation",
+            ["stages.0.prompts=('query: ', 'passage: ')"],
+            "stage separation: prompts are ('query: ', 'passage: '), and separation, one task, has one instruction",
+        ),
         ("separation", ["stages.0.datasets.0.kind=triplet"], "it takes ['labelled_text', 'scored_pair', 'pair']"),
         ("adapters", ["stages.1.name=retrieval"], "stages need names of their own: ['retrieval', 'retrieval', "),
         ("adapters", ["stages.2.adapters=('separation',)"], "two stages train the same adapter"),

@@ -25,7 +25,14 @@ from ..run.initial_model import fresh_sizes, prepare_for_stages
 from ..step.trainable_split import TrainableSplit, split_trainable
 from ..step.update import State, abstract_state
 
-_XLM_R: dict[str, Any] = {"position_type": "absolute", "max_position_embeddings": 514}
+_ABSOLUTE: dict[str, Any] = {"position_type": "absolute", "rope_theta": 10_000.0}
+_XLM_R: dict[str, Any] = _ABSOLUTE | {"max_position_embeddings": 514}
+_BERT: dict[str, Any] = _ABSOLUTE | {
+    "max_position_embeddings": 512,
+    "position_offset": 0,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}
 _SMALLER: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_size": 3072},
     "small": {"hidden_size": 384, "num_layers": 12, "num_heads": 12, "mlp_size": 1536},
@@ -35,13 +42,12 @@ PUBLISHED_SIZES = {
     "jinaai/jina-embeddings-v3": ModelConfig(tasks=tuple(PUBLISHED_INSTRUCTIONS), pooler=True),
     "FacebookAI/xlm-roberta-large": ModelConfig(**_XLM_R),
     "FacebookAI/xlm-roberta-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
+    "intfloat/multilingual-e5-large-instruct": ModelConfig(**_XLM_R),
     "intfloat/multilingual-e5-large": ModelConfig(**_XLM_R),
     "intfloat/multilingual-e5-base": ModelConfig(**_XLM_R, **_SMALLER["base"]),
-    "intfloat/multilingual-e5-small": ModelConfig(
-        **_XLM_R | {"vocab_size": 250_037, "max_position_embeddings": 512, "position_offset": 0}, **_SMALLER["small"]
-    ),
+    "intfloat/multilingual-e5-small": ModelConfig(**_BERT, **_SMALLER["small"], vocab_size=250_037),
 }
-"""Sizes of models on the hub, by id."""
+"""Sizes of models on the hub, by id, as they are loaded: a BERT pads with its tokenizer's id."""
 
 
 def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:

@@ -80,15 +80,14 @@ def batch_shape(texts: int, stage: Stage) -> BatchShape:
     return BatchShape(stage.row_length, tuple(sorted(counts)))
 
 
-def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) -> Encode:
+def text_encoder(stage: Stage, instructions: dict[str, str], tokenizer: Tokenizer) -> Encode:
     """Returns the function that tokenises a stage's examples.
 
-    It puts instructions before the texts and suffixes behind them, and cuts texts that are too
-    long.
+    It puts prompts before the texts and suffixes behind them, and cuts texts that are too long.
 
     Args:
-        stage: its adapters' instructions are put before the texts.
-        prompts: instruction of each task.
+        stage: its adapters' instructions are put before the texts; without adapters, its prompts.
+        instructions: instruction of each task.
         tokenizer: left unchanged; the returned function may run in several threads.
     """
     backend = private_backend(tokenizer)
@@ -105,22 +104,22 @@ def text_encoder(stage: Stage, prompts: dict[str, str], tokenizer: Tokenizer) ->
         return lambda examples: _masked_texts(examples, backend, stage.max_length, mask)
     # The anchor takes the first adapter, the texts compared with it the last: the same one, except
     # in retrieval.
-    instructions = [prompts.get(task, "") for task in stage.adapters] or [""]
+    prompts = [instructions.get(task, "") for task in stage.adapters] or stage.prompts
     last = max(len(stage.adapters) - 1, -1) if stage.adapters else -1
     first = 0 if stage.adapters else -1
-    instructed = max(len(backend.encode(instruction).ids) for instruction in instructions)
+    prompted = max(len(backend.encode(prompt).ids) for prompt in prompts)
 
     def encode(examples: Sequence[Example]) -> TokenizedTexts:
         texts, suffixes, adapter_ids = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
-            if (taken := instructed + len(suffix)) >= stage.max_length:
+            if (taken := prompted + len(suffix)) >= stage.max_length:
                 raise ValueError(
                     f"stage {stage.name}: max_length {stage.max_length} leaves no room for text; "
-                    f"special tokens, instruction and suffix are {taken} tokens"
+                    f"special tokens, prompt and suffix are {taken} tokens"
                 )
             for number, text in enumerate(example.texts):
-                texts.append(instructions[0 if number == 0 else -1] + text)
+                texts.append(prompts[0 if number == 0 else -1] + text)
                 suffixes.append(suffix)
                 adapter_ids.append(first if number == 0 else last)
         encodings = backend.encode_batch_fast(texts)

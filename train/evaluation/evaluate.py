@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flax import nnx
 
 from jina_jax import Embedder, Encoder
+from jina_jax.embed.inputs import resolve_max_length
 
 from ..data.corpus import Package
 from .bm25 import bm25_score
@@ -21,6 +22,7 @@ def evaluate(
     *,
     every_adapter: bool = False,
     batch_size: int = 32,
+    max_length: int | None = None,
     progress: bool = False,
 ) -> list[Score]:
     """Scores of BM25, the untrained model and the model.
@@ -31,16 +33,19 @@ def evaluate(
         train_packages: classifiers are fitted on a sample of these.
         every_adapter: also measure adapters on the tasks that they were not trained for, at full
             dimension.
-        batch_size: as in `Embedder.encode`.
+        batch_size, max_length: as in `Embedder.encode`.
         progress: shows progress bars.
 
     Raises:
-        ValueError: too few packages, or embeddings that are not finite.
+        ValueError: too few packages, a limit above the model's, or embeddings that are not finite.
     """
+    resolve_max_length(max_length, embedder.max_length)
     tasks = corpus_tasks(packages, train_packages)
     scores = [bm25_score(task) for task in tasks if isinstance(task, Retrieval)]
     if untrained is not None:
-        scores += model_scores("untrained", untrained, tasks, (), batch_size=batch_size, progress=progress)
+        scores += model_scores(
+            "untrained", untrained, tasks, (), batch_size=batch_size, max_length=max_length, progress=progress
+        )
     scores += model_scores(
         "model",
         embedder,
@@ -48,6 +53,7 @@ def evaluate(
         embedder.config.tasks,
         every_adapter=every_adapter,
         batch_size=batch_size,
+        max_length=max_length,
         progress=progress,
     )
     return scores

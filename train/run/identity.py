@@ -78,10 +78,11 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """
     done = saved["done"]
     saved, now = _plain({name: saved.get(name) for name in now}), _plain(now)
-    saved["config"] = with_new_names(saved["config"])
+    saved["config"] = _with_new_fields(with_new_names(saved["config"]), now)
     found = Changes([], [])
     # What has been compared is made equal in `saved`; what still differs then is refused.
     _compare_start(saved, now, found)
+    _compare_prompts(saved, now, found)
     _compare_data(saved, now, found)
     _compare_stages(saved, now, done, found)
     return Changes(found.refused + json_diff(saved, now), found.taken)
@@ -123,12 +124,24 @@ def _sampled(record: Record) -> str:
     return f"{type(record).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
+def _with_new_fields(config: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the fields that a saved configuration is older than, with what they meant then.
+
+    Every model became a rotary one, and texts had no prompts.
+    """
+    kept = now["model"].get("position_type") == "rope"
+    start = {"position_type": now["config"]["start"]["position_type"] if kept else "rope"} | config["start"]
+    return config | {"start": start, "stages": [{"prompts": ["", ""]} | stage for stage in config["stages"]]}
+
+
 # ---- what may differ
 
 
 def _compare_start(saved: dict[str, Any], now: dict[str, Any], found: Changes) -> None:
-    """Another path of the same model and tokenizer."""
+    """Another path of the same model and tokenizer, and another word for the same positions."""
     before, after = saved["config"]["start"], now["config"]["start"]
+    if saved["model"].get("position_type") == now["model"].get("position_type"):
+        _take(before, after, "position_type", "start.position_type", "the model has the same positions", found)
     hashed = saved["tokenizer"] is not None  # else an earlier version saved it, and the path decides
     for name, key in (("source", "start"), ("tokenizer", "tokenizer")):
         old, new = before[name], after[name]
@@ -144,6 +157,19 @@ def _compare_start(saved: dict[str, Any], now: dict[str, Any], found: Changes) -
 
 def _same_directory(a: str | None, b: str | None) -> bool:
     return a is not None and b is not None and Path(a).exists() and Path(b).exists() and Path(a).samefile(b)
+
+
+def _compare_prompts(saved: dict[str, Any], now: dict[str, Any], found: Changes) -> None:
+    """Other prompts of the model, of which only the instructions of trained tasks stand before
+    texts of the run."""
+    trained = {task for stage in now["config"]["stages"] for task in stage["adapters"]}
+    others = []
+    for fields in (saved, now):
+        prompts = dict(fields["model"].get("prompts", []))
+        others.append({name: prompts.pop(name) for name in [*prompts] if name not in trained})
+        fields["model"]["prompts"] = prompts
+    lines = json_diff(others[0], others[1], "model.prompts")
+    found.taken.extend(f"{line} (the model's, and of no text of this run)" for line in lines)
 
 
 def _compare_data(saved: dict[str, Any], now: dict[str, Any], found: Changes) -> None:

@@ -13,13 +13,15 @@ from jax import Array
 from jaxtyping import Int
 
 from jina_jax.checkpoints.load import load_encoder
-from jina_jax.config import PUBLISHED_INSTRUCTIONS, SERVING_ROPE_THETA, ModelConfig
+from jina_jax.config import SERVING_ROPE_THETA, ModelConfig
+from jina_jax.errors import ConfigError
 from jina_jax.model.adapters import add_adapter, base_arrays
 from jina_jax.model.encoder import Encoder
 from jina_jax.model.parameters import Arrays, abstract_variables, from_arrays, variables
 from jina_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-from ..config import InitialModel, TrainConfig
+from ..config import InitialModel, Stage, TrainConfig
+from .instructions import prompts_after, task_instructions
 
 
 def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
@@ -28,8 +30,8 @@ def load_initial_model(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
     The model has every adapter and head that the stages need.
 
     Raises:
-        ValueError: the source is damaged or not supported, the tokenizer is another model's, or a
-            stage has longer texts than the model can have.
+        ValueError: the source is damaged or not supported, the tokenizer is another model's, or the
+            configuration does not fit the model, see `prepare_for_stages`.
         FileNotFoundError: a path does not exist.
     """
     start, tokenizer = load_start(config)
@@ -64,19 +66,20 @@ def prepare_for_stages(encoder: Encoder, config: TrainConfig) -> Encoder:
     """Applies the changes of `config.start`, and adds every adapter and head that the stages need.
 
     Raises:
-        ValueError: a stage has longer texts than the model can have.
+        ConfigError: a stage has longer texts than the model can have, or prompts that are not its
+            tasks' instructions; or fields of rotary positions are given for a model that keeps
+            absolute ones.
     """
     key = jax.random.key(config.seed)
     encoder = _with_overrides(encoder, config.start)
     for stage in config.stages:
-        if stage.max_length > encoder.config.max_tokens:
-            most = encoder.config.max_tokens
-            raise ValueError(f"stage {stage.name}: max_length {stage.max_length} is above the model's {most} tokens")
-    if config.stages[0].adapters:
+        _check_length(stage, encoder.config)
+    stage = config.stages[0]
+    if stage.adapters:
         return _with_new_adapters(encoder, config, key)
     # Adapters of the source are dropped: they were trained on another base.
-    encoder = _with_config(encoder, replace(encoder.config, tasks=()))
-    return _with_head(encoder, config.stages[0].objective == "mlm", key)
+    encoder = _with_config(encoder, replace(encoder.config, tasks=(), prompts=prompts_after(stage, encoder.config)))
+    return _with_head(encoder, stage.objective == "mlm", key)
 
 
 def with_token_frequencies(encoder: Encoder, labels: Iterable[Int[np.ndarray, "b t"]]) -> Encoder:
@@ -112,9 +115,10 @@ def _fresh(config: ModelConfig, key: Array) -> Encoder:
 
 
 def _with_overrides(encoder: Encoder, start: InitialModel) -> Encoder:
-    """Applies the changes of `start` to a model, which becomes a rotary one.
+    """Applies the changes of `start` to a model.
 
-    A model with absolute positions loses their table, as section 3 of the paper does to XLM-R.
+    Its positions stay, unless `start` asks for rotary ones: absolute ones then lose their table, as
+    section 3 of the paper does to XLM-R.
     """
     config = encoder.config
     changes = {
@@ -124,13 +128,30 @@ def _with_overrides(encoder: Encoder, start: InitialModel) -> Encoder:
         "lora_rank": start.lora_rank,
         "lora_alpha": start.lora_alpha,
     }
-    if config.position_type == "absolute":
-        defaults = {"rope_theta": SERVING_ROPE_THETA, "max_position_embeddings": ModelConfig().max_position_embeddings}
-        changes = {name: defaults.get(name) if value is None else value for name, value in changes.items()}
     given = {name: value for name, value in changes.items() if value is not None}
+    if config.position_type == "absolute":
+        rotary = {"rope_theta": SERVING_ROPE_THETA, "max_position_embeddings": ModelConfig().max_position_embeddings}
+        if start.position_type == "rope":
+            given = {"position_type": "rope"} | rotary | given
+        elif fields := [f"start.{name}" for name in rotary if name in given]:
+            raise ConfigError(
+                f"{' and '.join(fields)}: {start.source or 'start.model'} has absolute positions, which stay as they are; "
+                f'leave this out, or set start.position_type="rope" for rotary ones, which a base has to learn'
+            )
     if config.tasks:  # existing adapters keep their rank; new ones are padded to fit
         given.pop("lora_rank", None)
-    return _with_config(encoder, replace(config, position_type="rope", **given))
+    return _with_config(encoder, replace(config, **given))
+
+
+def _check_length(stage: Stage, config: ModelConfig) -> None:
+    if stage.max_length <= config.max_tokens:
+        return
+    cure = ""
+    if config.position_type == "absolute" and not stage.adapters:
+        cure = '; its positions are absolute, and start.position_type="rope" makes them rotary ones'
+    raise ConfigError(
+        f"stage {stage.name}: max_length {stage.max_length} is above the model's {config.max_tokens} tokens{cure}"
+    )
 
 
 def _with_config(encoder: Encoder, config: ModelConfig) -> Encoder:
@@ -141,7 +162,7 @@ def _with_config(encoder: Encoder, config: ModelConfig) -> Encoder:
 
 
 def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Encoder:
-    instructions = PUBLISHED_INSTRUCTIONS | dict(config.start.instructions)
+    instructions = task_instructions(config, encoder.config)
     for stage in config.stages:
         for task in stage.adapters:
             if task not in encoder.config.tasks:
@@ -150,7 +171,7 @@ def _with_new_adapters(encoder: Encoder, config: TrainConfig, key: Array) -> Enc
                     task,
                     rank=config.start.lora_rank,
                     alpha=config.start.lora_alpha,
-                    instruction=instructions.get(task, ""),
+                    instruction=instructions[task],
                     rngs=nnx.Rngs(jax.random.fold_in(key, _stable_hash(task))),
                 )
     return encoder

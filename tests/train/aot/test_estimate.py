@@ -22,6 +22,8 @@ from click.testing import CliRunner
 from conftest import ROOT
 from helpers.training import KINDS, MODEL, compiled_once, run_config, stages, write_datasets
 from jina_jax import ModelConfig
+from jina_jax.checkpoints.hf_config import from_hf
+from jina_jax.errors import ConfigError
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
 from train.aot import compiler as tpu_compiler
 from train.aot import estimate
@@ -88,6 +90,26 @@ def test_sources_that_are_not_there_have_the_sizes_of_what_makes_them():
     assert source_sizes(load_config(CONFIGS / "add_adapter.py"), CONFIGS) == PUBLISHED_SIZES["jinaai/jina-embeddings-v3"]
     with pytest.raises(ValueError, match="runs/other/model is no directory here.*FacebookAI/xlm-roberta-large"):
         source_sizes(load_config(CONFIGS / "pairs_long.py", ["start.source=runs/other/model"]), CONFIGS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_sizes_by_name_are_those_of_the_published_config(name):
+    """Apart from what the tensors and the tokenizer say when a model is loaded."""
+    file = CONFIGS.parent / "tests" / "fixtures" / "published_settings" / f"{name.partition('/')[2]}.json"
+    read = from_hf(json.loads(file.read_text("utf-8"))["config.json"])
+    assert read.pad_id == (0 if name.endswith("e5-small") else 1)
+    read = replace(read, pad_id=1, prompts=(), matryoshka_dims=(), pooler=PUBLISHED_SIZES[name].pooler)
+    assert PUBLISHED_SIZES[name] == read
+
+
+def test_adapters_above_e5_small_have_its_positions():
+    config = load_config(CONFIGS / "retrieval.py", ["start.source=intfloat/multilingual-e5-small", "start.rope_theta=None"])
+    (model,) = abstract_splits(config, source_sizes(config, CONFIGS))
+    assert model.config.is_bert and model.config.max_tokens == 512
+    assert model.frozen["positions.table"].shape == (512, 384) and model.frozen["token_types.table"].shape == (2, 384)
+    rotary = load_config(CONFIGS / "retrieval.py", ["start.source=intfloat/multilingual-e5-small"])
+    with pytest.raises(ConfigError, match="start.rope_theta: intfloat/multilingual-e5-small has absolute positions"):
+        abstract_splits(rotary, source_sizes(rotary, CONFIGS))
 
 
 def test_every_stage_of_the_adapters_has_a_model():

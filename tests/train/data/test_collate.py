@@ -141,6 +141,16 @@ def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, cor
     assert 50 < cut < 250
 
 
+def test_prompts_stand_before_anchors_and_before_all_other_texts(tokenizer, corpus):
+    plan = stage("pairs", max_length=16, prompts=("query: ", "a passage: "))
+    examples = [Example(tuple(corpus[i : i + 3])) for i in range(0, 60, 3)]
+    texts = text_encoder(plan, {}, tokenizer)(examples)
+    wanted = [plan.prompts[number > 0] + text for example in examples for number, text in enumerate(example.texts)]
+    whole = [tokenizer(text)["input_ids"] for text in wanted]
+    assert [ids.tolist() for ids in texts.ids] == [[*ids[:-1][:15], ids[-1]] for ids in whole]
+    assert {len(ids) > 16 for ids in whole} == {True, False} and set(texts.adapter_ids) == {-1}
+
+
 def test_the_tokenizer_itself_is_left_alone(tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(5)
     try:
@@ -159,6 +169,9 @@ def test_a_length_without_room_for_text_is_refused(tokenizer):
     ):
         text_encoder(stage("retrieval", max_length=instructed), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
     text_encoder(stage("retrieval", max_length=instructed + 1), PUBLISHED_INSTRUCTIONS, tokenizer)([example])
+    prompted = stage("pairs", max_length=instructed, prompts=("", PUBLISHED_INSTRUCTIONS["retrieval.query"]))
+    with pytest.raises(ValueError, match=f"no room for text; special tokens, prompt and suffix are {instructed} tokens"):
+        text_encoder(prompted, {}, tokenizer)([example])
     with pytest.raises(ValueError, match="leaves no room for text"):
         text_encoder(stage("classification", max_length=8), {}, tokenizer)([example._replace(suffix=" 123456789")])
 

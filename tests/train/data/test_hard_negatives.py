@@ -420,7 +420,7 @@ def test_program_with_a_model(file, embedder, tmp_path):
     [
         ((), "search with either --bm25 or --model"),
         (("--bm25", "--model", "x"), "search with either --bm25 or --model"),
-        (("--bm25", "--query-task", "x"), "--query-task and --document-task are for --model"),
+        (("--bm25", "--query-task", "x"), "--query-task: only with --model"),
         (("--bm25", "--num-negatives", 0), "num_negatives must be at least 1"),
         (("--bm25", "--range-min", 9, "--range-max", 9), "not 9 with range_max 9"),
         (("--bm25", "--min-score", 1e9), "widen the ranks, scores or margins"),

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
-from helpers.training import records, run_config, stages
+from helpers.training import KINDS, records, run_config, stages
 from jina_jax import files
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
 from jina_jax.model.adapters import base_arrays
@@ -141,6 +141,69 @@ def test_what_a_run_learns_may_not_change(pairs, source, field):
     found = changes_of_configs(config_of(pairs, source), config_of(pairs, source, **field))
     (name,) = field
     assert not found.taken and len(found.refused) == 1 and f"stages.0.{name}: " in found.refused[0]
+
+
+def older(saved: dict[str, Any]) -> dict[str, Any]:
+    """The identity as it was saved before a run could choose its positions and prompts."""
+    saved = json.loads(json.dumps(saved))
+    del saved["config"]["start"]["position_type"]
+    for stage in saved["config"]["stages"]:
+        del stage["prompts"]
+    return saved | {"done": [5]}
+
+
+def test_an_older_run_of_a_rotary_model_is_recognised(pairs, source, tmp_path):
+    config = config_of(pairs, source)
+    saved = identity_of(config, tmp_path)
+    assert changes(older(saved), saved) == ([], [])
+    asking = replace(config, start=replace(config.start, position_type="rope"))
+    assert changes(older(saved), identity_of(asking, tmp_path)) == ([], [])
+    prompted = replace(config, stages=(replace(config.stages[0], prompts=("query: ", "")),))
+    refused = changes(older(saved), identity_of(prompted, tmp_path)).refused
+    assert 'config.stages.0.prompts.0: "" -> "query: "' in refused
+
+
+def test_an_older_run_of_an_absolute_model_is_one_with_rotary_positions(pairs, make_encoder, tokenizer, tmp_path):
+    absolute = make_encoder(**SMALL | {"hidden_size": 16}, position_type="absolute", max_position_embeddings=514)
+    save_checkpoint(tmp_path / "absolute", absolute, tokenizer)
+    kept = config_of(pairs, tmp_path / "absolute")
+    rope = replace(kept, start=replace(kept.start, position_type="rope"))
+    now = identity_of(rope, tmp_path)
+    saved = older(now)
+    assert changes(saved, now) == ([], [])
+    refused = changes(saved, identity_of(kept, tmp_path)).refused
+    assert {'config.start.position_type: "rope" -> "keep"', 'model.position_type: "rope" -> "absolute"'} <= {*refused}
+
+
+def test_prompts_of_the_model_that_no_text_has_may_change(pairs, source, tokenizer, tmp_path):
+    """An older version did not know those that a published model needs."""
+    encoder = load_checkpoint(source)
+    encoder.config = replace(encoder.config, prompts=(("query", "query: "), ("note", "")))
+    save_checkpoint(tmp_path / "prompted", encoder, tokenizer)
+    saved, now = (identity_of(config_of(pairs, model), tmp_path) for model in (source, tmp_path / "prompted"))
+    found = changes(saved | {"done": [5]}, now)
+    taken = [line for line in found.taken if line.startswith("model.prompts")]
+    assert not found.refused and len(taken) == 2
+    assert taken[0] == 'model.prompts.query: null -> "query: " (the model\'s, and of no text of this run)'
+    assert changes(now | {"done": [5]}, now) == ([], [])
+
+
+def test_another_instruction_of_a_task_that_is_trained_is_another_run(tmp_path):
+    datasets = {kind: DatasetConfig("not read", kind) for kind in KINDS}
+    stage = stages(datasets)["separation"]
+    one, two = (
+        {"config": identity.to_dict(run_config(stage)), "model": {"prompts": [["separation", text]]}}
+        | {"frozen": "", "start": "", "tokenizer": "", "records": [[RECORDS, RECORDS]]}
+        for text in ("query: ", "")
+    )
+    assert changes(one | {"done": [4]}, two) == (['model.prompts.separation: "query: " -> ""'], [])
+
+
+def test_another_word_for_the_same_positions_is_taken(pairs, source, tmp_path):
+    kept = config_of(pairs, source)
+    rope = replace(kept, start=replace(kept.start, position_type="rope"))
+    found = changes(identity_of(kept, tmp_path) | {"done": [5]}, identity_of(rope, tmp_path))
+    assert found == ([], ['start.position_type: "keep" -> "rope" (the model has the same positions)'])
 
 
 def test_data_without_a_hash_are_known_by_a_sample(pairs, source, tmp_path, monkeypatch):

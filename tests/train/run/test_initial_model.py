@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 from helpers.training import KINDS, MODEL, START, TOKENIZER, assert_identical, compiled_once, run_config, stages, write_datasets
-from jina_jax import Embedder
+from jina_jax import Embedder, ModelConfig
 from jina_jax.checkpoints.native import save_checkpoint
 from jina_jax.checkpoints.torch_reader import read_torch_checkpoint
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
+from jina_jax.errors import ConfigError
 from jina_jax.model.adapters import base_arrays, extract_adapter, extract_adapters
-from jina_jax.model.parameters import variables
+from jina_jax.model.parameters import from_arrays, variables
 from oracles.checkpoints import write_original, write_xlmr
 from train.config import DatasetConfig, InitialModel
 from train.run.identity import fingerprint
@@ -139,16 +140,63 @@ def test_a_native_checkpoint_comes_back_bit_for_bit(make_encoder, tokenizer, tmp
     assert_identical(arrays(base), base_arrays(encoder))
 
 
-def test_xlm_roberta_becomes_a_rotary_model(xlmr):
+@pytest.mark.parametrize("name", ["mlm", "pairs", "classification"])
+def test_positions_stay(name, xlmr, published):
+    read = read_torch_checkpoint(xlmr, dtype=jnp.float32, param_dtype=jnp.float32)
+    encoder = started(name, source=str(xlmr))
+    assert encoder.config.position_type == "absolute" and encoder.config.max_tokens == 512
+    assert_identical({"table": arrays(encoder)["positions.table"]}, {"table": arrays(read)["positions.table"]})
+    assert started(name, source=str(published), rope_theta=123.0).config.rope_theta == 123.0
+    assert started(name, source=str(published), position_type="rope").config == started(name, source=str(published)).config
+
+
+@pytest.mark.parametrize("name", ["mlm", "pairs"])
+def test_xlm_roberta_becomes_a_rotary_model_where_that_is_asked_for(name, xlmr):
     before = read_torch_checkpoint(xlmr, dtype=jnp.float32, param_dtype=jnp.float32)
     assert before.config.position_type == "absolute" and before.positions is not None
-    encoder = started("mlm", source=str(xlmr), rope_theta=10_000.0, max_position_embeddings=600)
-    config = encoder.config
-    assert (config.position_type, config.rope_theta, config.max_position_embeddings) == ("rope", 10_000.0, 600)
-    assert_identical(arrays(encoder), {path: x for path, x in arrays(before).items() if path != "positions.table"})
-    assert arrays(encoder).keys() >= HEAD
-    plain = started("mlm", source=str(xlmr)).config
+    rope = {"source": str(xlmr), "position_type": "rope"}
+    encoder = started(name, **rope, rope_theta=10_000.0, max_position_embeddings=600)
+    sizes = {"vocab_size": 16_000, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "mlp_size": 64}
+    rotary = ModelConfig(**sizes, rope_theta=10_000.0, max_position_embeddings=600, mlm_head=name == "mlm")
+    assert encoder.config == rotary
+    kept = {path: x for path, x in arrays(before).items() if path != "positions.table" and (path not in HEAD or name == "mlm")}
+    assert_identical(arrays(encoder), kept)
+    rows = jnp.arange(24).reshape(2, 12) % 7 + 5, jnp.ones((2, 12), jnp.int32), jnp.tile(jnp.arange(12), (2, 1))
+    states = [np.asarray(model(*rows)) for model in (encoder, from_arrays(rotary, kept, dtype=jnp.float32), before)]
+    np.testing.assert_array_equal(states[0], states[1])
+    assert np.abs(states[0] - states[2]).max() > 0.1
+    plain = started(name, **rope).config
     assert (plain.rope_theta, plain.max_position_embeddings, plain.max_tokens) == (20_000.0, 8194, 8194)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rope_theta": 10_000.0}, "start.rope_theta"),
+        ({"max_position_embeddings": 514}, "start.max_position_embeddings"),
+        ({"rope_theta": 1.0, "max_position_embeddings": 8194}, "start.rope_theta and start.max_position_embeddings"),
+    ],
+)
+def test_fields_of_rotary_positions_are_refused_where_absolute_ones_stay(xlmr, fields, named):
+    message = f'{named}: {xlmr} has absolute positions, .* or set start.position_type="rope"'
+    with pytest.raises(ConfigError, match=message):
+        started("pairs", source=str(xlmr), **fields)
+
+
+def test_a_length_above_absolute_positions_is_refused_and_told_of_rotary_ones(xlmr):
+    fields = {"max_length": 513, "row_length": 1024}
+    start = InitialModel(source=str(xlmr))
+    message = "max_length 513 is above the model's 512 tokens"
+    with pytest.raises(ConfigError, match=f'{message}; .* start.position_type="rope" makes them rotary'):
+        load_initial_model(run_config(replace(STAGES["mlm"], **fields), start=start))
+    with pytest.raises(ConfigError, match=f"{message}$"):  # under adapters the base would be broken
+        load_initial_model(run_config(replace(STAGES["retrieval"], **fields), start=start))
+
+
+def test_a_fresh_model_has_the_positions_of_its_sizes():
+    absolute = replace(MODEL, position_type="absolute", max_position_embeddings=34)
+    assert started("mlm", model=absolute, tokenizer=TOKENIZER).config.position_type == "absolute"
+    assert started("mlm", model=absolute, tokenizer=TOKENIZER, position_type="rope").config.max_tokens == 8194
 
 
 def test_mlm_training_adds_a_head_and_pairs_drop_it(xlmr, tmp_path):
@@ -158,8 +206,7 @@ def test_mlm_training_adds_a_head_and_pairs_drop_it(xlmr, tmp_path):
     assert arrays(with_head).keys() - arrays(headless).keys() == HEAD
     assert not HEAD & arrays(without).keys() and not without.config.mlm_head
     assert with_head.mlm_head.dense.kernel[...].std() > 0
-    kept = {path: x for path, x in arrays(headless).items() if path != "positions.table"}
-    assert_identical({path: arrays(with_head)[path] for path in kept}, kept)
+    assert_identical({path: arrays(with_head)[path] for path in arrays(headless)}, arrays(headless))
 
 
 def test_the_published_model_starts_with_all_it_has(published):

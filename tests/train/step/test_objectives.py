@@ -56,7 +56,7 @@ def examples(name: str, kind: str) -> list[Example]:
 class Case:
     """A stage's batch in packed rows, and the same texts one by one."""
 
-    def __init__(self, name: str, kind: str, make_encoder, tokenizer):
+    def __init__(self, name: str, kind: str, make_encoder, tokenizer, **fields):
         prefixes = {} if name == "mlm" else {"dims": (8, 32), "dim_weights": (2.0, 0.5)}
         self.stage, self.kind = replace(STAGES[name], **prefixes), kind
         prompts = (("retrieval.query", "alpha: "), ("retrieval.passage", "the beta: "))
@@ -69,6 +69,7 @@ class Case:
             tasks=self.stage.adapters,
             mlm_head=name == "mlm",
             prompts=prompts,
+            **fields,
         )
         self.config = encoder.config
         self.arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
@@ -172,6 +173,19 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
     cached = replace(case.stage, encode_chunk_rows=1 if name == "mlm" else 2, logit_chunk=chunk, remat="full")
     assert case.batch(cached).tokens.shape[0] > 2 or name == "mlm"
     assert_same(case.value_and_gradients(cached), uncached)
+
+
+@pytest.mark.parametrize("name, kind, offset", [("mlm", "text", None), ("retrieval", "triplet", 0)])
+def test_absolute_positions_have_the_gradients_of_the_plain_form(name, kind, offset, make_encoder, tokenizer):
+    absolute = {"position_type": "absolute", "position_offset": offset, "max_position_embeddings": 32}
+    case = Case(name, kind, make_encoder, tokenizer, **absolute)
+    chunked = replace(case.stage, encode_chunk_rows=1, remat="full")
+    got = case.value_and_gradients(chunked)
+    assert_same(got, case.plain())
+    moved = np.flatnonzero(np.abs(got[1]["positions.table"]).max(1))
+    longest = max(map(len, case.texts.ids))
+    first = 0 if offset == 0 else 2
+    assert moved.tolist() == list(range(first, first + longest)) and case.batch(chunked).tokens.shape[0] > 1
 
 
 @pytest.mark.parametrize(
