@@ -1,14 +1,17 @@
 """Embedding on CPU with a full-size model, compared with sentence-transformers on the same weights.
 
     python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
+    python -m benchmarks.cpu_inference --model runs/e5-small --json benchmarks/results/cpu_e5_small.json
     python -m benchmarks.cpu_inference long --json benchmarks/results/cpu_long_text.json
+
+The second is of real weights, which `jina-jax demo-model runs/e5-small` writes.
 
 `long` embeds one text of 8,192 tokens, with four layers in place of 24: all layers take the same
 time. Its systems take turns three times, and the fastest time of each counts: on a machine with
 neighbours a single time may be off by a quarter.
 
 Every system runs in a separate process, one after the other: load, first embedding, then the texts.
-The model has the size of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16
+Without --model it has the size of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16
 weights, written once in a layout that both libraries read; the texts are descriptions from the
 corpus' test split in all languages.
 """
@@ -115,7 +118,7 @@ def long(out: Path | None) -> None:
 @click.argument("dtype")
 def long_worker(library: str, directory: Path, dtype: str) -> None:
     """Measure the seconds of one text of 8,192 tokens, the second time it is embedded."""
-    encode, tokenizer = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
+    encode, tokenizer, _ = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
     text = " ".join(corpus_sample(400))
     ids = tokenizer([text])["input_ids"][0]
     text = tokenizer.decode(ids[1:8191])
@@ -163,14 +166,14 @@ def write_model(directory: Path, layers: int = 24) -> None:
 @click.argument("started", type=float)
 def worker(library: str, directory: Path, dtype: str, count: int, started: float) -> None:
     """Measure one system in this process and print its numbers as JSON."""
-    encode, tokenizer = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
+    encode, tokenizer, limit = _load_ours(directory, dtype) if library == "jina-jax" else _load_peer(directory, dtype)
     loaded = time.time()
     encode([QUERY])
     first = time.time()
     numbers = {"load_s": loaded - started, "first_embedding_s": first - started, "query_s": _median_seconds(encode, [QUERY])}
     if count:
         texts = corpus_sample(count)
-        tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+        tokens = sum(min(len(ids), limit) for ids in tokenizer(texts)["input_ids"])
         encode(texts[:64])
         begin = time.perf_counter()
         encode(texts)
@@ -192,14 +195,14 @@ def _load_ours(directory: Path, dtype: str) -> Any:
 
     use_compilation_cache()
     model = Embedder.load(directory, dtype=dtype)
-    return model.encode, model.tokenizer
+    return model.encode, model.tokenizer, model.max_length
 
 
 def _load_peer(directory: Path, dtype: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"dtype": dtype})
-    return model.encode, model.tokenizer
+    return model.encode, model.tokenizer, model.max_seq_length
 
 
 def _measured(library: str, directory: Path, dtype: str, count: int, cache: Path) -> dict[str, float]:
