@@ -1,7 +1,8 @@
 """Embedding on CPU with a full-size model, compared with sentence-transformers on the same weights.
 
     python -m benchmarks.cpu_inference --json benchmarks/results/cpu_inference.json
-    python -m benchmarks.cpu_inference --model runs/e5-small --json benchmarks/results/cpu_e5_small.json
+    python -m benchmarks.cpu_inference --model runs/e5-small \
+        --json benchmarks/results/cpu_e5_small.json
     python -m benchmarks.cpu_inference long --json benchmarks/results/cpu_long_text.json
 
 The second is of real weights, which `jina-jax demo-model runs/e5-small` writes.
@@ -11,9 +12,9 @@ time. Its systems take turns three times, and the fastest time of each counts: o
 neighbours a single time may be off by a quarter.
 
 Every system runs in a separate process, one after the other: load, first embedding, then the texts.
-Without --model it has the size of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random bfloat16
-weights, written once in a layout that both libraries read; the texts are descriptions from the
-corpus' test split in all languages.
+Without --model it has the size of jina-embeddings-v3 (24 layers of 1,024, 250,002 words) and random
+bfloat16 weights, written once in a layout that both libraries read; the texts are descriptions from
+the corpus' test split in all languages.
 """
 
 import json
