@@ -41,7 +41,7 @@ def get_config() -> TrainConfig:
                 learning_rate=5e-5,
                 temperature=0.02,
                 dims=PAPER_DIMS,
-                encode_chunk_rows=32,
+                encode_chunk_rows=96,
                 remat="except_attention",
             ),
         ),

@@ -41,7 +41,7 @@ def get_config() -> TrainConfig:
                 temperature=0.05,
                 dims=PAPER_DIMS,
                 num_negatives=1,
-                encode_chunk_rows=32,
+                encode_chunk_rows=96,
                 remat="except_attention",
             ),
         ),

@@ -103,8 +103,9 @@ class Stage:
     row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
     num_row_counts: Positive = 1
-    """Number of row counts that a batch may have, evenly spaced up to the most it can need. Each is
-    compiled once; more of them waste less on padding."""
+    """Number of row counts that a batch may have, evenly spaced up to the most it can need; of two
+    adapters, each has its own rows. What occurs is compiled once; more of them waste less on
+    padding."""
     encode_chunk_rows: Positive | None = None
     """Rows of each device encoded at once (gradient caching; MLM has no need of it, and accumulates
     gradients); None = all."""

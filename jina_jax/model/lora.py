@@ -121,6 +121,18 @@ class AdaptedDense(nnx.Module):
         update = jnp.einsum("icr,rco->ico", a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel.astype(jnp.float32) + update.reshape(kernel.shape)).astype(kernel.dtype)
 
+    def adapter(self, index: int) -> tuple[Float[Array, "i cr"], Float[Array, "cr *o"]]:
+        """Returns one adapter's a, times its scale, and its b; their product is the update.
+
+        Where q, k and v have a down-projection each, cr is three times the rank, and b is
+        block-diagonal: the rows of each reach that output alone.
+        """
+        a, b, scale = self._by_part()
+        i, c, _, r = a.shape
+        a = a[:, :, index] * scale[None, :, index, None]
+        b = b[index, None] if c == 1 else jnp.eye(c, dtype=b.dtype)[:, None, :, None] * b[index, None]
+        return a.reshape(i, c * r), b.reshape(c * r, *self.kernel[...].shape[1:])
+
     def _adapter_rows(self, x: Array, adapter_ids: Int[Array, "b t"]) -> tuple[Array, Array]:
         """Returns z and b: the adapters of all tasks as further rows of one contraction."""
         a, b, scale = self._by_part()

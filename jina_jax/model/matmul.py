@@ -105,6 +105,33 @@ def _matmul_with_lora_backward(operands: tuple[Array, ...], d_y: Array) -> tuple
 matmul_with_lora.defvjp(_matmul_with_lora_forward, _matmul_with_lora_backward)
 
 
+@jax.custom_vjp
+def matmul_folded(x: Array, folded: Array, a: Array, b: Array) -> Array:
+    """Computes x @ folded, where `folded` is a frozen kernel plus a b; accumulates in float32.
+
+    The gradient goes to x, a and b, by matmuls in x's dtype, and none has the kernel's size.
+    """
+    return _dot(x, folded.astype(x.dtype), (x.ndim - 1,), (0,))
+
+
+def _matmul_folded_forward(x: Array, folded: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    return matmul_folded(x, folded, a, b), (x, folded, a, b)
+
+
+def _matmul_folded_backward(operands: tuple[Array, ...], d_y: Array) -> tuple[Array, None, Array, Array]:
+    x, folded, a, b = operands
+    last, batch = (x.ndim - 1,), tuple(range(x.ndim - 1))
+    outputs, kernel_outputs = tuple(range(x.ndim - 1, d_y.ndim)), tuple(range(1, folded.ndim))
+    d_y = d_y.astype(x.dtype)
+    d_x = _dot(d_y, folded.astype(x.dtype), outputs, kernel_outputs)
+    z = _dot(x, a.astype(x.dtype), last, (0,)).astype(x.dtype)
+    d_z = _dot(d_y, b.astype(x.dtype), outputs, kernel_outputs).astype(x.dtype)
+    return d_x.astype(x.dtype), None, _dot(x, d_z, batch, batch).astype(a.dtype), _dot(z, d_y, batch, batch).astype(b.dtype)
+
+
+matmul_folded.defvjp(_matmul_folded_forward, _matmul_folded_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: Array, bias: Array, dtype: DTypeLike) -> Array:
     """Adds bias [*o] to y [b, t, *o]; returns `dtype`.

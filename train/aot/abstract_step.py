@@ -16,10 +16,9 @@ from jina_jax.checkpoints.load import load_config as load_model_config
 from jina_jax.config import PUBLISHED_INSTRUCTIONS, ModelConfig
 from jina_jax.model.encoder import Encoder
 from jina_jax.parallel.mesh import BATCH, shardings
-from jina_jax.text.packing import max_texts
 
 from ..config import Stage, TrainConfig, load_config
-from ..data.collate import TrainBatch, batch_shape
+from ..data.collate import PackedRows, TrainBatch, batch_shape
 from ..data.examples import texts_per_example
 from ..run.initial_model import fresh_sizes, prepare_for_stages
 from ..step.trainable_split import TrainableSplit, split_trainable
@@ -115,15 +114,10 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
             f"of fewer, {most} are the most that it divides by"
         )
     texts = texts_per_example(stage, kind)
-    shape = batch_shape(texts * stage.batch_size // mesh.size, stage)
-    rows = shape.row_counts[-1] * mesh.size
-    per_token, per_text = (rows, shape.row_length), (rows, max_texts(shape.row_length))
+    shape = batch_shape(stage.batch_size // mesh.size, texts, stage)
+    rows = [int32_struct(mesh, counts[-1] * mesh.size, shape.row_length) for counts in shape.row_counts]
     return TrainBatch(
-        tokens=int32_struct(mesh, *per_token),
-        segment_ids=int32_struct(mesh, *per_token),
-        positions=int32_struct(mesh, *per_token),
-        adapter_ids=int32_struct(mesh, *per_text),
-        labels=int32_struct(mesh, *per_token),
+        parts=tuple(PackedRows(each, each, each, each) for each in rows),
         places=int32_struct(mesh, stage.batch_size, texts),
         scores=int32_struct(mesh, stage.batch_size, 2),
         groups=int32_struct(mesh, stage.batch_size, max(texts - 1, 1)),

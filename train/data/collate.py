@@ -20,21 +20,26 @@ from .whole_batch import Agreed, agree_alone
 Either = np.ndarray | jax.Array
 
 
+class PackedRows(NamedTuple):
+    """Packed rows of texts that one adapter embeds, or the base."""
+
+    tokens: Int[Either, "b t"]
+    segment_ids: Int[Either, "b t"]
+    positions: Int[Either, "b t"]
+    labels: Int[Either, "b t"]
+    """Original token of a masked position, -1 elsewhere."""
+
+
 class TrainBatch(NamedTuple):
     """Inputs of a training step: n examples of s texts each, on the host, then on devices.
 
     The first axis of every array is split evenly over the devices.
     """
 
-    tokens: Int[Either, "b t"]
-    segment_ids: Int[Either, "b t"]
-    positions: Int[Either, "b t"]
-    adapter_ids: Int[Either, "b g"]
-    """Adapter of each text: an index into those that the stage trains; -1 = none."""
-    labels: Int[Either, "b t"]
-    """Original token of a masked position, -1 elsewhere."""
+    parts: tuple[PackedRows, ...]
+    """The rows of each adapter that the stage trains, in their order; those of the base alone."""
     places: Int[Either, "n s"]
-    """Index of each text among the b * g of its device."""
+    """Index of each text among the places of its device: g for each of its rows, part by part."""
     scores: Int[Either, "n 2"]
     """Score of each example, as `score_keys` writes it."""
     groups: Int[Either, "n numbers"]
@@ -48,36 +53,44 @@ class TokenizedTexts(NamedTuple):
     ids: list[np.ndarray]
     labels: list[np.ndarray] | None
     """Labels of each text for MLM; None for other objectives."""
-    adapter_ids: list[int]
+    parts: list[int]
+    """Part of the batch that each text is of."""
 
 
 class BatchShape(NamedTuple):
     """Shapes that a batch may have on each device."""
 
     row_length: int
-    row_counts: tuple[int, ...]
-    """Row counts, ascending; the last one holds any batch."""
+    row_counts: tuple[tuple[int, ...], ...]
+    """Row counts of each part, ascending; the last one holds any batch."""
 
 
 Encode = Callable[[Sequence[Example]], TokenizedTexts]
 
 
-def batch_shape(texts: int, stage: Stage) -> BatchShape:
+def batch_shape(examples: int, texts: int, stage: Stage) -> BatchShape:
     """Returns the shapes of a stage's batches.
 
-    The largest row count holds the texts even if all are of full length: packed rows, except the
-    last, are so full that no further text fits, so each holds at least row_length // max_length.
+    The largest row count of a part holds its texts even if all are of full length: packed rows,
+    except the last, are so full that no further text fits, so each holds at least row_length //
+    max_length.
 
     Args:
-        texts: texts on each device.
+        examples: examples on each device.
+        texts: of each example.
         stage: gives `row_length`, `max_length`, `num_row_counts` and `encode_chunk_rows`.
     """
     per_row = min(stage.row_length // stage.max_length, packing.max_texts(stage.row_length))
-    most, chunk = -(-texts // per_row), stage.encode_chunk_rows or 1
+    of_parts = (examples, examples * (texts - 1)) if len(stage.adapters) == 2 else (examples * texts,)
+    return BatchShape(stage.row_length, tuple(_row_counts(-(-held // per_row), stage) for held in of_parts))
+
+
+def _row_counts(most: int, stage: Stage) -> tuple[int, ...]:
+    chunk = stage.encode_chunk_rows or 1
     counts = {-(-most * (i + 1) // stage.num_row_counts) for i in range(stage.num_row_counts)}
     if most > chunk:
         counts = {-(-count // chunk) * chunk for count in counts}
-    return BatchShape(stage.row_length, tuple(sorted(counts)))
+    return tuple(sorted(counts))
 
 
 def text_encoder(stage: Stage, instructions: dict[str, str], tokenizer: Tokenizer) -> Encode:
@@ -105,12 +118,11 @@ def text_encoder(stage: Stage, instructions: dict[str, str], tokenizer: Tokenize
     # The anchor takes the first adapter, the texts compared with it the last: the same one, except
     # in retrieval.
     prompts = [instructions.get(task, "") for task in stage.adapters] or stage.prompts
-    last = max(len(stage.adapters) - 1, -1) if stage.adapters else -1
-    first = 0 if stage.adapters else -1
+    last = max(len(stage.adapters) - 1, 0)
     prompted = max(len(backend.encode(prompt).ids) for prompt in prompts)
 
     def encode(examples: Sequence[Example]) -> TokenizedTexts:
-        texts, suffixes, adapter_ids = [], [], []
+        texts, suffixes, parts = [], [], []
         for example in examples:
             suffix = backend.encode(example.suffix, add_special_tokens=False).ids if example.suffix else []
             if (taken := prompted + len(suffix)) >= stage.max_length:
@@ -121,10 +133,10 @@ def text_encoder(stage: Stage, instructions: dict[str, str], tokenizer: Tokenize
             for number, text in enumerate(example.texts):
                 texts.append(prompts[0 if number == 0 else -1] + text)
                 suffixes.append(suffix)
-                adapter_ids.append(first if number == 0 else last)
+                parts.append(0 if number == 0 else last)
         encodings = backend.encode_batch_fast(texts)
         ids = [_cut(encoding.ids, suffix, stage.max_length) for encoding, suffix in zip(encodings, suffixes, strict=True)]
-        return TokenizedTexts(ids, None, adapter_ids)
+        return TokenizedTexts(ids, None, parts)
 
     return encode
 
@@ -135,7 +147,7 @@ def collate(
     shape: BatchShape,
     devices: int,
     pad_id: int,
-    agree: Callable[[int, Sequence[Example]], Agreed] = agree_alone,
+    agree: Callable[[Int[np.ndarray, " parts"], Sequence[Example]], Agreed] = agree_alone,
 ) -> TrainBatch:
     """Packs examples into one batch, in separate rows for each device.
 
@@ -145,22 +157,25 @@ def collate(
         shape: from `batch_shape`.
         devices: devices of this process.
         pad_id: padding id of the model.
-        agree: takes the most rows that a device of this process needs, and the examples; returns
-            what holds for all processes (`whole_batch.py`).
+        agree: takes the most rows of each part that a device of this process needs, and the
+            examples; returns what holds for all processes (`whole_batch.py`).
     """
     # A device takes every d-th example, as a process takes every p-th: so the split over the same
     # number of devices does not depend on the number of processes.
     shares = [examples[device::devices] for device in range(devices)]
-    parts = [encode(share) for share in shares]
-    most = packing.max_texts(shape.row_length)
-    plans = [packing.best_fit_decreasing([len(ids) for ids in part.ids], shape.row_length, most) for part in parts]
+    encoded = [encode(share) for share in shares]
+    plans = [_plans(texts, shape) for texts in encoded]
     ordered = [example for share in shares for example in share]
-    agreed = agree(max(map(len, plans)), ordered)
-    rows = next(count for count in shape.row_counts if count >= agreed.rows)
-    packed = [_packed(part, plan, (rows, shape.row_length), pad_id) for part, plan in zip(parts, plans, strict=True)]
-    arrays = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
-    arrays["places"] = arrays["places"].reshape(len(examples), -1)
-    return TrainBatch(**arrays, scores=score_keys([example.score for example in ordered]), groups=agreed.groups)
+    needed = np.max([[len(plan) for plan in each] for each in plans], axis=0)
+    agreed = agree(needed, ordered)
+    rows = [
+        next(count for count in counts if count >= most) for counts, most in zip(shape.row_counts, agreed.rows, strict=True)
+    ]
+    laid_out = [_laid_out(texts, each, rows, shape.row_length, pad_id) for texts, each in zip(encoded, plans, strict=True)]
+    of_devices = [parts for parts, _ in laid_out]
+    parts = tuple(jax.tree.map(lambda *rows: np.concatenate(rows), *part) for part in zip(*of_devices, strict=True))
+    places = np.concatenate([places for _, places in laid_out]).reshape(len(examples), -1)
+    return TrainBatch(parts, places, score_keys([example.score for example in ordered]), agreed.groups)
 
 
 def score_keys(scores: Sequence[float]) -> Int[np.ndarray, "n 2"]:
@@ -186,7 +201,7 @@ def _masked_texts(examples: Sequence[Example], backend: tokenizers.Tokenizer, le
         masked, originals = mask(tokens, rng=rng)
         ids.append(masked)
         labels.append(originals)
-    return TokenizedTexts(ids, labels, [-1] * len(ids))
+    return TokenizedTexts(ids, labels, [0] * len(ids))
 
 
 def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
@@ -194,21 +209,30 @@ def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
     return np.array([*ids[:-1][: length - 1 - len(suffix)], *suffix, ids[-1]], np.int32)
 
 
-def _packed(texts: TokenizedTexts, plan: list[list[int]], shape: tuple[int, int], pad_id: int) -> dict[str, np.ndarray]:
-    plan = plan + [[] for _ in range(shape[0] - len(plan))]
-    rows = packing.lay_out(texts.ids, packing.BatchPlan(plan, shape), pad_id)
-    held = rows.texts >= 0
-    adapter_ids = np.where(held, np.array(texts.adapter_ids, np.int32)[rows.texts], -1)
-    places = np.empty(len(texts.ids), np.int32)
-    places[rows.texts[held]] = np.flatnonzero(held)
-    labels = np.full(shape, -1, np.int32)
-    if texts.labels is not None:
-        labels = packing.lay_out(texts.labels, packing.BatchPlan(plan, shape), -1).tokens
-    return {
-        "tokens": rows.tokens,
-        "segment_ids": rows.segment_ids,
-        "positions": rows.positions,
-        "adapter_ids": adapter_ids.astype(np.int32),
-        "labels": labels,
-        "places": places,
-    }
+def _plans(texts: TokenizedTexts, shape: BatchShape) -> list[list[list[int]]]:
+    """Rows of each part, as lists of texts."""
+    most = packing.max_texts(shape.row_length)
+    plans = []
+    for part in range(len(shape.row_counts)):
+        members = [index for index, of in enumerate(texts.parts) if of == part]
+        packed = packing.best_fit_decreasing([len(texts.ids[index]) for index in members], shape.row_length, most)
+        plans.append([[members[i] for i in row] for row in packed])
+    return plans
+
+
+def _laid_out(
+    texts: TokenizedTexts, plans: list[list[list[int]]], rows: Sequence[int], length: int, pad_id: int
+) -> tuple[list[PackedRows], Int[np.ndarray, " texts"]]:
+    """Lays out the texts of a device; returns the parts, and the place of each text."""
+    parts, first, places = [], 0, np.empty(len(texts.ids), np.int32)
+    for plan, count in zip(plans, rows, strict=True):
+        plan = packing.BatchPlan(plan + [[] for _ in range(count - len(plan))], (count, length))
+        packed = packing.lay_out(texts.ids, plan, pad_id)
+        labels = np.full((count, length), -1, np.int32)
+        if texts.labels is not None:
+            labels = packing.lay_out(texts.labels, plan, -1).tokens
+        held = packed.texts >= 0
+        places[packed.texts[held]] = first + np.flatnonzero(held)
+        first += held.size
+        parts.append(PackedRows(packed.tokens, packed.segment_ids, packed.positions, labels))
+    return parts, places

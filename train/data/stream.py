@@ -85,7 +85,7 @@ def batch_stream(
     tell = _telling_once(stage)
     parts, weights = [], []
     for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
-        shape = batch_shape(texts_per_example(stage, dataset.kind) * share // devices, stage)
+        shape = batch_shape(share // devices, texts_per_example(stage, dataset.kind), stage)
         cure = "; set by_language=False, or leave these records out" if dataset.by_language else ""
         languages = list(_by_language(source, dataset, stage.batch_size))
         shares = np.array([len(part) for _, part in languages]) ** dataset.language_exponent

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from jina_jax.parallel.processes import Answers
 
@@ -24,37 +24,40 @@ Ask = Callable[[int, bytes, Answers], bytes]
 class Agreed(NamedTuple):
     """What holds for a batch."""
 
-    rows: int
-    """Most rows that a device of any process needs."""
+    rows: Int[np.ndarray, " parts"]
+    """Most rows of each part that a device of any process needs."""
     groups: Int32[np.ndarray, "n numbers"]
     """Numbers of the groups of this process's examples, as `TrainBatch` has them."""
 
 
 def agree_on(
-    rows: int, examples: Sequence[Example], ask: Callable[[bytes, Answers], bytes], tell: Callable[[int], None]
+    rows: Int[np.ndarray, " parts"],
+    examples: Sequence[Example],
+    ask: Callable[[bytes, Answers], bytes],
+    tell: Callable[[int], None],
 ) -> Agreed:
     """Returns what holds for all processes.
 
     Args:
-        rows: most rows that a device of this process needs.
+        rows: most rows of each part that a device of this process needs.
         examples: this process's share of the batch.
         ask: takes the value of this process to the main process.
         tell: called in the main process if examples of the batch contradict themselves, with their
             number.
     """
     links = group_links(examples)
-    head = np.array([rows, count_contradictions(examples)], np.uint64)
+    head = np.array([*rows, count_contradictions(examples)], np.uint64)
 
     def answers(shares: list[bytes]) -> list[bytes]:
         table = np.stack([np.frombuffer(share, np.uint64) for share in shares])
-        most, contradictions = int(table[:, 0].max()), int(table[:, 1].sum())
+        most, contradictions = table[:, : len(rows)].max(axis=0), int(table[:, len(rows)].sum())
         if contradictions:
             tell(contradictions)
-        numbers = group_numbers(table[:, 2:].reshape(-1, *links.shape[1:])).reshape(len(shares), -1)
-        return [np.append(share, np.int32(most)).tobytes() for share in numbers]
+        numbers = group_numbers(table[:, len(head) :].reshape(-1, *links.shape[1:])).reshape(len(shares), -1)
+        return [np.append(most.astype(np.int32), share).tobytes() for share in numbers]
 
     answer = np.frombuffer(ask(np.concatenate([head, links.reshape(-1)]).tobytes(), answers), np.int32)
-    return Agreed(int(answer[-1]), answer[:-1].reshape(len(examples), -1))
+    return Agreed(answer[: len(rows)], answer[len(rows) :].reshape(len(examples), -1))
 
 
 def ask_nobody(_: int, value: bytes, answers: Answers) -> bytes:

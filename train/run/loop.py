@@ -117,7 +117,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         stream = partial(batch_stream, stage, sources, encoder.config, tokenizer, seed=config.seed)
         if stage.objective == "mlm":
             global_stream = stream()  # the same for any number of processes
-            labels = (global_stream[i][1].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
+            labels = (global_stream[i][1].parts[0].labels for i in range(FREQUENCY_BATCHES))  # type: ignore[index]
             encoder = with_token_frequencies(encoder, labels)  # type: ignore[arg-type]
         local_stream = stream(
             devices=mesh.size // jax.process_count(),
@@ -167,7 +167,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
             kind, batch = next(run.batches)
             states[turn], metrics = run.steps[kind](states[turn], run.frozen, from_process_local(batch, mesh))
             done[turn] += 1
-            step, slots = sum(done), batch.segment_ids.size * jax.process_count()
+            step, slots = sum(done), sum(part.tokens.size for part in batch.parts) * jax.process_count()
             pending.append(StepRecord(step, run.stage, done[turn], metrics, slots, run.flops_per_token))
             stopping = stopped(step)
             save = step % config.checkpoint_every == 0 or step == config.steps or stopping

@@ -16,15 +16,14 @@ from jaxtyping import Float
 from jina_jax.model.encoder import Encoder
 from jina_jax.model.gradient_sums import GradientSums
 
-from ..data.collate import TrainBatch
+from ..data.collate import PackedRows
 
-Chunk = dict[str, Array]
-ChunkFunction = Callable[[Encoder, GradientSums, TrainBatch], tuple[Array, GradientSums]]
+ChunkFunction = Callable[[Encoder, GradientSums, PackedRows], tuple[Array, GradientSums]]
 """Function of the encoder, the gradient sums before some rows of a batch, and these rows; returns a
 result, and the sums after them."""
 
 
-def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Array:
+def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Array:
     """Encodes chunks of rows with gradient caching (Gao et al., 2021).
 
     This is for a loss that needs all chunks before any gradient is known: each chunk is recomputed
@@ -33,26 +32,26 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, 
     Args:
         function: called for each chunk as function(encoder, sums, chunk of rows).
         encoder: model to differentiate.
-        batch: the batch; its rows are split into chunks.
+        rows: of the batch; they are split into chunks.
         chunk_rows: rows of a chunk; None = all.
 
     Returns:
         The function's results, stacked along a new first axis.
     """
-    if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, GradientSums.start(encoder), batch)[0][None]
+    if (chunks := _chunks(rows, chunk_rows)) is None:
+        return function(encoder, GradientSums.start(encoder), rows)[0][None]
     graphdef, state = nnx.split(encoder)
 
     # In a scan nothing can be merged with the first pass.
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(sums: GradientSums, state: nnx.State, chunk: Chunk) -> tuple[GradientSums, Array]:
-        result, sums = function(nnx.merge(graphdef, state), sums, batch._replace(**chunk))
+    def step(sums: GradientSums, state: nnx.State, chunk: PackedRows) -> tuple[GradientSums, Array]:
+        result, sums = function(nnx.merge(graphdef, state), sums, chunk)
         return sums, result
 
     return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.start(encoder), chunks)[1]
 
 
-def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch, chunk_rows: int | None) -> Float[Array, ""]:
+def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Float[Array, ""]:
     """Sums a loss over chunks of rows, with gradient accumulation.
 
     No chunk's gradient depends on another chunk, so each is computed in the first pass, and nothing
@@ -62,18 +61,18 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch
         function: called for each chunk as function(encoder, sums, chunk of rows); its result is a
             scalar.
         encoder: model to differentiate.
-        batch: the batch; its rows are split into chunks.
+        rows: of the batch; they are split into chunks.
         chunk_rows: rows of a chunk; None = all.
 
     Returns:
         The sum of the function's results.
     """
-    if (chunks := _chunks(batch, chunk_rows)) is None:
-        return function(encoder, GradientSums.start(encoder), batch)[0]
+    if (chunks := _chunks(rows, chunk_rows)) is None:
+        return function(encoder, GradientSums.start(encoder), rows)[0]
     graphdef, large, small = nnx.split(encoder, _is_summed, ...)
 
-    def chunk_loss(sums: GradientSums, large: nnx.State, small: nnx.State, chunk: Chunk) -> tuple[Array, GradientSums]:
-        return function(nnx.merge(graphdef, large, small), sums, batch._replace(**chunk))
+    def chunk_loss(sums: GradientSums, large: nnx.State, small: nnx.State, chunk: PackedRows) -> tuple[Array, GradientSums]:
+        return function(nnx.merge(graphdef, large, small), sums, chunk)
 
     @jax.custom_vjp
     def total(sums: GradientSums, large: nnx.State, small: nnx.State) -> Array:
@@ -81,7 +80,7 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch
 
     def forward(sums: GradientSums, large: nnx.State, small: nnx.State) -> tuple[Array, tuple[GradientSums, nnx.State]]:
         def step(
-            carry: tuple[Array, GradientSums, nnx.State], chunk: Chunk
+            carry: tuple[Array, GradientSums, nnx.State], chunk: PackedRows
         ) -> tuple[tuple[Array, GradientSums, nnx.State], None]:
             so_far, d_sums, d_small = carry
             (share, _), pull = jax.vjp(lambda sums, small: chunk_loss(sums, large, small, chunk), sums, small)
@@ -100,13 +99,12 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, batch: TrainBatch
     return total(GradientSums.start(encoder), large, small)
 
 
-def _chunks(batch: TrainBatch, chunk_rows: int | None) -> Chunk | None:
-    """Splits the rows of a batch's arrays into chunks; None if all rows are one chunk."""
-    rows = batch.tokens.shape[0]
-    if chunk_rows is None or chunk_rows >= rows:
+def _chunks(rows: PackedRows, chunk_rows: int | None) -> PackedRows | None:
+    """Splits rows into chunks, along a new first axis; None if all are one chunk."""
+    count = rows.tokens.shape[0]
+    if chunk_rows is None or chunk_rows >= count:
         return None
-    arrays = {name: getattr(batch, name) for name in ("tokens", "segment_ids", "positions", "adapter_ids", "labels")}
-    return jax.tree.map(lambda x: x.reshape(rows // chunk_rows, chunk_rows, x.shape[1]), arrays)
+    return jax.tree.map(lambda x: x.reshape(count // chunk_rows, chunk_rows, x.shape[1]), rows)
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:

@@ -6,21 +6,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jina_jax.losses import cosent, info_nce, masked_lm
 from jina_jax.losses.batch_rows import all_gather_rows
 from jina_jax.model import gradient_sums
 from jina_jax.model.encoder import Encoder, Gather, pool
+from jina_jax.model.frozen_base import fold_layer, fold_layers
 from jina_jax.model.gradient_sums import GradientSums
+from jina_jax.text.packing import max_texts
 
 from ..config import Stage
-from ..data.collate import TrainBatch
+from ..data.collate import PackedRows, TrainBatch
 from ..data.masking import max_masked
 from .gradient_cache import accumulate_loss, encode_cached
 
 AxisName = str | tuple[str, ...] | None
-ChunkStates = Callable[[Encoder, GradientSums, TrainBatch], tuple[Float[Array, "b t d"], GradientSums]]
+ChunkStates = Callable[[Encoder, GradientSums, PackedRows], tuple[Float[Array, "b t d"], GradientSums]]
 Loss = Callable[[Encoder, TrainBatch], Float[Array, ""]]
 """Local loss of a device: the local losses of all devices add up to the loss."""
 
@@ -34,16 +37,15 @@ def objective(stage: Stage, kind: str, axis_name: AxisName = None, gather: Gathe
         axis_name: mesh axes over which the batch is split, inside a `shard_map`.
         gather: as `Encoder.__call__` takes it.
     """
-    states = partial(chunk_states, stage=stage, gather=gather)
     if kind == "text":
-        return partial(mlm_loss, states=states, stage=stage, axis_name=axis_name)
+        return partial(mlm_loss, states=partial(chunk_states, stage=stage, gather=gather), stage=stage, axis_name=axis_name)
     embedding_loss = {"pair": info_nce_loss, "triplet": info_nce_loss, "scored_pair": cosent_loss}.get(kind)
     if kind == "labelled_text":
         embedding_loss = info_nce_loss if stage.objective == "classification" else separation_loss
     assert embedding_loss is not None
 
     def loss(encoder: Encoder, batch: TrainBatch) -> Float[Array, ""]:
-        return embedding_loss(embed_texts(encoder, batch, states, stage), batch, stage, axis_name)
+        return embedding_loss(embed_texts(encoder, batch, stage, gather), batch, stage, axis_name)
 
     return loss
 
@@ -123,44 +125,67 @@ def mlm_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy of the masked tokens, computed in chunks of rows."""
     assert encoder.mlm_head is not None
-    rows = stage.encode_chunk_rows or batch.tokens.shape[0]
+    (rows,) = batch.parts
+    chunk_rows, length = stage.encode_chunk_rows or rows.tokens.shape[0], rows.tokens.shape[1]
     # Each text rounds its masked tokens up, and a row of t slots has t / 16 texts at most.
-    most = max_masked(rows * batch.tokens.shape[1], stage.mask_rate, rows * batch.adapter_ids.shape[1])
-    total = (jnp.asarray(batch.labels) >= 0).sum()
+    most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * max_texts(length))
+    total = (jnp.asarray(rows.labels) >= 0).sum()
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
 
-    def share(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
+    def share(encoder: Encoder, sums: GradientSums, chunk: PackedRows) -> tuple[Array, GradientSums]:
         assert encoder.mlm_head is not None
         x, sums = states(encoder, sums, chunk)
         table, table_sum = gradient_sums.track(encoder.tokens.table[...], sums.table)
         loss = masked_lm(x, chunk.labels, table, encoder.mlm_head, max_masked=most, chunk=stage.logit_chunk, total=total)
         return loss, sums._replace(table=table_sum)
 
-    return accumulate_loss(share, encoder, batch, stage.encode_chunk_rows)
+    return accumulate_loss(share, encoder, rows, stage.encode_chunk_rows)
 
 
-def embed_texts(encoder: Encoder, batch: TrainBatch, states: ChunkStates, stage: Stage) -> Float[Array, "n s d"]:
+def embed_texts(encoder: Encoder, batch: TrainBatch, stage: Stage, gather: Gather | None) -> Float[Array, "n s d"]:
     """Embeddings of this device's examples, computed in chunks of rows.
 
     By gradient caching (Gao et al., 2021) the loss sees the complete batch, and memory holds the
-    activations of one chunk.
+    activations of one chunk. An adapter is folded into the kernels once for the step, or, where
+    these are sharded over devices, as they are gathered.
     """
+    adapters = range(len(stage.adapters)) if stage.adapters else (None,)
+    pooled = [_pooled_rows(encoder, rows, adapter, stage, gather) for adapter, rows in zip(adapters, batch.parts, strict=True)]
+    return jnp.take(jnp.concatenate(pooled), jnp.asarray(batch.places), axis=0)
 
-    def pooled(encoder: Encoder, sums: GradientSums, chunk: TrainBatch) -> tuple[Array, GradientSums]:
+
+def _pooled_rows(
+    encoder: Encoder, rows: PackedRows, adapter: int | None, stage: Stage, gather: Gather | None
+) -> Float[Array, "places d"]:
+    """Embeddings of one part of a batch, g for each of its rows."""
+    if adapter is not None:
+        if gather is None:
+            encoder = fold_layers(encoder, adapter)
+        else:
+            gather = _folding(gather, adapter, encoder.dtype)
+    states = partial(chunk_states, adapter=adapter, stage=stage, gather=gather)
+
+    def pooled(encoder: Encoder, sums: GradientSums, chunk: PackedRows) -> tuple[Array, GradientSums]:
         x, sums = states(encoder, sums, chunk)
-        return pool(x, jnp.asarray(chunk.segment_ids), chunk.adapter_ids.shape[1]), sums
+        return pool(x, jnp.asarray(chunk.segment_ids), max_texts(x.shape[1])), sums
 
-    pooled_rows = encode_cached(pooled, encoder, batch, stage.encode_chunk_rows)
-    return jnp.take(pooled_rows.reshape(-1, pooled_rows.shape[-1]), jnp.asarray(batch.places), axis=0)
+    embeddings = encode_cached(pooled, encoder, rows, stage.encode_chunk_rows)
+    return embeddings.reshape(-1, embeddings.shape[-1])
+
+
+def _folding(gather: Gather, adapter: int, dtype: DTypeLike) -> Gather:
+    return lambda layer: fold_layer(gather(layer), adapter, dtype)
 
 
 def chunk_states(
-    encoder: Encoder, sums: GradientSums, batch: TrainBatch, *, stage: Stage, gather: Gather | None
+    encoder: Encoder, sums: GradientSums, rows: PackedRows, *, adapter: int | None = None, stage: Stage, gather: Gather | None
 ) -> tuple[Float[Array, "b t d"], GradientSums]:
-    """Token states of packed rows, and the gradient sums after them."""
-    # Adapters are per text and not folded: a folded kernel would need the full gradient of the base
-    # kernel on the way to its adapter's.
-    adapter_ids = jnp.asarray(batch.adapter_ids) if stage.adapters else None
-    rows = batch.tokens, batch.segment_ids, batch.positions
-    return gradient_sums.encode_accumulating(encoder, sums, *rows, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]
+    """Token states of packed rows, and the gradient sums after them.
+
+    Args:
+        adapter: index of the adapter of all rows, which is folded into the layers; None = the base.
+    """
+    adapter_ids = None if adapter is None else jnp.int32(adapter)
+    inputs = rows.tokens, rows.segment_ids, rows.positions
+    return gradient_sums.encode_accumulating(encoder, sums, *inputs, adapter_ids, gather=gather, remat=stage.remat)  # type: ignore[arg-type]

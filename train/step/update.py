@@ -99,7 +99,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         norm = fsdp.global_norm(gradients)
         updates, optimizer_state = transform.update(clipped(gradients, norm, stage), state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        loss, tokens = jax.lax.psum((share, (batch.segment_ids > 0).sum()), AXES)
+        loss, tokens = jax.lax.psum((share, sum((part.segment_ids > 0).sum() for part in batch.parts)), AXES)
         return State(parameters, optimizer_state), Metrics(loss, norm, tokens)  # type: ignore[arg-type]
 
     def compiled(state: State, frozen: Arrays, batch: TrainBatch) -> tuple[State, Metrics]:

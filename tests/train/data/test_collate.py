@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.text.packing import best_fit_decreasing, max_texts
 from train.config import DatasetConfig, Stage
-from train.data.collate import TokenizedTexts, TrainBatch, batch_shape, collate, score_keys, text_encoder
+from train.data.collate import PackedRows, TokenizedTexts, TrainBatch, batch_shape, collate, score_keys, text_encoder
 from train.data.examples import Classes, Example, texts_per_example, to_example
 from train.data.masking import max_masked, word_starts
 from train.data.records import LabelledText, Pair, PlainText, ScoredPair, Triplet
@@ -33,56 +33,76 @@ def stage(objective: str = "pairs", **fields) -> Stage:
     return Stage(**(defaults | fields))
 
 
+def at(batch: TrainBatch, place: int, device: int = 0, devices: int = 1) -> tuple[PackedRows, int, np.ndarray]:
+    """The part and row of a text, and the slots that it has there, by its place on its device."""
+    most = max_texts(batch.parts[0].tokens.shape[1])
+    for part in batch.parts:
+        rows = len(part.tokens) // devices
+        if place < rows * most:
+            row = device * rows + place // most
+            return part, row, part.segment_ids[row] == place % most + 1
+        place -= rows * most
+    raise AssertionError("a place behind all parts")
+
+
 def tokens_at(batch: TrainBatch, place: int, device: int = 0, devices: int = 1) -> np.ndarray:
-    """The tokens of a text by its place among those of its device."""
-    rows, most = len(batch.tokens) // devices, batch.adapter_ids.shape[1]
-    row, slot = device * rows + place // most, place % most
-    return batch.tokens[row][batch.segment_ids[row] == slot + 1]
+    part, row, slots = at(batch, place, device, devices)
+    return part.tokens[row][slots]
 
 
 def fake_encode(examples) -> TokenizedTexts:
-    """Token ids told by the text itself: "5,8" is a text of 8 tokens, all of them 5."""
-    parts = [text.split(",") for example in examples for text in example.texts]
-    ids = [np.full(int(length), int(token), np.int32) for token, length in parts]
-    return TokenizedTexts(ids, [ids + 1 for ids in ids], [int(token) % 3 - 1 for token, _ in parts])
+    """Token ids told by the text itself: "5,8,1" is a text of part 1 of 8 tokens, all of them 5."""
+    told = [list(map(int, text.split(","))) for example in examples for text in example.texts]
+    ids = [np.full(length, token, np.int32) for token, length, _ in told]
+    return TokenizedTexts(ids, [ids + 1 for ids in ids], [part for *_, part in told])
 
 
 sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 5))
 
 
-@given(st.data(), sizes, st.sampled_from([(24, 64), (16, 16), (31, 64), (64, 64), (33, 64), (9, 100)]), st.integers(1, 4))
-def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts):
+@given(
+    st.data(),
+    sizes,
+    st.sampled_from([(24, 64), (16, 16), (31, 64), (64, 64), (33, 64), (9, 100)]),
+    st.integers(1, 4),
+    st.sampled_from(["pairs", "retrieval"]),
+)
+def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts, objective):
     per_device, devices, texts = sizes
     length, row_length = lengths
-    plan = stage(max_length=length, row_length=row_length, num_row_counts=num_row_counts)
-    count = per_device * devices
+    plan = stage(objective, max_length=length, row_length=row_length, num_row_counts=num_row_counts)
+    count, most = per_device * devices, max_texts(row_length)
     drawn = data.draw(st.lists(st.integers(1, length), min_size=count * texts, max_size=count * texts))
-    names = [f"{100 + i},{n}" for i, n in enumerate(drawn)]
+    part_of = [int(objective == "retrieval" and i % texts > 0) for i in range(count * texts)]
+    names = [f"{100 + i},{n},{part}" for i, (n, part) in enumerate(zip(drawn, part_of, strict=True))]
     examples = [Example(tuple(names[i * texts : (i + 1) * texts]), score=i / 7) for i in range(count)]
-    shape = batch_shape(texts * per_device, plan)
+    shape = batch_shape(per_device, texts, plan)
     batch = collate(examples, fake_encode, shape, devices, PAD)
     shared = [example for device in range(devices) for example in examples[device::devices]]
 
-    rows = len(batch.tokens) // devices
-    assert rows in shape.row_counts and batch.tokens.shape == (rows * devices, row_length)
+    rows = tuple(len(part.tokens) // devices for part in batch.parts)
+    assert all(count in counts for count, counts in zip(rows, shape.row_counts, strict=True))
+    assert len(rows) == (2 if objective == "retrieval" else 1)
+    for part, each in zip(batch.parts, rows, strict=True):
+        assert {array.shape for array in part} == {(each * devices, row_length)}
     assert batch.places.shape == (count, texts)
+    held = set()
     for i, places in enumerate(batch.places.tolist()):
         device = i // per_device
         for text, place in zip(shared[i].texts, places, strict=True):
-            token, size = map(int, text.split(","))
-            assert 0 <= place < rows * max_texts(row_length)  # of its own device
-            row, slot = device * rows + place // max_texts(row_length), place % max_texts(row_length)
-            own = batch.segment_ids[row] == slot + 1
-            assert batch.tokens[row][own].tolist() == [token] * size
-            assert batch.labels[row][own].tolist() == [token + 1] * size
-            assert batch.positions[row][own].tolist() == list(range(size))
-            assert batch.adapter_ids[row, slot] == token % 3 - 1
-    empty = batch.segment_ids == 0
-    assert (batch.tokens[empty] == PAD).all() and (batch.labels[empty] == -1).all() and (~empty).sum() == sum(drawn)
-    held = np.zeros(batch.adapter_ids.shape, bool).reshape(devices, -1)
-    for i, places in enumerate(batch.places):
-        held[i // per_device, places] = True
-    assert held.sum() == count * texts and (batch.adapter_ids.reshape(devices, -1)[~held] == -1).all()
+            token, size, number = map(int, text.split(","))
+            assert 0 <= place < sum(rows) * most  # of its own device
+            part, row, slots = at(batch, place, device, devices)
+            assert part is batch.parts[number]
+            assert part.tokens[row][slots].tolist() == [token] * size
+            assert part.labels[row][slots].tolist() == [token + 1] * size
+            assert part.positions[row][slots].tolist() == list(range(size))
+            held.add((device, place))
+    assert len(held) == count * texts
+    for part in batch.parts:
+        empty = part.segment_ids == 0
+        assert (part.tokens[empty] == PAD).all() and (part.labels[empty] == -1).all()
+    assert sum((part.segment_ids > 0).sum() for part in batch.parts) == sum(drawn)
     np.testing.assert_array_equal(batch.scores, score_keys([example.score for example in shared]))
 
 
@@ -108,7 +128,7 @@ def test_score_keys_have_the_order_of_the_scores(scores):
 def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, num_row_counts, chunk):
     length = min(length, row_length)
     plan = stage(max_length=length, row_length=row_length, num_row_counts=num_row_counts, encode_chunk_rows=chunk)
-    counts = batch_shape(texts, plan).row_counts
+    (counts,) = batch_shape(texts, 1, plan).row_counts
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     least = data.draw(st.integers(1, length))
     for lengths in ([length] * texts, rng.integers(least, length + 1, size=texts), rng.choice([1, length], size=texts)):
@@ -136,7 +156,7 @@ def test_texts_are_tokenised_as_by_the_tokenizer_alone(objective, tokenizer, cor
         assert len(ids) == min(len(whole) + len(tail), plan.max_length)
         kept = len(ids) - len(tail) - 1
         assert ids.tolist() == [*whole[:kept], *tail, tokenizer.eos_token_id]
-        assert texts.adapter_ids[number] == (-1 if not plan.adapters else 0 if anchor else len(plan.adapters) - 1)
+        assert texts.parts[number] == (0 if anchor else max(len(plan.adapters) - 1, 0))
         cut += len(whole) + len(tail) > plan.max_length
     assert 50 < cut < 250
 
@@ -148,7 +168,7 @@ def test_prompts_stand_before_anchors_and_before_all_other_texts(tokenizer, corp
     wanted = [plan.prompts[number > 0] + text for example in examples for number, text in enumerate(example.texts)]
     whole = [tokenizer(text)["input_ids"] for text in wanted]
     assert [ids.tolist() for ids in texts.ids] == [[*ids[:-1][:15], ids[-1]] for ids in whole]
-    assert {len(ids) > 16 for ids in whole} == {True, False} and set(texts.adapter_ids) == {-1}
+    assert {len(ids) > 16 for ids in whole} == {True, False} and set(texts.parts) == {0}
 
 
 def test_the_tokenizer_itself_is_left_alone(tokenizer):
@@ -184,7 +204,7 @@ def test_masks_are_of_a_window_of_the_text(tokenizer, corpus, seed, number):
     original = np.where(labels >= 0, labels, ids).tolist()
     windows = [[whole[0], *whole[start : start + 30], whole[-1]] for start in range(1, max(len(whole) - 30, 2))]
     assert original in windows if len(whole) > 32 else original == whole
-    assert texts.adapter_ids == [-1] and len(labels) == len(ids)
+    assert texts.parts == [0] and len(labels) == len(ids)
     ordinary = ~np.isin(original, tokenizer.all_special_ids)
     assert min(1, ordinary.sum()) <= (labels >= 0).sum() <= max_masked(int(ordinary.sum()), plan.mask_rate)
     assert not (labels >= 0)[~ordinary].any()
@@ -214,12 +234,12 @@ def test_groups_are_equal_where_records_are(tokenizer):
         Example(("z", "w")),
         Example(("v", "c")),
     ]
-    batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(12, stage()), 1, PAD)
+    batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(6, 2, stage()), 1, PAD)
     (groups,) = batch.groups.T
     equal = (groups[:, None] == groups[None]).tolist()
     same = [{0, 1, 2, 5}, {3}, {4}]  # a, or the group x; and c, which the group has as well
     assert equal == [[any({i, j} <= each for each in same) for j in range(6)] for i in range(6)]
-    assert groups.dtype == np.int32 and (groups >= 0).all() and (batch.labels == -1).all()
+    assert groups.dtype == np.int32 and (groups >= 0).all() and (batch.parts[0].labels == -1).all()
 
 
 LABELLED = [LabelledText(text=f"{label} {i}", label=label) for i in range(12) for label in "abcd"] + [
@@ -253,7 +273,7 @@ def test_excluded_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer
     make = to_example(plan, "labelled_text", LABELLED)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
     assert not any(example.suffix for example in examples)
-    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 1, PAD)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(16, 4, plan), 1, PAD)
     classes = {record.text: record.label for record in LABELLED}
     labels = np.array([[classes[text] for text in (example.texts[0], *example.texts[2:])] for example in examples])
     own, others = batch.groups[:, 0], batch.groups.reshape(-1)
@@ -278,7 +298,7 @@ def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
     make = to_example(plan, "labelled_text", LABELLED)
     long = [record.model_copy(update={"text": record.text + " word" * 50}) for record in LABELLED]
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(long[:16])]
-    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(64, plan), 2, PAD)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(8, 4, plan), 2, PAD)
     numbers = []
     for i, places in enumerate(batch.places.tolist()):
         texts = [tokenizer.decode(tokens_at(batch, place, i // 8, 2), skip_special_tokens=True) for place in places]

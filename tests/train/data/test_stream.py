@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ pytest.importorskip("tensorflow_datasets")
 
 from jina_jax import ModelConfig
 from jina_jax.errors import DataError
+from jina_jax.text.packing import max_texts
 from train.config import DatasetConfig, Stage
 from train.data.records import LabelledText, Pair, PlainText, Triplet, write_records
 from train.data.stream import batch_stream, open_datasets, prefetch
@@ -51,24 +53,29 @@ def stream(tokenizer):
 def texts_of(tokenizer):
     def read(batch, devices: int = 1) -> list[tuple[str, ...]]:
         """The texts of each example, from the packed rows."""
-        rows, texts_per_row = len(batch.tokens) // devices, batch.adapter_ids.shape[1]
-        share = len(batch.places) // devices
+        most, share = max_texts(batch.parts[0].tokens.shape[1]), len(batch.places) // devices
         return [
-            tuple(
-                _text(tokenizer, batch, n // share * rows + place // texts_per_row, place % texts_per_row) for place in places
-            )
+            tuple(_text(tokenizer, batch, place, most, n // share, devices) for place in places)
             for n, places in enumerate(batch.places.tolist())
         ]
 
     return read
 
 
-def _text(tokenizer, batch, row: int, slot: int) -> str:
-    return tokenizer.decode(batch.tokens[row][batch.segment_ids[row] == slot + 1], skip_special_tokens=True)
+def _text(tokenizer, batch, place: int, most: int, device: int, devices: int) -> str:
+    for part in batch.parts:
+        rows = len(part.tokens) // devices
+        if place < rows * most:
+            row = device * rows + place // most
+            ids = part.tokens[row][part.segment_ids[row] == place % most + 1]
+            return tokenizer.decode(ids, skip_special_tokens=True)
+        place -= rows * most
+    raise AssertionError("a place behind all parts")
 
 
 def same(a, b) -> bool:
-    return a[0] == b[0] and all(np.array_equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+    pairs = zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True)
+    return a[0] == b[0] and all(np.array_equal(x, y) for x, y in pairs)
 
 
 MLM = {"objective": "mlm", "max_length": 16}
@@ -140,8 +147,8 @@ def test_all_processes_have_as_many_rows(stream):
     two = [stream(plan, records, process=i, processes=2) for i in range(2)]
     met = Met(2)
     together = [stream(plan, records, process=i, processes=2, asking_main=met.asking_main(i)) for i in range(2)]
-    alone = [[len(each[number][1].tokens) for each in two] for number in range(6)]
-    shapes = [[len(batch.tokens) for batch in met.batches(together, number)] for number in range(6)]
+    alone = [[len(each[number][1].parts[0].tokens) for each in two] for number in range(6)]
+    shapes = [[len(batch.parts[0].tokens) for batch in met.batches(together, number)] for number in range(6)]
     assert shapes == [[max(rows)] * 2 for rows in alone] and any(a != b for a, b in alone)
 
 
@@ -226,7 +233,7 @@ def test_an_epoch_holds_every_record_once_and_the_next_has_another_order(stream,
 
 def test_a_record_is_drawn_for_anew_in_each_epoch(stream):
     plan = stream(stage(DatasetConfig("d", "text"), **(MLM | {"batch_size": 1})), LONG[:1])
-    tokens = {plan[number][1].tokens.tobytes() for number in range(10)}
+    tokens = {plan[number][1].parts[0].tokens.tobytes() for number in range(10)}
     assert len(tokens) == 10  # another window and other masks
 
 

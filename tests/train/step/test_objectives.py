@@ -78,11 +78,17 @@ class Case:
         self.texts = self.encode(self.examples)
 
     def batch(self, stage: Stage) -> TrainBatch:
-        return collate(self.examples, self.encode, batch_shape(len(self.texts.ids), stage), 1, self.config.pad_id)
+        return collate(self.examples, self.encode, batch_shape(N, len(self.texts.ids) // N, stage), 1, self.config.pad_id)
 
     def value_and_gradients(self, stage: Stage):
         batch, loss = self.batch(stage), objective(stage, self.kind)
-        return jax.jit(jax.value_and_grad(lambda arrays, batch: loss(self.encoder(arrays), batch)))(self.arrays, batch)
+        trained, frozen = self.split()
+        return jax.jit(jax.value_and_grad(lambda arrays, batch: loss(self.encoder(frozen | arrays), batch)))(trained, batch)
+
+    def split(self) -> tuple[dict, dict]:
+        """The arrays that the stage trains, and the others."""
+        trained = {path for path in self.arrays if not self.stage.adapters or path.endswith((".a", ".b"))}
+        return ({path: x for path, x in self.arrays.items() if (path in trained) == wanted} for wanted in (True, False))
 
     def encoder(self, arrays) -> Encoder:
         return from_arrays(self.config, arrays, dtype=jnp.float32)
@@ -98,10 +104,11 @@ class Case:
                 labels[row, : len(ids)] = self.texts.labels[row]
         real = np.array([[slot < len(ids) for slot in range(longest)] for ids in self.texts.ids])
         positions = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
-        tasks = jnp.array(self.texts.adapter_ids, jnp.int32)[:, None] if self.stage.adapters else None
+        tasks = jnp.array(self.texts.parts, jnp.int32)[:, None] if self.stage.adapters else None
+        trained, frozen = self.split()
 
         def loss(arrays):
-            encoder = self.encoder(arrays)
+            encoder = self.encoder(frozen | arrays)
             states = encoder(jnp.array(tokens), jnp.array(real, jnp.int32), jnp.array(positions), tasks)
             if self.stage.objective == "mlm":
                 return plain_mlm(encoder.mlm_head(states, encoder.tokens.table[...]), labels)
@@ -111,7 +118,7 @@ class Case:
             weights = self.stage.dim_weights or (1,) * len(dims)
             return sum(weight * self.plain_loss(embeddings[..., :dim]) for dim, weight in zip(dims, weights, strict=True))
 
-        return jax.jit(jax.value_and_grad(loss))(self.arrays)
+        return jax.jit(jax.value_and_grad(loss))(trained)
 
     def plain_loss(self, embeddings):
         unit = embeddings / jnp.sqrt(jnp.square(embeddings).sum(-1, keepdims=True))
@@ -171,11 +178,11 @@ def test_an_objective_is_its_plain_form_packed_cached_and_recomputed(name, kind,
     assert_same(uncached, case.plain())
     chunk = 5 if name == "mlm" else 2
     cached = replace(case.stage, encode_chunk_rows=1 if name == "mlm" else 2, logit_chunk=chunk, remat="full")
-    assert case.batch(cached).tokens.shape[0] > 2 or name == "mlm"
+    assert case.batch(cached).parts[-1].tokens.shape[0] > 2 or name == "mlm"
     assert_same(case.value_and_gradients(cached), uncached)
 
 
-@pytest.mark.parametrize("name, kind, offset", [("mlm", "text", None), ("retrieval", "triplet", 0)])
+@pytest.mark.parametrize("name, kind, offset", [("mlm", "text", None), ("pairs", "pair", 0)])
 def test_absolute_positions_have_the_gradients_of_the_plain_form(name, kind, offset, make_encoder, tokenizer):
     absolute = {"position_type": "absolute", "position_offset": offset, "max_position_embeddings": 32}
     case = Case(name, kind, make_encoder, tokenizer, **absolute)
@@ -185,7 +192,7 @@ def test_absolute_positions_have_the_gradients_of_the_plain_form(name, kind, off
     moved = np.flatnonzero(np.abs(got[1]["positions.table"]).max(1))
     longest = max(map(len, case.texts.ids))
     first = 0 if offset == 0 else 2
-    assert moved.tolist() == list(range(first, first + longest)) and case.batch(chunked).tokens.shape[0] > 1
+    assert moved.tolist() == list(range(first, first + longest)) and case.batch(chunked).parts[0].tokens.shape[0] > 1
 
 
 @pytest.mark.parametrize(
@@ -207,8 +214,9 @@ def test_mlm_in_chunks_has_the_same_gradients_and_nothing_is_multiplied_twice(ma
     case = Case("mlm", "text", make_encoder, tokenizer)
     chunked = replace(case.stage, encode_chunk_rows=1, row_length=24)
     whole, batch = replace(chunked, encode_chunk_rows=None), case.batch(chunked)
-    rows = batch.tokens.shape[0]
-    assert rows >= 3 and (batch.labels >= 0).any(1).sum() >= 2
+    (part,) = batch.parts
+    rows = part.tokens.shape[0]
+    assert rows >= 3 and (part.labels >= 0).any(1).sum() >= 2
 
     def value_and_gradients(stage):
         loss = objective(stage, "text")

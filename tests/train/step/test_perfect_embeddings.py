@@ -5,6 +5,7 @@ angles.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def losses(stage: Stage, kind: str, records: list[Record], about: About) -> tupl
     """Loss of one batch of all records: of perfect embeddings, and of positives that go astray."""
     make = to_example(stage, kind, records)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(records)]
-    shape = batch_shape(len(examples) * len(examples[0].texts), stage)
-    batch = collate(examples, one_token, shape, 1, pad_id=1)
+    shape = batch_shape(len(examples), len(examples[0].texts), stage)
+    batch = collate(examples, partial(one_token, stage), shape, 1, pad_id=1)
     topics = [[about(text, example) for text in example.texts] for example in examples]
     axes = {topic: axis for axis, topic in enumerate(dict.fromkeys(topic for row in topics for topic in row))}
     perfect = np.eye(len(axes), dtype=np.float32)[[[axes[topic] for topic in row] for row in topics]]
@@ -36,9 +37,10 @@ def losses(stage: Stage, kind: str, records: list[Record], about: About) -> tupl
     return tuple(float(info_nce_loss(each, batch, stage, None)) for each in (perfect, astray))
 
 
-def one_token(examples) -> TokenizedTexts:
-    ids = [np.array([5], np.int32) for example in examples for _ in example.texts]
-    return TokenizedTexts(ids, None, [-1] * len(ids))
+def one_token(stage: Stage, examples) -> TokenizedTexts:
+    last = max(len(stage.adapters) - 1, 0)
+    parts = [0 if number == 0 else last for example in examples for number in range(len(example.texts))]
+    return TokenizedTexts([np.array([5], np.int32)] * len(parts), None, parts)
 
 
 def stage(objective: str, kind: str, **fields) -> Stage:
