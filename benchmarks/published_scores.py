@@ -58,7 +58,7 @@ class Model(NamedTuple):
     document: Encode
 
 
-def main_table(model: Model, data: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
+def score_tasks(model: Model, data: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """Scores a model on tasks of `TASKS`, each in percent beside the published score."""
     rows = []
     for name in tasks:
@@ -155,7 +155,7 @@ def _columns(file: Path, *names: str) -> list[list[Any]]:
 def main(model: str, data: Path, tasks: Sequence[str], dtype: str, out: Path | None) -> None:
     """Score MODEL, print a table, and exit with 1 if a score is more than a point below."""
     embedder = Embedder.load(model, dtype=dtype)
-    rows = main_table(model_of(embedder), data, tasks or [*TASKS])
+    rows = score_tasks(model_of(embedder), data, tasks or [*TASKS])
     click.echo("| task | score | published |\n|---|---|---|")
     for row in rows:
         click.echo(f"| {row['task']} | {row['score']:.2f} | {row['published']:.2f} |")

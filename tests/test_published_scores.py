@@ -23,7 +23,7 @@ def data() -> Path:
 
 
 def below(model: Model, data: Path, tasks: list[str]) -> list[dict]:
-    rows = published_scores.main_table(model, data, tasks)
+    rows = published_scores.score_tasks(model, data, tasks)
     assert len(rows) == len(tasks)
     return [row for row in rows if row["score"] < row["published"] - MARGIN]
 

@@ -12,6 +12,8 @@ A layer takes its `adapter_ids` in one of three forms:
   * an index for each token, [b, t], -1 = none: `[x, z]` times the kernel and all adapters' b, where
     z = x @ a holds the down-projections of all adapters with the foreign ones masked. The mix of
     tasks in a batch changes no shape, so nothing is recompiled.
+
+Adapters are trained above a frozen base in a form of its own, `frozen_base.py`.
 """
 
 import dataclasses
