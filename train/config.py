@@ -102,19 +102,19 @@ class Stage:
     clip_norm: AboveZero = 1.0
     row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
-    num_row_counts: Positive = 1
-    """Number of row counts that a batch may have, evenly spaced up to the most it can need; of two
-    adapters, each has its own rows. What occurs is compiled once; more of them waste less on
-    padding."""
+    num_row_counts: Positive = 5
+    """Number of row counts that a batch may have, each compiled when it first occurs. They are
+    fitted to the lengths of the first examples' texts, except the last one, which holds any batch
+    and seldom occurs. Record kinds share them. 1 = any batch has as many rows as the largest."""
     encode_chunk_rows: Positive | None = None
-    """Rows of each device encoded at once (gradient caching; MLM has no need of it, and accumulates
-    gradients); None = all."""
+    """Most rows of each device encoded at once (gradient caching; MLM has no need of it, and
+    accumulates gradients); None = all."""
     logit_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
-    remat: Remat = "none"
+    remat: Remat = "except_products"
     """Activations of each layer that the backward pass recomputes instead of keeping them. "none":
-    none of them; "except_attention": all except attention's result; "full": all, from the layer's
-    input."""
+    none of them; "except_products": all except the results of matmuls and attention;
+    "except_attention": all except attention's result; "full": all, from the layer's input."""
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:

@@ -17,6 +17,7 @@ from jina_jax.model.encoder import Encoder
 from jina_jax.model.gradient_sums import GradientSums
 
 from ..data.collate import PackedRows
+from ..data.row_counts import chunk_count
 
 ChunkFunction = Callable[[Encoder, GradientSums, PackedRows], tuple[Array, GradientSums]]
 """Function of the encoder, the gradient sums before some rows of a batch, and these rows; returns a
@@ -33,7 +34,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
         function: called for each chunk as function(encoder, sums, chunk of rows).
         encoder: model to differentiate.
         rows: of the batch; they are split into chunks.
-        chunk_rows: rows of a chunk; None = all.
+        chunk_rows: most rows of a chunk; None = all.
 
     Returns:
         The function's results, stacked along a new first axis.
@@ -62,7 +63,7 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows,
             scalar.
         encoder: model to differentiate.
         rows: of the batch; they are split into chunks.
-        chunk_rows: rows of a chunk; None = all.
+        chunk_rows: most rows of a chunk; None = all.
 
     Returns:
         The sum of the function's results.
@@ -100,11 +101,11 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows,
 
 
 def _chunks(rows: PackedRows, chunk_rows: int | None) -> PackedRows | None:
-    """Splits rows into chunks, along a new first axis; None if all are one chunk."""
+    """Splits rows into the fewest equal chunks, along a new first axis; None if they are one."""
     count = rows.tokens.shape[0]
-    if chunk_rows is None or chunk_rows >= count:
+    if (chunks := chunk_count(count, chunk_rows)) == 1:
         return None
-    return jax.tree.map(lambda x: x.reshape(count // chunk_rows, chunk_rows, x.shape[1]), rows)
+    return jax.tree.map(lambda x: x.reshape(chunks, count // chunks, x.shape[1]), rows)
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:

@@ -20,6 +20,7 @@ from jina_jax.text.packing import max_texts
 from ..config import Stage
 from ..data.collate import PackedRows, TrainBatch
 from ..data.masking import max_masked
+from ..data.row_counts import chunk_count, texts_per_row
 from .gradient_cache import accumulate_loss, encode_cached
 
 AxisName = str | tuple[str, ...] | None
@@ -126,9 +127,9 @@ def mlm_loss(
     """Cross-entropy of the masked tokens, computed in chunks of rows."""
     assert encoder.mlm_head is not None
     (rows,) = batch.parts
-    chunk_rows, length = stage.encode_chunk_rows or rows.tokens.shape[0], rows.tokens.shape[1]
-    # Each text rounds its masked tokens up, and a row of t slots has t / 16 texts at most.
-    most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * max_texts(length))
+    count, length = rows.tokens.shape
+    chunk_rows = count // chunk_count(count, stage.encode_chunk_rows)
+    most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * texts_per_row(stage))
     total = (jnp.asarray(rows.labels) >= 0).sum()
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
