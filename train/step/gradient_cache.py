@@ -24,7 +24,9 @@ ChunkFunction = Callable[[Encoder, GradientSums, PackedRows], tuple[Array, Gradi
 result, and the sums after them."""
 
 
-def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Array:
+def encode_cached(
+    function: ChunkFunction, encoder: Encoder, sums: GradientSums, rows: PackedRows, chunk_rows: int | None
+) -> Array:
     """Encodes chunks of rows with gradient caching (Gao et al., 2021).
 
     This is for a loss that needs all chunks before any gradient is known: each chunk is recomputed
@@ -33,6 +35,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
     Args:
         function: called for each chunk as function(encoder, sums, chunk of rows).
         encoder: model to differentiate.
+        sums: the first chunk's.
         rows: of the batch; they are split into chunks.
         chunk_rows: most rows of a chunk; None = all.
 
@@ -40,7 +43,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
         The function's results, stacked along a new first axis.
     """
     if (chunks := _chunks(rows, chunk_rows)) is None:
-        return function(encoder, GradientSums.start(encoder), rows)[0][None]
+        return function(encoder, sums, rows)[0][None]
     graphdef, state = nnx.split(encoder)
 
     # In a scan nothing can be merged with the first pass.
@@ -49,7 +52,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
         result, sums = function(nnx.merge(graphdef, state), sums, chunk)
         return sums, result
 
-    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.start(encoder), chunks)[1]
+    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), sums, chunks)[1]
 
 
 def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Float[Array, ""]:

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from jina_jax.model import gradient_sums
 from jina_jax.model.encoder import Encoder, Gather, pool
 from jina_jax.model.frozen_base import fold_layer, fold_layers
 from jina_jax.model.gradient_sums import GradientSums
+from jina_jax.model.lora import AdapterParam
 from jina_jax.text.packing import max_texts
 
 from ..config import Stage
@@ -171,7 +173,8 @@ def _pooled_rows(
         x, sums = states(encoder, sums, chunk)
         return pool(x, jnp.asarray(chunk.segment_ids), max_texts(x.shape[1])), sums
 
-    embeddings = encode_cached(pooled, encoder, rows, stage.encode_chunk_rows)
+    sums = GradientSums.start(encoder, nnx.Variable if adapter is None else AdapterParam)
+    embeddings = encode_cached(pooled, encoder, sums, rows, stage.encode_chunk_rows)
     return embeddings.reshape(-1, embeddings.shape[-1])
 
 
