@@ -189,6 +189,12 @@ def private_backend(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     return backend
 
 
+def without_limits(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+    """Returns the Rust tokenizer itself, or a copy where it truncates or pads."""
+    backend = tokenizer.backend_tokenizer
+    return backend if backend.truncation is None and backend.padding is None else private_backend(tokenizer)
+
+
 def tokenize(backend: "tokenizers.Tokenizer", texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
     """Returns the token ids of each text with its special tokens, and whether it was cut.
 
