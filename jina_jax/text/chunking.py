@@ -6,17 +6,20 @@ white space alone. A text without any token has no chunks.
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 
 from .tokenizer import Tokenizer, without_limits
 
+if TYPE_CHECKING:
+    import tokenizers
+
 Chunker = Callable[[str], list[str]]
 
 
-def by_tokens(text: str, tokens: int, tokenizer: Tokenizer) -> list[str]:
+def by_tokens(text: str, tokens: int, tokenizer: "Tokenizer | tokenizers.Tokenizer") -> list[str]:
     """Returns slices of up to `tokens` tokens each.
 
     A slice has more only where one character has more.
@@ -24,7 +27,8 @@ def by_tokens(text: str, tokens: int, tokenizer: Tokenizer) -> list[str]:
     Args:
         text: of any length.
         tokens: at least 1, special tokens not counted.
-        tokenizer: of the model that embeds the slices.
+        tokenizer: of the model that embeds the slices, transformers' or that of the Rust library;
+            one that truncates or pads is copied first, each time.
 
     Raises:
         ValueError: `tokens` is not valid.
@@ -40,18 +44,20 @@ def by_tokens(text: str, tokens: int, tokenizer: Tokenizer) -> list[str]:
     return _slices(text, cuts)
 
 
-def by_sentences(text: str, sentences: int, tokenizer: Tokenizer) -> list[str]:
+def by_sentences(text: str, sentences: int, tokenizer: "Tokenizer | tokenizers.Tokenizer") -> list[str]:
     """Returns slices of `sentences` sentences each; the last may have fewer.
 
     Sentences end where Unicode's rules have them end (UAX 29): at full stops, question and
     exclamation marks of all scripts with the quotes and brackets that close behind them, and at
-    line ends. An abbreviation before a capital letter ends one, too. What holds no token, such as
-    an empty line, is of the sentence before it.
+    line ends; other than there, an opening bracket is of the next sentence. An abbreviation before
+    a capital letter ends one, too. A slice begins with a token: what holds none, such as an empty
+    line, is of the sentence before.
 
     Args:
         text: of any length.
         sentences: at least 1.
-        tokenizer: of the model that embeds the slices.
+        tokenizer: of the model that embeds the slices, transformers' or that of the Rust library;
+            one that truncates or pads is copied first, each time.
 
     Raises:
         ValueError: `sentences` is not valid.
@@ -81,7 +87,7 @@ def not_white_space(text: str) -> np.ndarray:
     return ~np.fromiter(map(str.isspace, text), bool, len(text))
 
 
-def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
+def _pieces(text: str, tokenizer: "Tokenizer | tokenizers.Tokenizer") -> Iterator[tuple[int, int]]:
     """Yields (first visible character, number of tokens) of each run of tokens that share
     characters; tokens of white space alone are of the piece before them."""
     encoding = without_limits(tokenizer).encode(text, add_special_tokens=False)
@@ -115,7 +121,7 @@ def _sentence_end() -> Any:
 
     skip = r"[\p{SB=Extend}\p{SB=Format}]*"  # SB5
     line_end = r"(?:\r\n|[\p{SB=CR}\p{SB=LF}\p{SB=Sep}])"  # SB3, SB4
-    behind = rf"(?:\p{{SB=Close}}{skip}+)*+(?:\p{{SB=Sp}}{skip}+)*+"  # SB9, SB10
+    behind = rf"(?:(?!\p{{Ps}})\p{{SB=Close}}{skip}+)*+(?:\p{{SB=Sp}}{skip}+)*+"  # SB9, SB10
     no_letter = r"[^\p{SB=OLetter}\p{SB=Upper}\p{SB=Lower}\p{SB=Sep}\p{SB=CR}\p{SB=LF}\p{SB=STerm}\p{SB=ATerm}]"
     return regex.compile(
         rf"""
