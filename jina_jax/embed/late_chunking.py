@@ -148,7 +148,7 @@ def _as_chunks(number: int, chunks: Any) -> list[str]:
 
 
 def tokenize_documents(backend: "tokenizers.Tokenizer", request: ChunkRequest) -> tuple[list[Window], int]:
-    """Returns the windows of all documents, and how many were cut in place of it.
+    """Returns the windows of all documents, and how many were cut instead.
 
     Raises:
         ValueError: a chunk has no token of its own, or a window no room beside prompt and overlap.
