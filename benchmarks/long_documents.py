@@ -124,7 +124,7 @@ def table(ways: Sequence[Way], limit: int) -> str:
     few, all_of_them = min(way.meetings for way in ways), max(way.meetings for way in ways)
     columns = [few] if few == all_of_them else [few, all_of_them]
     score = {(way.way, way.meetings): f"{way.score:.2f}" for way in ways}
-    head = ["", *(f"{count} meetings" for count in columns), "published", "s", "vectors"]
+    head = ["", *(f"{count} meetings" for count in columns), "published (E5-small, BM25)", "s", "vectors"]
     if limit < LONG:
         head.append(f"jina-embeddings-v3, {LONG:,} tokens")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
