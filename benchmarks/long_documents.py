@@ -161,13 +161,8 @@ def main(
     """Score MODEL and BM25 on meetings, and print a table; with --json it resumes."""
     embedder = Embedder.load(model, dtype=dtype)
     drawn, whole = load_meetings(data / "qmsum", meetings), load_meetings(data / "qmsum")
-    settings = {
-        "dtype": dtype,
-        "max_length": embedder.max_length,
-        "chunk_tokens": chunk_tokens,
-        "overlap": overlap,
-        "seed": SEED,
-    }
+    settings = {"model": Path(model).name, "dtype": dtype, "max_length": embedder.max_length, "seed": SEED}
+    settings |= {"chunk_tokens": chunk_tokens, "overlap": overlap}
     found = _read_finished(out, settings)
 
     def finish(results: Iterable[Way]) -> None:
