@@ -142,7 +142,7 @@ def table(ways: Sequence[Way], limit: int) -> str:
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), envvar=DATA, required=True, help=f"Default: ${DATA}.")
-@click.option("--meetings", type=int, help="How many are embedded in chunks; default: all.")
+@click.option("--meetings", type=click.IntRange(min=2), help="How many are embedded in chunks; default: all.")
 @click.option("--way", "ways", type=click.Choice(["cut", *CHUNKED]), multiple=True, help="Default: all.")
 @click.option("--chunk-tokens", type=int, default=256, show_default=True)
 @click.option("--overlap", type=int, help="Tokens that windows share; default: that of `encode_chunks`.")
