@@ -40,7 +40,8 @@ def test_queries_of_the_meetings_that_are_drawn(folder):
 
 
 def test_every_way_embeds_every_meeting(folder, embedder):
-    found = score_model(embedder, load_meetings(folder), ["cut", "naive", "framed", "plain"], chunk_tokens=32, overlap=8)
+    ways = ["cut", "naive", "framed", "plain"]
+    found = [*score_model(embedder, load_meetings(folder), ways, chunk_tokens=32, overlap=8)]
     assert [way.meetings for way in found] == [3] * 4
     assert found[0].vectors == 3 and len({way.vectors for way in found[1:]}) == 1 and (found[1].vectors or 0) > 3
     assert all(0 <= way.score <= 100 for way in found)
