@@ -1,0 +1,219 @@
+"""Plans the run of a task: a configuration whose sizes fit the records, the base and the
+machine."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jina_jax import Embedder
+from jina_jax.config import ModelConfig
+from jina_jax.model.device import cpu_multiplies_bfloat16
+from jina_jax.text.tokenizer import private_backend
+
+from ..config import DatasetConfig, InitialModel, RecordKind, Stage, TrainConfig
+from ..data.records import LabelledText, Pair, Record, Triplet
+from ..run.instructions import task_instructions
+
+DEFAULT_NAMES: dict[RecordKind, str] = {"labelled_text": "classification", "pair": "retrieval", "triplet": "retrieval"}
+
+SIDES = ("query", "passage")
+"""Ends of the names of the two adapters of pairs: `retrieval.query` and `retrieval.passage` are
+those that `encode_query` and `encode_document` take."""
+
+PASSES = 1.0
+"""Times that each record is an anchor, by default."""
+
+LEAST_STEPS, MOST_STEPS_ON_CPU, MOST_STEPS = 60, 150, 2000
+"""Bounds of the default number of steps."""
+
+LEARNING_RATE, OF_WIDTH = 2e-3, 384
+"""Peak learning rate for a base of this width; wider ones have less, in proportion."""
+
+TEMPERATURE = 0.05
+MOST_NEGATIVES = 3
+"""Listed negatives that a step draws of each pair, by default."""
+
+SAMPLED = 2000
+"""Records whose texts are tokenised to learn how long they are."""
+
+COVERED = 0.99
+"""Share of the texts that the default length does not cut."""
+
+LONGEST = 512
+"""Tokens of a text at most, by default."""
+
+ROW_LENGTH = 128
+"""Multiple that rows of texts have: short rows cost least on CPU, and TPUs take no shorter ones."""
+
+ACTIVATION_BYTES = 4 * 2**30
+"""Memory for activations from which on the rows of a step are encoded in chunks."""
+
+BYTES_PER_UNIT = 80
+"""Activation bytes of a token, for each layer and each unit of its width."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a run that the user may give; None = one that fits."""
+
+    steps: int | None = None
+    batch_size: int | None = None
+    rank: int = 16
+    max_length: int | None = None
+    learning_rate: float | None = None
+    dims: tuple[int, ...] = ()
+    seed: int = 0
+
+
+def adapter_names(name: str | None, kind: RecordKind, model: str, config: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the adapters to train, which the base does not have yet.
+
+    Args:
+        name: one for labelled texts, and what those of pairs begin with; None = the published ones.
+        kind: of the records.
+        model: name of the base, for messages.
+        config: of the base.
+
+    Raises:
+        ValueError: the name is no name, or the base has a task or prompt of it.
+    """
+    first = DEFAULT_NAMES[kind] if name is None else name
+    if not re.fullmatch(r"[^\W_][\w.-]*", first):
+        raise ValueError(
+            f"--name {first!r}: a name is of letters, digits, '.', '-' and '_', and begins with one of the first two"
+        )
+    names = (first,) if kind == "labelled_text" else tuple(f"{first}.{side}" for side in SIDES)
+    if taken := [each for each in names if each in config.tasks or config.prompt(each) is not None]:
+        raise ValueError(
+            f"{model} has {' and '.join(map(repr, taken))} already; its tasks are {list(config.tasks)}, its prompts "
+            f"{[key for key, _ in config.prompts if key not in config.tasks]}: give the new adapter another --name"
+        )
+    return names
+
+
+def plan_run(
+    records: Sequence[Record], kind: RecordKind, file: Path, base: Embedder, source: str, names: tuple[str, ...], sizes: Sizes
+) -> TrainConfig:
+    """Returns the configuration of a run above a base.
+
+    Args:
+        records: those to train on.
+        kind: of the records.
+        file: that the run reads them from.
+        base: the model.
+        source: where a run loads it from.
+        names: from `adapter_names`.
+        sizes: those that the user gives.
+
+    Raises:
+        ValueError: a size does not fit the base or the machine.
+    """
+    config = base.config
+    batch_size = sizes.batch_size or _batch_size(len(records))
+    steps = sizes.steps or _steps(len(records), batch_size)
+    _check_dims(sizes.dims, config)
+    limit = base.max_length
+    if sizes.max_length is not None and not 8 <= sizes.max_length <= limit:
+        raise ValueError(f"--max-length must be in 8..{limit}, the limit of the base, not {sizes.max_length}")
+    stage = Stage(
+        name="own_task",
+        objective="classification" if kind == "labelled_text" else "retrieval",
+        datasets=(DatasetConfig(str(file), kind),),
+        steps=steps,
+        warmup_steps=steps // 10,
+        batch_size=batch_size,
+        max_length=8,
+        learning_rate=sizes.learning_rate or _rounded(LEARNING_RATE * min(1, OF_WIDTH / config.hidden_size)),
+        adapters=names,
+        temperature=TEMPERATURE,
+        dims=sizes.dims or config.matryoshka_dims,
+        num_negatives=_num_negatives(records, kind),
+        same_class="excluded",
+    )
+    run = TrainConfig(
+        start=InitialModel(source=source, lora_rank=sizes.rank, lora_alpha=float(sizes.rank)),
+        stages=(stage,),
+        seed=sizes.seed,
+        dtype=machine_dtype(),
+        checkpoint_every=max(10, steps // 10),
+        log_every=max(1, steps // 50),
+    )
+    return replace(run, stages=(_with_lengths(run, records, base, sizes.max_length),))
+
+
+def with_steps(run: TrainConfig, steps: int) -> TrainConfig:
+    """Returns a run of another number of steps."""
+    (stage,) = run.stages
+    return replace(run, stages=(replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, steps)),))
+
+
+def machine_dtype() -> Any:
+    """Compute dtype that this machine is fastest in: bfloat16 where it multiplies it."""
+    return "bfloat16" if jax.default_backend() != "cpu" or cpu_multiplies_bfloat16() else "float32"
+
+
+def _with_lengths(run: TrainConfig, records: Sequence[Record], base: Embedder, max_length: int | None) -> Stage:
+    """The stage with the length of texts and rows, and in chunks where the memory asks for it."""
+    (stage,) = run.stages
+    instructions = task_instructions(run, base.config)
+    lengths = _token_lengths(records, [instructions[task] for task in stage.adapters], base)
+    if max_length is None:
+        covering = _multiple(int(np.quantile(lengths, COVERED)), 8)
+        max_length = min(max(covering, 16), LONGEST, base.max_length)
+    row_length = max(_multiple(max_length, ROW_LENGTH), ROW_LENGTH)
+    texts = stage.batch_size * (2 + stage.num_negatives) / jax.device_count()
+    tokens = texts * float(np.minimum(lengths, max_length).mean())
+    most = ACTIVATION_BYTES / (BYTES_PER_UNIT * base.config.num_layers * base.config.hidden_size)
+    chunked = {"encode_chunk_rows": max(1, int(most / row_length)), "remat": "except_attention"} if tokens > most else {}
+    return replace(stage, max_length=max_length, row_length=row_length, **chunked)
+
+
+def _token_lengths(records: Sequence[Record], prompts: Sequence[str], base: Embedder) -> np.ndarray:
+    """Tokens of the texts of some records, behind their prompts."""
+    some = records[:: max(1, len(records) // SAMPLED)]
+    texts = [prompt + text for record in some for text, prompt in _prompted(record, prompts)]
+    encodings = private_backend(base.tokenizer).encode_batch_fast(texts)
+    return np.array([len(encoding.ids) for encoding in encodings])
+
+
+def _prompted(record: Record, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    if isinstance(record, LabelledText):
+        return [(record.text, prompts[0])]
+    assert isinstance(record, Pair)
+    negatives = record.negatives if isinstance(record, Triplet) else ()
+    return [(record.anchor, prompts[0]), *((text, prompts[1]) for text in (record.positive, *negatives))]
+
+
+def _batch_size(records: int) -> int:
+    """64, or fewer where there are fewer records; a multiple of the devices."""
+    return _multiple(min(64, records), jax.device_count())
+
+
+def _steps(records: int, batch_size: int) -> int:
+    most = MOST_STEPS_ON_CPU if jax.default_backend() == "cpu" else MOST_STEPS
+    return min(max(LEAST_STEPS, math.ceil(PASSES * records / batch_size)), most)
+
+
+def _num_negatives(records: Sequence[Record], kind: RecordKind) -> int:
+    if kind == "triplet":
+        return min(MOST_NEGATIVES, *(len(record.negatives) for record in records if isinstance(record, Triplet)))
+    return 1 if kind == "labelled_text" else 0
+
+
+def _check_dims(dims: Sequence[int], config: ModelConfig) -> None:
+    if wrong := [dim for dim in dims if not 1 <= dim <= config.hidden_size]:
+        raise ValueError(f"--dims {wrong}: the base has {config.hidden_size} dimensions")
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")
