@@ -63,7 +63,8 @@ def main(
     --label for one adapter that tells the labels apart, or --anchor and --positive for two, of
     queries and of passages. The base stays as it is; OUT/model holds it with the new adapters.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Force: libraries have set the root logger up when they were imported.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("train.own_task").setLevel(logging.INFO)
     if test is not None and held_out is not None:
         raise ValueError("--test and --held-out exclude each other: one names the texts to measure on, the other draws them")

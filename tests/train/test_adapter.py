@@ -215,6 +215,7 @@ def test_a_base_that_cannot_be_used_is_an_error(tickets, base, tmp_path):
     assert done.exit_code == 1 and "there is no directory" in done.output
     done = run(tickets, "--text", "body", "--label", "queue", "--model", "no-such/model-here", "--out", tmp_path / "run")
     assert done.exit_code == 1 and "no-such/model-here is no directory here, and not to be had from the hub" in done.output
+    assert "jina-jax demo-model DIR" in done.output
     assert not (tmp_path / "run").exists()
 
 

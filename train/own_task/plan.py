@@ -26,6 +26,8 @@ SIDES = ("query", "passage")
 """Ends of the names of the two adapters of pairs: `retrieval.query` and `retrieval.passage` are
 those that `encode_query` and `encode_document` take."""
 
+BATCH_SIZE = 64
+
 PASSES = 1.0
 """Times that each record is an anchor, by default."""
 
@@ -129,7 +131,7 @@ def plan_run(
         warmup_steps=steps // 10,
         batch_size=batch_size,
         max_length=8,
-        learning_rate=sizes.learning_rate or _rounded(LEARNING_RATE * min(1, OF_WIDTH / config.hidden_size)),
+        learning_rate=sizes.learning_rate or learning_rate(config.hidden_size),
         adapters=names,
         temperature=TEMPERATURE,
         dims=sizes.dims or config.matryoshka_dims,
@@ -151,6 +153,11 @@ def with_steps(run: TrainConfig, steps: int) -> TrainConfig:
     """Returns a run of another number of steps."""
     (stage,) = run.stages
     return replace(run, stages=(replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, steps)),))
+
+
+def learning_rate(width: int) -> float:
+    """Default peak learning rate for a base of a width."""
+    return float(f"{LEARNING_RATE * min(1, OF_WIDTH / width):.2g}")
 
 
 def machine_dtype() -> Any:
@@ -191,8 +198,8 @@ def _prompted(record: Record, prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _batch_size(records: int) -> int:
-    """64, or fewer where there are fewer records; a multiple of the devices."""
-    return _multiple(min(64, records), jax.device_count())
+    """The default, or fewer where there are fewer records; a multiple of the devices."""
+    return _multiple(min(BATCH_SIZE, records), jax.device_count())
 
 
 def _steps(records: int, batch_size: int) -> int:
@@ -213,7 +220,3 @@ def _check_dims(dims: Sequence[int], config: ModelConfig) -> None:
 
 def _multiple(number: int, of: int) -> int:
     return -(-number // of) * of
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.2g}")

