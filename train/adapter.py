@@ -32,16 +32,18 @@ from .own_task.run import HELD_OUT, Request, run_task
 @click.option("--test", type=click.Path(path_type=Path), help="File with the same columns to measure on.")
 @click.option(
     "--held-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=float,
     help=f"Share of FILE to measure on, without --test.  [default: {HELD_OUT}]",
 )
-@click.option("--steps", type=click.IntRange(1), help="Default: by the number of records; more of them continue a run.")
-@click.option("--batch-size", type=click.IntRange(2), help="Records of a step.  [default: 64, or all where there are fewer]")
+@click.option("--steps", type=click.IntRange(1, 10**7), help="Default: by the number of records; more of them continue a run.")
+@click.option("--batch-size", type=click.IntRange(2), help="Records of a step.  [default: 96, or all where there are fewer]")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapter.")
 @click.option("--max-length", type=int, help="Tokens of a text to train on.  [default: what 99 % of them have, at most 512]")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Its peak.  [default: by the width of the base]")
+@click.option("--learning-rate", type=float, help="Its peak.  [default: by the width of the base]")
 @click.option("--dims", help="Dimensions to train, such as 64,128,384.  [default: those of the base, or all]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split, the adapter and all draws.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the split, the adapter and all draws."
+)
 def main(
     file: Path,
     text: str | None,
@@ -69,7 +71,9 @@ def main(
     if test is not None and held_out is not None:
         raise ValueError("--test and --held-out exclude each other: one names the texts to measure on, the other draws them")
     columns = Columns(text, label, anchor, positive, negative)
-    wanted = Request(file, columns, model, name, test, held_out or HELD_OUT, Sizes(dims=_dims(dims), **sizes))
+    wanted = Request(
+        file, columns, model, name, test, HELD_OUT if held_out is None else held_out, Sizes(dims=_dims(dims), **sizes)
+    )
     report = run_task(wanted, out, progress=sys.stderr.isatty())
     if report is None:
         sys.exit("stopped; the same command resumes")

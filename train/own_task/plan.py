@@ -26,15 +26,15 @@ SIDES = ("query", "passage")
 """Ends of the names of the two adapters of pairs: `retrieval.query` and `retrieval.passage` are
 those that `encode_query` and `encode_document` take."""
 
-BATCH_SIZE = 64
+BATCH_SIZE = 96
 
 PASSES = 1.0
 """Times that each record is an anchor, by default."""
 
-LEAST_STEPS, MOST_STEPS_ON_CPU, MOST_STEPS = 60, 150, 2000
+LEAST_STEPS, MOST_STEPS_ON_CPU, MOST_STEPS = 40, 80, 2000
 """Bounds of the default number of steps."""
 
-LEARNING_RATE, OF_WIDTH = 2e-3, 384
+LEARNING_RATE, OF_WIDTH = 3e-3, 384
 """Peak learning rate for a base of this width; wider ones have less, in proportion."""
 
 TEMPERATURE = 0.05
@@ -43,6 +43,8 @@ MOST_NEGATIVES = 3
 
 SAMPLED = 2000
 """Records whose texts are tokenised to learn how long they are."""
+
+LEAST_LENGTH = 8
 
 COVERED = 0.99
 """Share of the texts that the default length does not cut."""
@@ -86,9 +88,9 @@ def adapter_names(name: str | None, kind: RecordKind, model: str, config: ModelC
         ValueError: the name is no name, or the base has a task or prompt of it.
     """
     first = DEFAULT_NAMES[kind] if name is None else name
-    if not re.fullmatch(r"[^\W_][\w.-]*", first):
+    if not re.fullmatch(r"[^\W_][\w.-]{0,99}", first):
         raise ValueError(
-            f"--name {first!r}: a name is of letters, digits, '.', '-' and '_', and begins with one of the first two"
+            f"--name {first!r}: a name is up to 100 letters, digits, '.', '-' and '_', and begins with one of the first two"
         )
     names = (first,) if kind == "labelled_text" else tuple(f"{first}.{side}" for side in SIDES)
     if taken := [each for each in names if each in config.tasks or config.prompt(each) is not None]:
@@ -117,12 +119,9 @@ def plan_run(
         ValueError: a size does not fit the base or the machine.
     """
     config = base.config
+    _check_sizes(sizes, len(records), base)
     batch_size = sizes.batch_size or _batch_size(len(records))
     steps = sizes.steps or _steps(len(records), batch_size)
-    _check_dims(sizes.dims, config)
-    limit = base.max_length
-    if sizes.max_length is not None and not 8 <= sizes.max_length <= limit:
-        raise ValueError(f"--max-length must be in 8..{limit}, the limit of the base, not {sizes.max_length}")
     stage = Stage(
         name="own_task",
         objective="classification" if kind == "labelled_text" else "retrieval",
@@ -130,7 +129,7 @@ def plan_run(
         steps=steps,
         warmup_steps=steps // 10,
         batch_size=batch_size,
-        max_length=8,
+        max_length=LEAST_LENGTH,
         learning_rate=sizes.learning_rate or learning_rate(config.hidden_size),
         adapters=names,
         temperature=TEMPERATURE,
@@ -210,12 +209,23 @@ def _steps(records: int, batch_size: int) -> int:
 def _num_negatives(records: Sequence[Record], kind: RecordKind) -> int:
     if kind == "triplet":
         return min(MOST_NEGATIVES, *(len(record.negatives) for record in records if isinstance(record, Triplet)))
-    return 1 if kind == "labelled_text" else 0
+    return 0  # the other records of a batch are negatives
 
 
-def _check_dims(dims: Sequence[int], config: ModelConfig) -> None:
-    if wrong := [dim for dim in dims if not 1 <= dim <= config.hidden_size]:
-        raise ValueError(f"--dims {wrong}: the base has {config.hidden_size} dimensions")
+def _check_sizes(sizes: Sizes, records: int, base: Embedder) -> None:
+    width = base.config.hidden_size
+    for option, given, most, what in (
+        ("--batch-size", sizes.batch_size, records, "the records to train on"),
+        ("--rank", sizes.rank, width, "the width of the base"),
+        ("--max-length", sizes.max_length, base.max_length, "the tokens that the base takes"),
+    ):
+        least = LEAST_LENGTH if option == "--max-length" else 1
+        if given is not None and not least <= given <= most:
+            raise ValueError(f"{option} must be in {least}..{most}, {what}, not {given}")
+    if sizes.learning_rate is not None and not 0 < sizes.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate must be above 0 and finite, not {sizes.learning_rate}")
+    if wrong := [dim for dim in sizes.dims if not 1 <= dim <= width]:
+        raise ValueError(f"--dims {wrong}: the base has {width} dimensions")
 
 
 def _multiple(number: int, of: int) -> int:

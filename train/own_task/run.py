@@ -39,6 +39,10 @@ class Request:
     """Share of `file` to measure on, where there is no file of tests."""
     sizes: Sizes = Sizes()
 
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"--held-out is a share above 0 and below 1, not {self.held_out}")
+
     def identity(self) -> dict[str, Any]:
         """Returns the fields by which a directory is known to be of this task.
 
