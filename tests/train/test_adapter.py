@@ -193,7 +193,7 @@ def test_pairs_give_a_query_and_a_passage_adapter(questions, base, tmp_path):
         (["--learning-rate", "nan"], "--learning-rate must be above 0 and finite"),
         (["--held-out", "nan"], "--held-out is a share above 0 and below 1"),
         (["--name", "query"], "has 'query' already"),
-        (["--name", "a/b"], "--name 'a/b': a name is of letters"),
+        (["--name", "a/b"], "--name 'a/b': a name is up to 100 letters"),
         (["--test", "no.csv"], "there is no file no.csv"),
         (["--test", "x.csv", "--held-out", "0.2"], "--test and --held-out exclude each other"),
         (["--anchor", "x"], "name the columns"),

@@ -18,6 +18,9 @@ from ..evaluation.retrieval import QUERIES_AT_ONCE
 RANKS = 10
 """Best candidates that count in a ranking."""
 
+CLASSIFICATION = "classification"
+"""Published task for texts with labels."""
+
 BATCH_SIZE = 64
 """Texts embedded at a time; bounds memory."""
 
@@ -30,14 +33,18 @@ def measure(
     Args:
         embedder: the model.
         adapters: the one of labelled texts, or those of anchors and of positives; None = what
-            `encode_query` and `encode_document` take, both for labelled texts the former.
+            `encode_query` and `encode_document` take; for labelled texts the published task of
+            that kind, or where the model lacks it, what `encode_query` takes.
         train: records that were trained on.
         held_out: records to measure on.
         progress: show progress bars.
     """
+    labelled = isinstance(held_out[0], LabelledText)
     query, document = (None, None) if adapters is None else (adapters[0], adapters[-1])
+    if labelled and query is None and CLASSIFICATION in embedder.config.tasks:
+        query = CLASSIFICATION
     anchors = _encoder(embedder, query, "query", progress)
-    if isinstance(held_out[0], LabelledText):
+    if labelled:
         return label_scores(anchors, train, held_out)
     return pair_scores(anchors, _encoder(embedder, document, "document", progress), held_out)
 

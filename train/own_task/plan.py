@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jina_jax import Embedder
 from jina_jax.config import ModelConfig
@@ -18,7 +19,7 @@ from jina_jax.text.tokenizer import private_backend
 
 from ..config import DatasetConfig, InitialModel, RecordKind, Stage, TrainConfig
 from ..data.records import LabelledText, Pair, Record, Triplet
-from ..run.instructions import task_instructions
+from ..run.instructions import default_instruction
 
 DEFAULT_NAMES: dict[RecordKind, str] = {"labelled_text": "classification", "pair": "retrieval", "triplet": "retrieval"}
 
@@ -26,7 +27,8 @@ SIDES = ("query", "passage")
 """Ends of the names of the two adapters of pairs: `retrieval.query` and `retrieval.passage` are
 those that `encode_query` and `encode_document` take."""
 
-BATCH_SIZE = 96
+BATCH_SIZE, LEAST_ON_CPU, TOKENS_ON_CPU = 96, 32, 6000
+"""Records of a step; on CPU as many as have these tokens, and not fewer than the second."""
 
 PASSES = 1.0
 """Times that each record is an anchor, by default."""
@@ -34,8 +36,9 @@ PASSES = 1.0
 LEAST_STEPS, MOST_STEPS_ON_CPU, MOST_STEPS = 40, 80, 2000
 """Bounds of the default number of steps."""
 
-LEARNING_RATE, OF_WIDTH = 3e-3, 384
-"""Peak learning rate for a base of this width; wider ones have less, in proportion."""
+LEARNING_RATES: dict[RecordKind, float] = {"labelled_text": 3e-3, "pair": 1e-3, "triplet": 1e-3}
+OF_WIDTH = 384
+"""Peak learning rates above a base of this width; wider ones have less, in proportion."""
 
 TEMPERATURE = 0.05
 MOST_NEGATIVES = 3
@@ -120,24 +123,31 @@ def plan_run(
     """
     config = base.config
     _check_sizes(sizes, len(records), base)
-    batch_size = sizes.batch_size or _batch_size(len(records))
+    lengths = _token_lengths(records, [default_instruction(name, config) for name in names], base)
+    max_length = sizes.max_length or _max_length(lengths, base)
+    num_negatives = _num_negatives(records, kind)
+    tokens = (2 + num_negatives) * float(np.minimum(lengths, max_length).mean())
+    batch_size = sizes.batch_size or _batch_size(len(records), tokens)
     steps = sizes.steps or _steps(len(records), batch_size)
+    row_length = _multiple(max_length, ROW_LENGTH)
     stage = Stage(
-        name="own_task",
+        name=names[0],
         objective="classification" if kind == "labelled_text" else "retrieval",
         datasets=(DatasetConfig(str(file), kind),),
         steps=steps,
         warmup_steps=steps // 10,
         batch_size=batch_size,
-        max_length=LEAST_LENGTH,
-        learning_rate=sizes.learning_rate or learning_rate(config.hidden_size),
+        max_length=max_length,
+        row_length=row_length,
+        learning_rate=sizes.learning_rate or learning_rate(kind, config.hidden_size),
         adapters=names,
         temperature=TEMPERATURE,
         dims=sizes.dims or config.matryoshka_dims,
-        num_negatives=_num_negatives(records, kind),
+        num_negatives=num_negatives,
         same_class="excluded",
+        **_chunks(batch_size * tokens / jax.device_count(), row_length, config),
     )
-    run = TrainConfig(
+    return TrainConfig(
         start=InitialModel(source=source, lora_rank=sizes.rank, lora_alpha=float(sizes.rank)),
         stages=(stage,),
         seed=sizes.seed,
@@ -145,7 +155,6 @@ def plan_run(
         checkpoint_every=max(10, steps // 10),
         log_every=max(1, steps // 50),
     )
-    return replace(run, stages=(_with_lengths(run, records, base, sizes.max_length),))
 
 
 def with_steps(run: TrainConfig, steps: int) -> TrainConfig:
@@ -154,9 +163,9 @@ def with_steps(run: TrainConfig, steps: int) -> TrainConfig:
     return replace(run, stages=(replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, steps)),))
 
 
-def learning_rate(width: int) -> float:
-    """Default peak learning rate for a base of a width."""
-    return float(f"{LEARNING_RATE * min(1, OF_WIDTH / width):.2g}")
+def learning_rate(kind: RecordKind, width: int) -> float:
+    """Default peak learning rate on records of a kind, above a base of a width."""
+    return float(f"{LEARNING_RATES[kind] * min(1, OF_WIDTH / width):.2g}")
 
 
 def machine_dtype() -> Any:
@@ -164,23 +173,19 @@ def machine_dtype() -> Any:
     return "bfloat16" if jax.default_backend() != "cpu" or cpu_multiplies_bfloat16() else "float32"
 
 
-def _with_lengths(run: TrainConfig, records: Sequence[Record], base: Embedder, max_length: int | None) -> Stage:
-    """The stage with the length of texts and rows, and in chunks where the memory asks for it."""
-    (stage,) = run.stages
-    instructions = task_instructions(run, base.config)
-    lengths = _token_lengths(records, [instructions[task] for task in stage.adapters], base)
-    if max_length is None:
-        covering = _multiple(int(np.quantile(lengths, COVERED)), 8)
-        max_length = min(max(covering, 16), LONGEST, base.max_length)
-    row_length = max(_multiple(max_length, ROW_LENGTH), ROW_LENGTH)
-    texts = stage.batch_size * (2 + stage.num_negatives) / jax.device_count()
-    tokens = texts * float(np.minimum(lengths, max_length).mean())
-    most = ACTIVATION_BYTES / (BYTES_PER_UNIT * base.config.num_layers * base.config.hidden_size)
-    chunked = {"encode_chunk_rows": max(1, int(most / row_length)), "remat": "except_attention"} if tokens > most else {}
-    return replace(stage, max_length=max_length, row_length=row_length, **chunked)
+def _max_length(lengths: Int[np.ndarray, " texts"], base: Embedder) -> int:
+    """Tokens that nearly all texts have at most."""
+    covering = _multiple(int(np.quantile(lengths, COVERED)), 8)
+    return min(max(covering, 2 * LEAST_LENGTH), LONGEST, base.max_length)
 
 
-def _token_lengths(records: Sequence[Record], prompts: Sequence[str], base: Embedder) -> np.ndarray:
+def _chunks(tokens: float, row_length: int, config: ModelConfig) -> dict[str, Any]:
+    """Fields of a stage that encode a step's tokens in chunks, where the memory asks for it."""
+    most = ACTIVATION_BYTES / (BYTES_PER_UNIT * config.num_layers * config.hidden_size)
+    return {"encode_chunk_rows": max(1, int(most / row_length)), "remat": "except_attention"} if tokens > most else {}
+
+
+def _token_lengths(records: Sequence[Record], prompts: Sequence[str], base: Embedder) -> Int[np.ndarray, " texts"]:
     """Tokens of the texts of some records, behind their prompts."""
     some = records[:: max(1, len(records) // SAMPLED)]
     texts = [prompt + text for record in some for text, prompt in _prompted(record, prompts)]
@@ -196,9 +201,12 @@ def _prompted(record: Record, prompts: Sequence[str]) -> list[tuple[str, str]]:
     return [(record.anchor, prompts[0]), *((text, prompts[1]) for text in (record.positive, *negatives))]
 
 
-def _batch_size(records: int) -> int:
-    """The default, or fewer where there are fewer records; a multiple of the devices."""
-    return _multiple(min(BATCH_SIZE, records), jax.device_count())
+def _batch_size(records: int, tokens: float) -> int:
+    """Default number of records of a step, a multiple of the devices; `tokens` is of a record."""
+    fitting = BATCH_SIZE
+    if jax.default_backend() == "cpu":
+        fitting = min(BATCH_SIZE, max(LEAST_ON_CPU, int(TOKENS_ON_CPU / tokens)))
+    return _multiple(min(fitting, records), jax.device_count())
 
 
 def _steps(records: int, batch_size: int) -> int:

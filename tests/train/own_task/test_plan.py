@@ -40,6 +40,8 @@ def test_steps_and_batches_follow_the_number_of_records(planned):
     steps = [planned(labelled(count)).stages[0].steps for count in (40, 6_000, 60_000)]
     assert steps[0] == plan.LEAST_STEPS < steps[1] < steps[2] == plan.MOST_STEPS_ON_CPU
     assert [planned(labelled(count)).stages[0].batch_size for count in (10, 10_000)] == [10, plan.BATCH_SIZE]
+    assert plan.LEAST_ON_CPU < planned(labelled(200, LONG)).stages[0].batch_size < plan.BATCH_SIZE
+    assert planned(labelled(200, LONG * 9)).stages[0].batch_size == plan.LEAST_ON_CPU
 
 
 def test_length_is_what_nearly_all_texts_have(planned, embedder):
@@ -83,7 +85,8 @@ def test_pairs_are_trained_as_retrieval(planned, records: list[Record], objectiv
 
 
 def test_wide_bases_learn_slower():
-    assert plan.learning_rate(384) == plan.LEARNING_RATE > plan.learning_rate(1024) > plan.LEARNING_RATE / 4
+    narrow, wide = (plan.learning_rate("pair", width) for width in (384, 1024))
+    assert narrow == plan.LEARNING_RATES["pair"] > wide > narrow / 4
 
 
 def test_names_are_the_published_ones_unless_another_is_given():
@@ -95,7 +98,7 @@ def test_names_are_the_published_ones_unless_another_is_given():
         with pytest.raises(ValueError, match=f"m has '{taken}' already; its tasks are .*another --name"):
             adapter_names(taken, "labelled_text", "m", config)
     for wrong in ("", "a b", "../x", "_x", "a\n"):
-        with pytest.raises(ValueError, match="a name is of letters"):
+        with pytest.raises(ValueError, match="a name is up to 100 letters"):
             adapter_names(wrong, "labelled_text", "m", config)
 
 
