@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_what_is_printed_to_use_the_model_works(labelled):
     assert eval(code[2], names).shape == (2, bert.SIZES["hidden_size"])
 
 
-def test_what_is_printed_to_share_the_model_works(labelled, tmp_path):
+def test_what_is_printed_to_share_the_model_works(labelled, base, tmp_path):
     out, output = labelled
     commands = re.findall(r"python -m convert (.*?)(?:\s+#.*)?\n", output + "\n")
     assert len(commands) == 2
@@ -125,7 +126,11 @@ def test_what_is_printed_to_share_the_model_works(labelled, tmp_path):
     model = Embedder.load(out / "model")
     shared = Embedder.load(out / "shared")
     np.testing.assert_allclose(shared.encode(["a"], "classification"), model.encode(["a"], "classification"), atol=1e-5)
-    assert (out / "shared" / "classification" / "adapter_model.safetensors").exists()
+    # The folder alone, in the base's directory: what another who has the base needs.
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(out / "shared" / "classification", tmp_path / "base" / "classification")
+    taken = Embedder.load(tmp_path / "base", prompts={"classification": "query: "})
+    np.testing.assert_allclose(taken.encode(["a"], "classification"), model.encode(["a"], "classification"), atol=1e-5)
     from sentence_transformers import SentenceTransformer
 
     merged = SentenceTransformer(str(out / "merged"), device="cpu")
