@@ -102,7 +102,7 @@ def test_the_report_has_the_scores_before_and_after(labelled):
     for moment in ("before", "after"):
         assert f"{100 * report[moment]['accuracy']:.2f}" in output
     held_out = [json.loads(line) for line in (out / "records" / "held_out.jsonl").read_text().splitlines()]
-    assert len(held_out) == 6 and f"measured on {len(held_out)} others" in output
+    assert len(held_out) == 6 and f"measured on {len(held_out)} texts" in output
 
 
 def test_what_is_printed_to_use_the_model_works(labelled):
@@ -157,6 +157,8 @@ def test_another_task_in_the_same_directory_is_refused(labelled, tickets, questi
 def test_an_interrupted_run_resumes_wherever_its_directory_is(tickets, base, tmp_path, monkeypatch):
     test = tmp_path / "test.csv"
     test.write_text("body,queue\n" + "".join(f"{words},{label}\n" for label, words in SUBJECTS.items()))
+    known = tickets.read_text().splitlines()[1]
+    test.write_text(f"{test.read_text()}{known}\n")
     more = ("--test", str(test), "--name", "my-task")
 
     def broken(config, workdir, **options):
@@ -164,13 +166,14 @@ def test_an_interrupted_run_resumes_wherever_its_directory_is(tickets, base, tmp
 
     with monkeypatch.context() as patched:
         patched.setattr(of_task, "train", broken)
-        assert "the machine stops here" in of_labels(tickets, base, tmp_path / "run", *more).output
+        stopped = of_labels(tickets, base, tmp_path / "run", *more).output
+        assert "the machine stops here" in stopped and "1 of 4 records have a text of" in stopped
     out = (tmp_path / "run").rename(tmp_path / "moved")
     measured = (out / "task.json").stat().st_mtime_ns
     done = of_labels(tickets, base, out, *more, "--steps", "5")
     assert done.exit_code == 0, done.output
     assert (out / "task.json").stat().st_mtime_ns == measured  # the base is not measured again
-    assert "of the 60 trained on, measured on 3 others" in done.output
+    assert "of the 60 trained on, measured on 4 texts" in done.output
     assert Embedder.load(out / "model").config.tasks == ("my-task",)
     assert json.loads((out / "report.json").read_text())["stage"]["steps"] == len(read_metrics(out)) == 5
 
@@ -180,7 +183,7 @@ def test_pairs_give_a_query_and_a_passage_adapter(questions, base, tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["adapters"] == ["retrieval.query", "retrieval.passage"] and report["stage"]["num_negatives"] == 1
-    assert "4 anchors not trained on, each over 4 positives" in done.output.replace("\n", " ")
+    assert "4 anchors, each over 4 positives" in done.output.replace("\n", " ")
     model = Embedder.load(tmp_path / "run" / "model", strict=True)
     assert dict(model.config.prompts)["retrieval.passage"] == "passage: "
     lines = re.search(r"Use it:\n((?:  .+\n)+)", done.output)

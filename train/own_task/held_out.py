@@ -69,7 +69,7 @@ def split_pairs(records: Sequence[Pair], share: float, seed: int) -> Parts[Pair]
     Raises:
         DataError: fewer than 2 pairs can be held out, or none is left to train on.
     """
-    groups = _connected([{record.anchor, record.positive} for record in records])
+    groups = _connected([record_texts(record) for record in records])
     sizes = np.bincount(groups)
     room = min(share * len(records), MOST)
     held: set[int] = set()
@@ -84,6 +84,11 @@ def split_pairs(records: Sequence[Pair], share: float, seed: int) -> Parts[Pair]
             "and 2 are needed to measure on: give a larger share, or a file of --test"
         )
     return parts
+
+
+def record_texts(record: LabelledText | Pair) -> set[str]:
+    """Returns the texts of a record that are not on both sides."""
+    return {record.text} if isinstance(record, LabelledText) else {record.anchor, record.positive}
 
 
 def _parts(records: Sequence[AnyRecord], is_held: Sequence[bool]) -> Parts[AnyRecord]:

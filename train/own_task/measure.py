@@ -55,7 +55,7 @@ def label_scores(encode: Encode, train: Sequence[LabelledText], held_out: Sequen
     accuracies = few_shot_accuracies(encode, *_columns(train), *_columns(held_out))
     of = (
         f"logistic regression on {TEXTS_A_CLASS} texts of each class, mean of {DRAWS} draws of the {len(train):,} trained on, "
-        f"measured on {len(held_out):,} others (MTEB's protocol)"
+        f"measured on {len(held_out):,} texts (MTEB's protocol)"
     )
     return {"accuracy": float(np.mean(accuracies)), "std": float(np.std(accuracies)), "of": of}
 
@@ -74,7 +74,7 @@ def pair_scores(query: Encode, document: Encode, held_out: Sequence[Pair]) -> di
     for pair in held_out:
         relevant[rows[pair.anchor]].add(columns[pair.positive])
     scores = rank_scores(lambda some: queries[some] @ documents.T, relevant, len(candidates))
-    return scores | {"of": f"{len(anchors):,} anchors not trained on, each over {len(candidates):,} positives"}
+    return scores | {"of": f"{len(anchors):,} anchors, each over {len(candidates):,} positives"}
 
 
 def rank_scores(

@@ -13,7 +13,7 @@ from jina_jax.files import read_json_or_empty, sha256, write_json
 
 from ..run.loop import train
 from .columns import Columns, check_candidates, check_classes, check_labels, check_table, read_table
-from .held_out import split_classes, split_pairs
+from .held_out import record_texts, split_classes, split_pairs
 from .measure import measure
 from .plan import Sizes, adapter_names, plan_run, with_steps
 from .report import score_texts
@@ -155,4 +155,9 @@ def _read_parts(request: Request) -> tuple[list[Any], list[Any]]:
         check_labels(request.test, held_out, records)
     else:
         check_candidates(request.test, held_out)
+    known = {text for record in records for text in record_texts(record)}
+    if again := sum(not known.isdisjoint(record_texts(record)) for record in held_out):
+        logger.warning(
+            "%s: %d of %d records have a text of %s, which is trained on", request.test, again, len(held_out), request.file
+        )
     return records, held_out

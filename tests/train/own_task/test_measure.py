@@ -44,4 +44,4 @@ def test_accuracy_is_the_mean_over_draws_of_what_was_trained_on():
         for rows in few_shot_draws(labels[:45])
     ]
     assert got["accuracy"] == pytest.approx(np.mean(want)) and got["std"] == pytest.approx(np.std(want)) and np.std(want) > 0
-    assert "8 texts of each class" in got["of"] and "measured on 15 others" in got["of"]
+    assert "8 texts of each class" in got["of"] and "measured on 15 texts" in got["of"]
