@@ -230,6 +230,8 @@ def _check_sizes(sizes: Sizes, records: int, base: Embedder) -> None:
         least = LEAST_LENGTH if option == "--max-length" else 1
         if given is not None and not least <= given <= most:
             raise ValueError(f"{option} must be in {least}..{most}, {what}, not {given}")
+    if sizes.batch_size is not None and sizes.batch_size % (devices := jax.device_count()):
+        raise ValueError(f"--batch-size must be divisible by the {devices} devices, not {sizes.batch_size}")
     if sizes.learning_rate is not None and not 0 < sizes.learning_rate < math.inf:
         raise ValueError(f"--learning-rate must be above 0 and finite, not {sizes.learning_rate}")
     if wrong := [dim for dim in sizes.dims if not 1 <= dim <= width]:

@@ -44,6 +44,13 @@ def test_steps_and_batches_follow_the_number_of_records(planned):
     assert planned(labelled(200, LONG * 9)).stages[0].batch_size == plan.LEAST_ON_CPU
 
 
+def test_a_batch_is_split_evenly_over_the_devices(planned, monkeypatch):
+    monkeypatch.setattr(plan.jax, "device_count", lambda: 8)
+    assert planned(labelled(50)).stages[0].batch_size == 56
+    with pytest.raises(ValueError, match="divisible by the 8 devices, not 20"):
+        planned(labelled(50), batch_size=20)
+
+
 def test_length_is_what_nearly_all_texts_have(planned, embedder):
     short, long = planned(labelled(200)).stages[0], planned([*labelled(100), *labelled(100, LONG)]).stages[0]
     few = planned([*labelled(1000), *labelled(1, LONG)]).stages[0]
