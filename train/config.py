@@ -88,8 +88,8 @@ class Stage:
     dim_weights: tuple[AboveZero, ...] = ()
     """Weight of the loss at each of `dims`; () = 1 each."""
     num_negatives: Annotated[int, Field(ge=0)] = 0
-    """Negatives per record: drawn from those of a triplet, or from other classes
-    (classification)."""
+    """Negatives per record: drawn from those of a triplet, or from other classes (classification,
+    where the other records of the batch are negatives as well)."""
     same_class: Literal["suffix", "excluded"] = "suffix"
     """Method that keeps tuples of one class from being negatives of one another (classification).
     "suffix": one number ends all texts of a tuple, and the model learns to read it, as in the
@@ -139,8 +139,11 @@ class Stage:
                 f"stage {self.name}: prompts are {self.prompts}, and {self.adapters[0]}, one task, has one instruction; "
                 "give the same prompt twice, or two adapters"
             )
-        if self.objective == "classification" and not self.num_negatives:
-            raise ValueError(f"stage {self.name}: classification needs num_negatives of at least 1")
+        if self.objective == "classification" and not self.num_negatives and self.same_class == "suffix":
+            raise ValueError(
+                f'stage {self.name}: classification needs num_negatives of at least 1, or same_class="excluded": '
+                "of texts without negatives the numbers behind them are all that there is to learn"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -202,6 +202,11 @@ def test_contradictions_are_named(name, overrides, message):
     assert message in wrong(*overrides, name=name)
 
 
+def test_texts_of_other_classes_in_the_batch_are_negatives_enough():
+    config = load("classification", "stages.0.num_negatives=0", "stages.0.same_class=excluded")
+    assert config.stages[0].num_negatives == 0
+
+
 def stage(name: str, **fields) -> Stage:
     return Stage(
         **({"name": name, "objective": "pairs", "steps": 1, "batch_size": 1, "max_length": 8, "learning_rate": 1.0} | fields)
