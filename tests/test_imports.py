@@ -38,7 +38,7 @@ PROGRAMS = (
     ("step",),
     ("run",),
     ("evaluation", "aot"),
-    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart"),
+    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart", "pretrain"),
 )
 """The same of train."""
 
