@@ -30,7 +30,7 @@ from .config import TrainConfig, to_dict
 from .data.corpus import BUNDLED, read_corpus
 from .data.tfds_datasets import prepare_corpus
 from .evaluation.before_after import SEARCHES, Result, before_after_runs, before_after_scores, sampled_tasks, search
-from .evaluation.before_after_report import Searches, write_before_after
+from .evaluation.before_after_report import BeforeAfter, Searches, language_table, write_before_after
 from .evaluation.kept_embeddings import KeptEmbeddings
 from .evaluation.model_scores import OWN_ADAPTERS, base_sides
 from .run.clock import Clock
@@ -66,6 +66,8 @@ def main(workdir: Path, model: str | None, corpus: Path) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     packages, train_packages = read_corpus(corpus, "test"), read_corpus(corpus, "train")
     base = model or str(workdir / "e5-small")
+    if model is not None:
+        find_model(model)
     workdir.mkdir(parents=True, exist_ok=True)
     clock = Clock(workdir / "seconds.json")
     with clock.part("model and data"):
@@ -97,7 +99,7 @@ def main(workdir: Path, model: str | None, corpus: Path) -> None:
     searches, command = Searches(SEARCHES, before, after), _next_command(workdir, corpus)
     write_before_after(workdir, scores, searches, clock.spent(), base=Path(base).name, command=command)
     _show(before, after)
-    click.echo((workdir / "report.md").read_text("utf-8").split("\n## ")[1])
+    click.echo(language_table(BeforeAfter(scores)))
     click.echo(f"model: {workdir / 'model'}\nreport: {workdir / 'report.md'}\n\nNow search for something yourself:\n{command}")
 
 

@@ -143,6 +143,7 @@ def test_a_finished_model_of_another_program_is_not_taken_for_its_own(run, base,
     ("options", "message"),
     [({"corpus": "absent.jsonl"}, "absent.jsonl"), ({"model": "/absent/model"}, "/absent/model")],
 )
-def test_what_is_not_there_is_one_error(run, options, message):
+def test_what_is_not_there_is_one_error(run, options, message, tmp_path):
     status, output = run(**options)
     assert status == 1 and message in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
