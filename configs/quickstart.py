@@ -3,6 +3,7 @@
 `make quickstart` runs it; by itself, once that has written the model and the data:
 
     python -m train configs/quickstart.py --workdir runs/mine
+    python -m train configs/quickstart.py:retrieval --workdir runs/retrieval    # one stage alone
 
 Hardware: two CPU cores.
 Data: the bundled corpus, as `train/quickstart.py` prepares it.
@@ -19,46 +20,78 @@ DIMS = (48, 96, 192, 384)
 
 
 def get_config() -> TrainConfig:
+    return _run(_retrieval(), _text_matching(), _classification(), _separation())
+
+
+def retrieval() -> TrainConfig:
+    return _run(_retrieval())
+
+
+def text_matching() -> TrainConfig:
+    return _run(_text_matching())
+
+
+def classification() -> TrainConfig:
+    return _run(_classification())
+
+
+def separation() -> TrainConfig:
+    return _run(_separation())
+
+
+def _run(*stages: Stage) -> TrainConfig:
     return TrainConfig(
         start=InitialModel(source="runs/quickstart/e5-small", lora_rank=16, lora_alpha=16.0, matryoshka_dims=DIMS),
         checkpoint_every=20,
-        stages=(
-            Stage(
-                name="retrieval",
-                objective="retrieval",
-                adapters=("retrieval.query", "retrieval.passage"),
-                datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
-                temperature=0.02,
-                dim_weights=(2.0, 1.0, 1.0, 1.0),
-                **_sizes(steps=60, batch_size=32),
-            ),
-            Stage(
-                name="text_matching",
-                objective="text_matching",
-                temperature=0.05,
-                adapters=("text-matching",),
-                datasets=(DatasetConfig(f"{DATASETS}/scored/1.0.0", "scored_pair"),),
-                **_sizes(steps=20, batch_size=24),
-            ),
-            Stage(
-                name="classification",
-                objective="classification",
-                temperature=0.05,
-                adapters=("classification",),
-                datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text"),),
-                num_negatives=1,
-                same_class="excluded",  # in so few steps the model would learn to read the numbers and nothing else
-                **_sizes(steps=20, batch_size=16),
-            ),
-            Stage(
-                name="separation",
-                objective="separation",
-                temperature=0.05,
-                adapters=("separation",),
-                datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text"),),
-                **_sizes(steps=20, batch_size=16),
-            ),
-        ),
+        stages=stages,
+    )
+
+
+def _retrieval() -> Stage:
+    return Stage(
+        name="retrieval",
+        objective="retrieval",
+        adapters=("retrieval.query", "retrieval.passage"),
+        # Without hard negatives: to mine them would take as long as to train.
+        datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
+        temperature=0.02,
+        dim_weights=(2.0, 1.0, 1.0, 1.0),
+        **_sizes(steps=60, batch_size=32),
+    )
+
+
+def _text_matching() -> Stage:
+    return Stage(
+        name="text_matching",
+        objective="text_matching",
+        adapters=("text-matching",),
+        datasets=(DatasetConfig(f"{DATASETS}/scored/1.0.0", "scored_pair"),),
+        temperature=0.05,
+        **_sizes(steps=20, batch_size=24),
+    )
+
+
+def _classification() -> Stage:
+    return Stage(
+        name="classification",
+        objective="classification",
+        adapters=("classification",),
+        datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text"),),
+        num_negatives=1,
+        same_class="excluded",  # in so few steps the model would learn to read the numbers and nothing else
+        temperature=0.05,
+        **_sizes(steps=20, batch_size=16),
+    )
+
+
+def _separation() -> Stage:
+    return Stage(
+        name="separation",
+        objective="separation",
+        adapters=("separation",),
+        datasets=(DatasetConfig(f"{DATASETS}/labelled/1.0.0", "labelled_text"),),
+        temperature=0.05,
+        **_sizes(steps=20, batch_size=16),
     )
 
 

@@ -69,7 +69,9 @@ def test_the_stages_follow_each_other():
     assert load("adapters").stages == tuple(load(name).stages[0] for name in PAPER if name not in order or name == "retrieval")
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "quickstart", "pretrain.py:mlm", "pretrain.py:pairs", "pretrain.py:adapters"])
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "quickstart", "quickstart.py:retrieval", "pretrain.py:mlm", "pretrain.py:pairs", "pretrain.py:adapters"]
+)
 def test_every_preset_loads_and_survives_json(name):
     config = load_config(CONFIGS / (name if ":" in name else f"{name}.py"))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
