@@ -7,11 +7,14 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint types smoke312 smoke313 test-oldest
+.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest
 .NOTPARALLEL:
 
-quickstart: .venv/.train  ## train a small model through all stages, evaluate it, search with it; resumes where it was stopped
+quickstart: .venv/.train,demo  ## search with a real model, train five adapters above it, evaluate, search again; continues
 	.venv/bin/python -m train.quickstart --workdir runs/quickstart
+
+pretrain: .venv/.train  ## train a small model from raw text through all stages, evaluate it, search with it; continues
+	.venv/bin/python -m train.pretrain --workdir runs/pretrain
 
 test: .venv/.test .venv/.e5-tokenizer  ## everything but the tests marked slow or hub
 	.venv/bin/python -m pytest -n auto --dist worksteal --durations=15

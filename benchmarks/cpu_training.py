@@ -1,4 +1,4 @@
-"""Contrastive training on CPU at the quickstart's size, beside sentence-transformers' trainer.
+"""Contrastive training on CPU at the size of `make pretrain`, beside sentence-transformers.
 
     python -m benchmarks.cpu_training --json benchmarks/results/cpu_training.json
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from configs import quickstart
+from configs import pretrain
 
 from .machine import machine, versions
 from .pair_training import EVERY, train_ours, train_peer, write_pairs
@@ -62,8 +62,8 @@ def main(context: click.Context, steps: int, turns: int, out: Path | None) -> No
 def worker(system: str, dtype: str, steps: int, pairs: Path) -> None:
     """Train with one system in this process, and print the mean seconds of a counted step."""
     measure = train_ours if system == "jina-jax" else train_peer
-    stage = replace(quickstart.pairs().stages[0], steps=EVERY + steps)
-    click.echo(json.dumps(statistics.mean(measure(quickstart.MODEL, stage, pairs, dtype)[1:])))
+    stage = replace(pretrain.pairs().stages[0], steps=EVERY + steps)
+    click.echo(json.dumps(statistics.mean(measure(pretrain.MODEL, stage, pairs, dtype)[1:])))
 
 
 def _measured(system: str, dtype: str, steps: int, pairs: Path) -> float:

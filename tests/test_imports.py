@@ -39,7 +39,7 @@ PROGRAMS = (
     ("run",),
     ("evaluation", "aot"),
     ("own_task",),
-    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart", "adapter"),
+    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart", "pretrain", "adapter"),
 )
 """The same of train."""
 

@@ -229,7 +229,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         file: such as configs/pairs_short.py; with a function's name behind it, as in
-            configs/quickstart.py:mlm, that function is called instead.
+            configs/pretrain.py:mlm, that function is called instead.
         overrides: such as "stages.0.steps=100" or "start.source=runs/mlm/model"; values are Python
             literals, and anything else is text.
 

@@ -15,7 +15,7 @@ from train.old_names import FIELDS, with_new_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-PRESETS = sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "quickstart")
+PRESETS = sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem not in ("quickstart", "pretrain"))
 DIMS = (32, 64, 128, 256, 512, 768, 1024)
 
 PAPER = {  # table A1: steps, devices * batch of each, tokens, rate, temperature
@@ -69,7 +69,9 @@ def test_the_stages_follow_each_other():
     assert load("adapters").stages == tuple(load(name).stages[0] for name in PAPER if name not in order or name == "retrieval")
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "quickstart.py:mlm", "quickstart.py:pairs", "quickstart.py:adapters"])
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "quickstart", "quickstart.py:retrieval", "pretrain.py:mlm", "pretrain.py:pairs", "pretrain.py:adapters"]
+)
 def test_every_preset_loads_and_survives_json(name):
     config = load_config(CONFIGS / (name if ":" in name else f"{name}.py"))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
@@ -248,8 +250,8 @@ def test_files_that_are_no_configuration_are_named(name, text, message, tmp_path
 def test_missing_files_and_functions_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such configuration: .*none.py"):
         load_config(tmp_path / "none.py")
-    with pytest.raises(ConfigError, match=r"quickstart\.py has no function pears"):
-        load_config(f"{CONFIGS}/quickstart.py:pears")
+    with pytest.raises(ConfigError, match=r"pretrain\.py has no function pears"):
+        load_config(f"{CONFIGS}/pretrain.py:pears")
 
 
 # ---- names of before

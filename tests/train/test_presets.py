@@ -20,7 +20,7 @@ from train.run.loop import train
 from train.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PRESETS = sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "quickstart")
+PRESETS = sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem not in ("quickstart", "pretrain"))
 HIDDEN = 32
 TORCH_SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 

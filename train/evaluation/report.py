@@ -119,8 +119,8 @@ def markdown(scores: Sequence[Score]) -> str:
 def plot_dims(scores: Sequence[Score], output: Path) -> None:
     """Plots the metric of each task over the dimensions, one panel a task, for every system."""
     results = Results(scores)
-    figure, panels = _panels(len(results.tasks))
-    for panel, task in zip(panels, results.tasks, strict=True):
+    figure, axes = panels(len(results.tasks))
+    for panel, task in zip(axes, results.tasks, strict=True):
         for column in results.columns(*task):
             points = [(dim, 100 * score.value) for dim in results.dims if (score := results.get(column, *task, dim))]
             style = "--" if column.system == "bm25" else ".-"
@@ -131,7 +131,7 @@ def plot_dims(scores: Sequence[Score], output: Path) -> None:
         panel.axhline(0, color="0.8")  # an axis without its zero makes small differences look large
         panel.set(title=EVAL_TASKS[task], xlabel="dimensions")
         panel.legend()
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_losses(metrics: Iterable[Path], output: Path) -> None:
@@ -152,11 +152,11 @@ def plot_losses(metrics: Iterable[Path], output: Path) -> None:
             curves[stage].append((step, loss))
     if not curves:
         raise ValueError("no losses to plot")
-    figure, panels = _panels(len(curves))
-    for panel, (stage, points) in zip(panels, curves.items(), strict=True):
+    figure, axes = panels(len(curves))
+    for panel, (stage, points) in zip(axes, curves.items(), strict=True):
         panel.plot(*zip(*points, strict=True))
         panel.set(title=stage, xlabel="step", ylabel="loss")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _means_across_languages(scores: Sequence[Score]) -> Iterator[Score]:
@@ -204,7 +204,7 @@ def _losses(file: Path) -> Iterator[tuple[str, int, float]]:
             raise ValueError(f"{file}:{number}: no line of training metrics: {error!r}") from error
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure, outside pyplot so that it needs no display, and panels in rows of three."""
     columns = min(count, 3)
     rows = -(-count // columns)
@@ -212,6 +212,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
-def _save(figure: Figure, output: Path) -> None:
+def save_figure(figure: Figure, output: Path) -> None:
+    """Writes a .png."""
     with atomic_write(output) as target:
         figure.savefig(target, format="png", dpi=120)
