@@ -204,14 +204,20 @@ def remembering(
 def _evaluate(encoder: MTEBEncoder, task: Task, cache: Any, batch_size: int) -> Any:
     with quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("ignore", message=".*is superseded by")  # published rows are of the old tasks
-        results = mteb().evaluate(
-            encoder,
-            task,
-            co2_tracker=False,
-            cache=cache,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-            show_progress_bar=False,
-        )
+        try:
+            results = mteb().evaluate(
+                encoder,
+                task,
+                co2_tracker=False,
+                cache=cache,
+                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+                show_progress_bar=False,
+            )
+        except OSError as error:
+            if all(part.data_loaded for part in parts([task])):
+                raise
+            name = task.metadata.name
+            raise FileNotFoundError(f"{name} cannot be fetched from the hub; give its data by --mteb-data: {error}") from error
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     return results.task_results[0]

@@ -54,14 +54,11 @@ class System(NamedTuple):
 
 
 def task_run(task: Task) -> TaskRun:
-    """Returns what is to be run of a task; an aggregate is run as one."""
+    """Returns what is to be run of a task; an aggregate has one score for each split."""
     metadata = task.metadata
-    if task.is_aggregate:
-        cells: tuple[Cell, ...] = (Cell("test", "default"),)
-        return TaskRun(metadata.name, metadata.type, metadata.main_score, cells, 1)
-    cells = tuple(Cell(split, subset) for split in task.eval_splits for subset in task.hf_subsets)
-    all_cells = len(metadata.eval_splits) * len(metadata.hf_subsets)
-    return TaskRun(metadata.name, metadata.type, metadata.main_score, cells, all_cells)
+    subsets, all_subsets = (["default"],) * 2 if task.is_aggregate else (task.hf_subsets, metadata.hf_subsets)
+    cells = tuple(Cell(split, subset) for split in task.eval_splits for subset in subsets)
+    return TaskRun(metadata.name, metadata.type, metadata.main_score, cells, len(metadata.eval_splits) * len(all_subsets))
 
 
 def measured(label: str, runs: Iterable[TaskRun], results: Mapping[str, Any]) -> System:

@@ -1,6 +1,7 @@
 """`train.evaluate --mteb`: from a corpus or files to MTEB's results and the table."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ pytest.importorskip("click")
 pytest.importorskip("matplotlib")
 import mteb
 from click.testing import CliRunner
+from mteb.mocks.mock_tasks import MockAggregatedTask
 from sklearn.metrics import f1_score, ndcg_score
 
 from jina_jax import Embedder
 from train.evaluate import main
 from train.mteb.names import select, unique
-from train.mteb.run import remembering
+from train.mteb.run import Variant, model_name, remembering, run
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -203,6 +205,40 @@ def test_bad_input_is_one_line(model, corpus, tmp_path, arguments, message):
 def test_options_that_do_not_fit_are_refused(arguments, message):
     done = invoke("model", *arguments)
     assert done.exit_code == 2 and message in " ".join(done.output.split())
+
+
+def test_an_aggregate_has_the_mean_of_its_parts(embedder, tmp_path):
+    task = MockAggregatedTask()
+    for part in task.metadata.tasks:
+        part.load_data()
+    name = model_name("some/model", embedder)
+    (done,), (system,) = run(embedder, name, [task], [Variant(None, "float32")], tmp_path)
+    files = [json.loads(file.read_text()) for file in tmp_path.rglob("Mock*.json") if file.stem != done.name]
+    mean = np.mean([file["scores"]["test"][0]["main_score"] for file in files])
+    assert len(files) == 2 and done.complete
+    assert system.scores[done.name].mean == pytest.approx(100 * mean, abs=1e-3)
+
+
+def test_data_that_the_hub_does_not_give_are_asked_for(model, tmp_path, monkeypatch):
+    def load_data(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("mteb.abstasks.AbsTask.load_data", load_data)
+    done = invoke(model, "--mteb", "STS16", "--out", tmp_path)
+    assert done.exit_code == 1 and "STS16 cannot be fetched from the hub; give its data by --mteb-data" in done.output
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("org/model", "org/model"), ("runs/a/model", "jina-jax/model"), (".", f"jina-jax/{Path.cwd().name}")]
+)
+def test_results_are_filed_under_the_hub_id_or_the_directory(embedder, source, name):
+    assert model_name(source, embedder).name == name
+
+
+def test_the_weights_hash_is_the_revision(embedder, make_encoder):
+    again, other = (make_encoder(seed=seed, vocab_size=300) for seed in (0, 1))
+    digests = {model_name("a/b", Embedder(each, each.config, embedder.tokenizer)).revision for each in (again, again, other)}
+    assert len(digests) == 2
 
 
 def test_a_task_that_two_benchmarks_narrow_otherwise_is_refused():
