@@ -31,7 +31,8 @@ def plot_systems(runs: Sequence[TaskRun], own: Sequence[System], others: Sequenc
     axes.set_yticks([-row for row in range(len(runs))], [f"{run.name}\n{run.metric}" for run in runs], fontsize=7)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    axes.set(xlabel="score x 100, on what was run", xlim=(0, 100), ylim=(-len(runs) + 0.4, 0.6))
+    least = min(score.mean for system in [*own, *others] for score in system.scores.values())
+    axes.set(xlabel="score x 100, on what was run", xlim=(min(0, least - 1), 100), ylim=(-len(runs) + 0.4, 0.6))
     figure.legend(loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     with atomic_write(output) as target:
         figure.savefig(target, format="png", dpi=120)
