@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -90,9 +90,8 @@ def variants(dims: Sequence[int], precisions: Sequence[Precision], embedder: Emb
     Raises:
         ValueError: a dimension that the model does not have.
     """
-    for dim in dims:
-        resolve_truncate_dim(dim, embedder.config)
-    widths = dict.fromkeys([None if dim == embedder.config.hidden_size else dim for dim in dims] or [None])
+    own = resolve_truncate_dim(None, embedder.config)
+    widths = dict.fromkeys([None if resolve_truncate_dim(dim, embedder.config) == own else dim for dim in dims] or [None])
     every: Sequence[Precision] = precisions or ("float32",)
     return [Variant(dim, precision) for dim, precision in product(widths, dict.fromkeys(every))]
 
@@ -227,12 +226,7 @@ def _digest(embedder: Embedder) -> str:
     """Hash of a model's parameters and configuration, in 16 hexadecimal digits."""
     encoder = embedder.encoder
     digest = hashlib.sha256(json.dumps([embedder.config.to_dict(), str(np.dtype(encoder.dtype))]).encode())
-    for path, array in _arrays(encoder):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
-def _arrays(encoder: Any) -> Iterable[tuple[str, np.ndarray]]:
     for path, variable in sorted(variables(encoder).items()):
-        yield path, np.asarray(variable.get_value())
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(variable.get_value()).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """`train.evaluate --mteb`: from a corpus or files to MTEB's results and the table."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sklearn.metrics import f1_score, ndcg_score
 from jina_jax import Embedder
 from train.evaluate import main
 from train.mteb.names import select, unique
-from train.mteb.run import Variant, model_name, remembering, run
+from train.mteb.run import Variant, model_name, remembering, run, variants
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -233,6 +234,13 @@ def test_data_that_the_hub_does_not_give_are_asked_for(model, tmp_path, monkeypa
 )
 def test_results_are_filed_under_the_hub_id_or_the_directory(embedder, source, name):
     assert model_name(source, embedder).name == name
+
+
+def test_a_models_own_dimension_is_no_variant(embedder):
+    assert variants([64, 16, 64], [], embedder) == [Variant(None, "float32"), Variant(16, "float32")]
+    cut = dataclasses.replace(embedder.config, truncate_dim=16)
+    short = Embedder(embedder.encoder, cut, embedder.tokenizer)
+    assert variants([64, 16], ["int8"], short) == [Variant(64, "int8"), Variant(None, "int8")]
 
 
 def test_the_weights_hash_is_the_revision(embedder, make_encoder):
