@@ -136,8 +136,18 @@ def markdown(rows: Sequence[Row]) -> str:
 @click.option("--task", "names", type=click.Choice([*TASKS]), multiple=True, help="Default: all.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--sentence-transformers", "peer", is_flag=True, help="Also score the same weights there.")
+@click.option("--peer-subset", "subsets", multiple=True, help="Languages that are scored there; default: all.")
 @click.option("--json", "output", type=click.Path(path_type=Path))
-def main(model: str, data: Path, out: Path, names: Sequence[str], dtype: str, peer: bool, output: Path | None) -> None:
+def main(
+    model: str,
+    data: Path,
+    out: Path,
+    names: Sequence[str],
+    dtype: str,
+    peer: bool,
+    subsets: Sequence[str],
+    output: Path | None,
+) -> None:
     """Score MODEL, print a table, and exit with 1 if a score is too far from another."""
     names, embedder = names or [*TASKS], Embedder.load(model, dtype=dtype)
     own = model_name(model, embedder)
@@ -145,8 +155,10 @@ def main(model: str, data: Path, out: Path, names: Sequence[str], dtype: str, pe
     if peer:
         other = ModelName(f"sentence-transformers/{own.name.split('/')[1]}", own.revision)
         encode = sentence_transformers(model)
-        theirs = score(embedder, other, prepare(data, out / "data", names), out / "sentence-transformers", encode)
-        rows = [row._replace(sentence_transformers=their.score) for row, their in zip(rows, theirs, strict=True)]
+        tasks = [task for task in prepare(data, out / "data", names, subsets) if task.hf_subsets]
+        theirs = score(embedder, other, tasks, out / "sentence-transformers", encode)
+        found = {row[:3]: row.score for row in theirs}
+        rows = [row._replace(sentence_transformers=found.get(row[:3])) for row in rows]
     click.echo(markdown(rows))
     if output:
         packages = (*PACKAGES, "sentence-transformers", "torch") if peer else PACKAGES
