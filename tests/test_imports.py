@@ -20,7 +20,7 @@ LIBRARY = (
     ("losses", "parallel", "text"),
     ("checkpoints",),
     ("embed",),
-    ("bulk",),
+    ("bulk", "mteb"),
     ("adapters", "command"),
     ("__init__",),
     ("commands",),
@@ -38,7 +38,7 @@ PROGRAMS = (
     ("step",),
     ("run",),
     ("evaluation", "aot"),
-    ("own_task",),
+    ("own_task", "mteb"),
     ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart", "pretrain", "adapter"),
 )
 """The same of train."""
@@ -54,12 +54,14 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "tensorflow": set(),
     "tensorflow_datasets": {"train/data/tfds_datasets.py"},
     "tensorboardX": {"train/run/metrics.py"},
-    "matplotlib": {"train/evaluation/report.py"},
+    "matplotlib": {"train/evaluation/report.py", "train/mteb/plot.py"},
+    "mteb": {"jina_jax/mteb.py", "train/mteb"},
+    "datasets": {"train/mteb"},
     "peft": set(),
     "sentence_transformers": set(),
 }
 
-AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow", "regex"}
+AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow", "regex", "mteb"}
 """Packages that no module of the library imports before they are needed."""
 
 

@@ -1,4 +1,5 @@
-"""Quantises embeddings to bytes or bits, as sentence-transformers' `quantize_embeddings` does."""
+"""Quantises embeddings to bytes or bits, as sentence-transformers' `quantize_embeddings` does, and
+reads them back."""
 
 import logging
 from typing import Any, Literal, get_args
@@ -48,6 +49,40 @@ def quantize(embeddings: Float[np.ndarray, "n d"], precision: EmbeddingPrecision
     raise ValueError(f"unknown precision {precision!r}; use one of {list(EMBEDDING_PRECISIONS)}")
 
 
+def dequantize(
+    embeddings: Num[np.ndarray, "n _"], precision: EmbeddingPrecision, dim: int, ranges: Any = None
+) -> Float[np.ndarray, "n {dim}"]:
+    """Returns the values that quantised embeddings stand for.
+
+    Args:
+        embeddings: as `quantize` returns them.
+        precision: of the embeddings.
+        dim: how many dimensions they had.
+        ranges: those that they were quantised with, for int8 and uint8.
+
+    Returns:
+        The middle of each value's step, and for bits +1 and -1, in float32.
+
+    Raises:
+        ValueError: an unknown precision, no ranges for int8 and uint8, or ranges that are none.
+    """
+    ranges = parse_ranges(ranges, precision, dim)
+    match precision:
+        case "float32":
+            return embeddings
+        case "ubinary":
+            return _signs(embeddings, dim)
+        case "binary":
+            return _signs((embeddings.astype(np.int16) + 128).astype(np.uint8), dim)
+        case "uint8" | "int8":
+            if ranges is None:
+                raise ValueError(f"{precision} embeddings are read with the ranges that they were quantised with")
+            low, high = ranges
+            steps = embeddings.astype(np.float32) + np.float32(128 if precision == "int8" else 0)
+            return np.minimum(low + (high - low) / np.float32(255) * (steps + np.float32(0.5)), high)
+    raise ValueError(f"unknown precision {precision!r}; use one of {list(EMBEDDING_PRECISIONS)}")
+
+
 def parse_ranges(ranges: Any, precision: str, dim: int) -> np.ndarray | None:
     """Returns calibration ranges as an array [2, d], or None where none are given.
 
@@ -68,6 +103,10 @@ def parse_ranges(ranges: Any, precision: str, dim: int) -> np.ndarray | None:
     if not np.isfinite(ranges).all() or (ranges[0] > ranges[1]).any():
         raise ValueError("ranges must be finite, and no least value above its largest")
     return ranges
+
+
+def _signs(bits: np.ndarray, dim: int) -> np.ndarray:
+    return 2 * np.unpackbits(bits, axis=-1, count=dim).astype(np.float32) - 1
 
 
 def _steps(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None) -> np.ndarray:

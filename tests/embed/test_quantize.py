@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from jina_jax.embed.quantize import EMBEDDING_PRECISIONS, quantize
+from jina_jax.embed.quantize import EMBEDDING_PRECISIONS, dequantize, quantize
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers.util import quantize_embeddings
@@ -66,3 +66,38 @@ def test_what_are_no_ranges(ranges, message):
 def test_ranges_beside_a_precision_that_takes_none():
     with pytest.raises(ValueError, match="int8 and uint8, not for ubinary"):
         quantize(np.ones((3, 2), np.float32), "ubinary", [[0, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_steps_are_read_back_to_their_middles(precision):
+    embeddings = np.random.default_rng(2).standard_normal((200, 7)).astype(np.float32)
+    ranges = np.stack([embeddings.min(axis=0), embeddings.max(axis=0)])
+    back = dequantize(quantize(embeddings, precision, ranges), precision, 7, ranges)
+    step = (ranges[1] - ranges[0]) / 255
+    assert (np.abs(back - embeddings) <= step * 0.5001 + 1e-6).all()
+    assert np.abs((back - embeddings).mean(axis=0) / step).max() < 0.1  # no bias
+
+
+@pytest.mark.parametrize("precision", ["binary", "ubinary"])
+def test_bits_are_read_back_to_signs(precision):
+    embeddings = np.random.default_rng(3).standard_normal((5, 13)).astype(np.float32)
+    back = dequantize(quantize(embeddings, precision), precision, 13)
+    np.testing.assert_array_equal(back, np.where(embeddings > 0, 1, -1))
+
+
+def test_floats_are_read_back_as_they_are():
+    embeddings = np.ones((2, 3), np.float32)
+    assert dequantize(embeddings, "float32", 3) is embeddings
+
+
+@pytest.mark.parametrize(
+    ("precision", "ranges", "message"),
+    [
+        ("int8", None, "with the ranges that they were"),
+        ("int8", [[0], [1]], r"ranges must be \[2, 2\]"),
+        ("int4", None, "unknown"),
+    ],
+)
+def test_what_cannot_be_read_back_is_an_error(precision, ranges, message):
+    with pytest.raises(ValueError, match=message):
+        dequantize(np.zeros((1, 2), np.int8), precision, 2, ranges)
