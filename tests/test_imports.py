@@ -20,7 +20,7 @@ LIBRARY = (
     ("losses", "parallel", "text"),
     ("checkpoints",),
     ("embed",),
-    ("bulk",),
+    ("bulk", "serve"),
     ("adapters", "command"),
     ("__init__",),
     ("commands",),
@@ -54,6 +54,7 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "tensorflow_datasets": {"train/data/tfds_datasets.py"},
     "tensorboardX": {"train/run/metrics.py"},
     "matplotlib": {"train/evaluation/report.py"},
+    **dict.fromkeys(("starlette", "uvicorn", "orjson", "prometheus_client"), {"jina_jax/serve"}),
     "peft": set(),
     "sentence_transformers": set(),
 }

@@ -21,10 +21,12 @@ from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
+from ..text.packing import row_shapes
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
 from .folded_adapters import FoldedAdapters, how_many_to_keep
 from .forward import text_embeddings, token_states
 from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
+from .mixed_rows import MixedRows
 from .progress import progress_bar
 from .quantize import EmbeddingPrecision
 from .results import Result, collect_embeddings, collect_token_states, finish, one_ahead
@@ -268,6 +270,17 @@ class Embedder:
             total, limit = len(request.texts), request.max_length
             warnings.warn(f"{truncated} of {total} texts are longer than {limit} tokens and were cut", stacklevel=2)
         return finish(collected, output)
+
+    def mixed_rows(self, slots: int) -> MixedRows:
+        """Returns the forward pass of a server: rows of any adapters in a few shapes, which it
+        compiles ahead of time.
+
+        Args:
+            slots: most token slots of a batch on each device; the longest text gets a row of its
+                own all the same.
+        """
+        devices = 1 if self.mesh is None else self.mesh.size
+        return MixedRows(self._base, self.mesh, row_shapes(self.max_length, slots, devices))
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]

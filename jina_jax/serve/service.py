@@ -1,0 +1,163 @@
+"""A loaded model behind the routes: from a request's texts to its vectors."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
+
+from ..embed.embedder import Embedder
+from ..text.tokenizer import private_backend
+from .batcher import Batcher, TextFailed, pace
+from .call import EmbedCall, ServedModel
+from .errors import ApiError
+from .metrics import Metrics
+from .options import ServeOptions
+from .tasks import resolve_task
+from .texts import TokenizedText, tokenize_texts
+from .work import Work
+
+T = TypeVar("T")
+
+SLICE_CHARACTERS = 50_000
+"""Characters that are tokenised at a time, or one text: between two slices the tokenizer is free
+for others, and a client that has left is noticed."""
+
+QUERY_CHARACTERS = 4_000
+"""Characters of a request up to which it is tokenised beside the long ones, and not behind them."""
+
+
+class Embedded(NamedTuple):
+    """The vectors of a request, and its tokens."""
+
+    results: list[np.ndarray]
+    tokens: int
+
+
+class Service:
+    """The model, its tokenizer threads and its batcher. It is there when requests can be taken."""
+
+    def __init__(self, embedder: Embedder, options: ServeOptions, metrics: Metrics):
+        """Compiles every program and starts the batcher.
+
+        Raises:
+            ApiError: the default task is not one of the model's.
+        """
+        resolve_task(options.default_task, embedder.config, "--default-task")
+        slots = pace(options.max_batch_tokens).slots
+        rows = embedder.mixed_rows(slots)
+        rows.compile()
+        self.model = ServedModel(
+            config=embedder.config,
+            names=options.names,
+            default_task=options.default_task,
+            dim=embedder.get_sentence_embedding_dimension(),
+            max_length=embedder.max_length,
+            max_texts=options.max_texts,
+            max_queued_tokens=options.max_queued_tokens,
+            max_batch_tokens=slots * rows.devices,
+            dtype=str(np.dtype(embedder.encoder.dtype)),
+            created=int(time.time()),
+        )
+        self.backend = private_backend(embedder.tokenizer)
+        self.batcher = Batcher(rows, embedder.config.pad_id, options, metrics)
+        self._options, self._metrics = options, metrics
+        self._short = ThreadPoolExecutor(1, "tokenizer-short")
+        self._long = ThreadPoolExecutor(1, "tokenizer-long")
+        self._answers = ThreadPoolExecutor(1, "answers")
+
+    async def embed(self, request: Request, call: EmbedCall) -> Embedded:
+        """Embeds the texts of a request.
+
+        Raises:
+            ApiError: a text is not valid or has no result, the queue is full, or the deadline has
+                passed.
+            ClientDisconnect: the client has left; what is not under way is dropped.
+        """
+        deadline = time.perf_counter() + self._options.deadline
+        gone = asyncio.create_task(_gone(request))
+        try:
+            texts = await self._tokenize(call, gone, deadline)
+            work = Work(texts, call.states)
+            self.batcher.submit(work)
+            results = await self._result(work, call, gone, deadline)
+        finally:
+            gone.cancel()
+        self._metrics.texts.inc(len(texts))
+        self._metrics.tokens.inc(work.tokens)
+        self._metrics.truncated.inc(sum(text.cut for text in texts))
+        return Embedded(results, work.tokens)
+
+    async def tokenizer(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs a function in the thread that tokenises long requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._long, function, *arguments)
+
+    async def answer(self, texts: int, function: Callable[[], T]) -> T:
+        """Writes an answer: one of many texts in a thread, so that others do not wait for it."""
+        if texts <= 16:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._answers, function)
+
+    def close(self, seconds: float) -> bool:
+        """Ends all threads; returns whether that of the batcher ended in time."""
+        for pool in (self._short, self._long, self._answers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        return self.batcher.close(seconds)
+
+    async def _tokenize(self, call: EmbedCall, gone: asyncio.Task[None], deadline: float) -> list[TokenizedText]:
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
+        pool = self._short if sum(map(len, call.texts)) <= QUERY_CHARACTERS else self._long
+        done: list[TokenizedText] = []
+        while len(done) < len(call.texts):
+            some = _slice(call.texts, len(done))
+            done += await loop.run_in_executor(pool, tokenize_texts, self.backend, some, len(done), call.task, call.limits)
+            if gone.done():
+                self._metrics.dropped.labels("client_gone").inc(len(call.texts))
+                raise ClientDisconnect
+            if time.perf_counter() > deadline:
+                self._metrics.dropped.labels("deadline").inc(len(call.texts))
+                raise self._too_late()
+        self._metrics.tokenizer_seconds.observe(time.perf_counter() - began)
+        return done
+
+    async def _result(self, work: Work, call: EmbedCall, gone: asyncio.Task[None], deadline: float) -> list[np.ndarray]:
+        future = asyncio.wrap_future(work.future)
+        try:
+            left = deadline - time.perf_counter()
+            await asyncio.wait({future, gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                self.batcher.drop(work, "client_gone" if gone.done() else "deadline", self._too_late())
+                if gone.done():
+                    raise ClientDisconnect
+            return await future
+        except TextFailed as failed:
+            name = call.limits.name(failed.index)
+            raise ApiError(500, f"{name}: {failed}", param=name, code="not_computed") from failed
+        except asyncio.CancelledError:
+            self.batcher.drop(work, "shutdown", self._too_late())
+            raise
+        finally:
+            future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is not lost, but not needed
+
+    def _too_late(self) -> ApiError:
+        deadline = self._options.deadline
+        return ApiError(503, f"not computed within the deadline of {deadline:g} s", code="deadline", retry_after=1)
+
+
+async def _gone(request: Request) -> None:
+    """Waits until the client of a request that has been read leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _slice(texts: list[str], start: int) -> list[str]:
+    """The next texts to tokenise."""
+    characters = 0
+    for end in range(start, len(texts)):
+        characters += len(texts[end])
+        if characters > SLICE_CHARACTERS:
+            return texts[start : max(end, start + 1)]
+    return texts[start:]
