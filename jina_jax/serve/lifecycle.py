@@ -71,7 +71,7 @@ def run(load: Callable[[], Embedder], state: State, address: Address) -> int:
         raise OSError(f"{address.host}:{address.port} cannot be listened on; the log says why") from error
     if state.failure is not None:
         raise state.failure
-    ended = state.service is None or state.service.close(seconds=1)
+    ended = state.service is None or state.service.close(seconds=1.0)
     if server.loader.is_alive() or not ended:
         # A thread in XLA ends with its program only, and Python would wait for it.
         sys.stderr.flush()

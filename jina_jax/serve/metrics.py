@@ -22,7 +22,7 @@ ROUTES = (
 DROPPED = ("overload", "deadline", "client_gone", "shutdown", "failed")
 """Reasons for which texts are not computed: requests that are refused for overload count once."""
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 _compilations: dict[str, int] = {}
@@ -59,7 +59,7 @@ class Metrics:
         self.queue_seconds = histogram("queue_seconds", "From a request's tokens to its first batch.")
         self.compute_seconds = histogram("compute_seconds", "Computation of a batch.")
         self.request_seconds = histogram("request_seconds", "From a request's first byte to its answer.")
-        self.batch_texts = histogram("batch_texts", "Texts of a batch.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
+        self.batch_texts = histogram("batch_texts", "Texts of a batch.", tuple(2.0**i for i in range(10)))
         self.batch_filled = histogram("batch_filled_ratio", "Filled slots of a batch.", tuple(i / 10 for i in range(1, 11)))
         compilations = gauge("compilations_since_ready", "Programs compiled by the thread that computes: 0, or a fault.")
         compilations.set_function(lambda: _compilations.get("jax", 0))

@@ -54,7 +54,7 @@ def serving(embedder: Embedder, **options: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join(20)
         if state.service is not None:
-            assert state.service.close(seconds=20)
+            assert state.service.close(seconds=20.0)
     assert not thread.is_alive()
 
 
