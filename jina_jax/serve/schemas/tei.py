@@ -2,11 +2,11 @@
 text-embeddings-inference."""
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ... import __version__
 from ..call import EmbedCall, ServedModel
 from ..errors import ApiError, invalid
 from ..tasks import Task, resolve_prompt_name, resolve_task
@@ -113,7 +113,7 @@ def info(model: ServedModel) -> dict[str, Any]:
         "max_client_batch_size": model.max_texts,
         "auto_truncate": False,
         "tokenization_workers": 1,
-        "version": __version__,
+        "version": version("jina-jax"),
         "sha": None,
         "docker_label": None,
     }
