@@ -59,7 +59,7 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "sentence_transformers": set(),
 }
 
-AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow"}
+AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow", "regex"}
 """Packages that no module of the library imports before they are needed."""
 
 

@@ -1,6 +1,7 @@
 """Shards of a bulk run on disk: atomic writes, and a hash of each that a restart verifies.
 
-OUTPUT/part-00000.parquet     rows of the input, in its order: id, embedding
+OUTPUT/part-00000.parquet     rows of the input, in its order: id, embedding; or their chunks: id,
+                              chunk (its number, from 0), start and end (its characters), embedding
 OUTPUT/_run/part-00000.json   its row count, size and hash; written after it
 """
 
@@ -19,9 +20,13 @@ logger = logging.getLogger(__name__)
 
 RUN = "_run"
 
+CHUNK_COLUMNS = (("chunk", "int32"), ("start", "int64"), ("end", "int64"))
+"""What a row that is a chunk has beside id and embedding, and the types."""
+
 
 class Shard(NamedTuple):
-    """Rows `first` to `end`, exclusive, of all rows of the input."""
+    """Rows `first` to `end`, exclusive, of all rows of the input; it holds as many, or their
+    chunks."""
 
     number: int
     first: int
@@ -54,39 +59,47 @@ def embedding_column(embeddings: np.ndarray) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
 
 
-def shard_schema(ids: str, embeddings: np.ndarray) -> Any:
-    """Arrow schema of a shard: ids of the type named, and vectors like those of `embeddings`."""
+def shard_schema(ids: str, embeddings: np.ndarray, columns: Sequence[tuple[str, str]] = ()) -> Any:
+    """Arrow schema of a shard: ids of the type named, vectors like those of `embeddings`, and
+    columns in between."""
     parquet()
     import pyarrow as pa
 
     vector = pa.list_(pa.from_numpy_dtype(embeddings.dtype), embeddings.shape[1])
-    return pa.schema([("id", ids), ("embedding", vector)])
+    return pa.schema([("id", ids), *columns, ("embedding", vector)])
 
 
-def write_shard(output: Path, shard: Shard, schema: Any, batches: Iterable[tuple[Sequence[str | int], np.ndarray]]) -> None:
+def write_shard(output: Path, shard: Shard, schema: Any, batches: Iterable[tuple[int, dict[str, Any]]]) -> None:
     """Writes a shard and then its record, each atomically.
 
     Args:
         output: the run's directory.
         shard: the shard to write.
         schema: from `shard_schema`.
-        batches: ids and embeddings [rows, dim] of its rows.
+        batches: for some of its rows of the input how many they are, and the columns of what is
+            written of them, embeddings as [rows, dim].
 
     Raises:
-        DataError: there are fewer rows than the shard has.
+        DataError: there are fewer rows of the input than the shard has.
     """
     import pyarrow as pa
 
-    rows = 0
+    read = written = 0
     with atomic_write(shard.file(output)) as target:
         with parquet().ParquetWriter(target, schema, use_dictionary=False) as writer:
-            for ids, embeddings in batches:
-                columns = [pa.array(ids, schema.field("id").type), embedding_column(embeddings)]
+            for rows, values in batches:
+                columns = [
+                    embedding_column(values[field.name])
+                    if field.name == "embedding"
+                    else pa.array(values[field.name], field.type)
+                    for field in schema
+                ]
                 writer.write_table(pa.table(columns, schema=schema))
-                rows += len(ids)
-        if rows != shard.rows:
-            raise DataError(f"an input has become shorter: there are {rows} of the {shard.rows} rows of {shard.name}")
-        record = {"rows": rows, "bytes": target.stat().st_size, "sha256": sha256(target)}
+                read += rows
+                written += len(columns[0])
+        if read != shard.rows:
+            raise DataError(f"an input has become shorter: there are {read} of the {shard.rows} rows of {shard.name}")
+        record = {"rows": written, "bytes": target.stat().st_size, "sha256": sha256(target)}
     write_json(shard.record(output), record)
 
 
@@ -109,7 +122,7 @@ def record_if_there(output: Path, shard: Shard) -> dict[str, Any]:
 
 
 def rows_done(output: Path, shards: Iterable[Shard]) -> int:
-    """Number of rows in the shards that have a record, whichever process wrote it."""
+    """Number of input rows of the shards that have a record, whichever process wrote it."""
     there = {path.stem for path in (output / RUN).glob("part-*.json")}
     return sum(shard.rows for shard in shards if shard.name in there)
 

@@ -73,6 +73,11 @@ def open_shards(directory: Path) -> EmbeddedShards:
             f"{directory} holds embeddings of precision {precision}, whose order is not that of the cosine; "
             "to search, embed the texts again with --precision float32"
         )
+    if any(options.get(name) is not None for name in ("chunk_tokens", "chunk_sentences")):
+        raise RunError(
+            f"{directory} holds embeddings of chunks, and what is searched here are whole texts: embed them without "
+            "--chunk-tokens and --chunk-sentences"
+        )
     shards = _written_files(manifest, "shards", path)
     inputs = _written_files(manifest, "inputs", path)
     rows = _get(manifest, "rows", int, path)

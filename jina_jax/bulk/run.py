@@ -1,4 +1,4 @@
-"""Embeds the rows of many files as Parquet shards.
+"""Embeds the rows of many files, or their chunks, as Parquet shards.
 
 Any number of processes work on a run, and each of them may end at any moment.
 
@@ -17,7 +17,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from jax.typing import DTypeLike
 from ..checkpoints.pipeline import transformer_folder
 from ..checkpoints.sources import MODEL_FILES
 from ..config import Side
+from ..embed.chunk_rows import check_chunk_options, chunker, embed_in_chunks
 from ..embed.embedder import Embedder
 from ..embed.progress import progress_bar
 from ..embed.quantize import EmbeddingPrecision
@@ -41,6 +42,7 @@ from ..parallel.mesh import make_mesh
 from ..text.readers import TextRecord, check_file, parquet
 from .inputs import first_names, id_type, read_rows, scan_inputs
 from .parquet_shards import (
+    CHUNK_COLUMNS,
     RUN,
     Shard,
     is_finished,
@@ -64,6 +66,8 @@ CALL_ROWS = 4096
 
 The number bounds memory, and is large enough to fill packed rows well.
 """
+CALL_DOCUMENTS = 256
+"""The same of rows that are embedded in chunks, which are longer and have several embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,15 @@ class BulkOptions:
     side: Side | None = None
     """As `encode_query` or `encode_document`; in place of task and prompt."""
     max_length: int | None = None
+    chunk_tokens: int | None = None
+    """Rows are embedded in chunks of so many tokens; None = as a whole, or by sentences."""
+    chunk_sentences: int | None = None
+    late_chunking: bool | None = None
+    """As `late` of `Embedder.encode_chunks`; None = True."""
+
+    @property
+    def is_chunked(self) -> bool:
+        return self.chunk_tokens is not None or self.chunk_sentences is not None
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -95,6 +108,7 @@ class BulkOptions:
 
     def __post_init__(self) -> None:
         check_exclusive(**self.choice)
+        check_chunk_options(self.chunk_tokens, self.chunk_sentences, self.late_chunking)
         if self.shard_rows < 1:
             raise ValueError(f"shard_rows must be at least 1, not {self.shard_rows}")
         if self.precision in ("int8", "uint8"):
@@ -175,12 +189,12 @@ def embed_files(
     """
     check_arguments(files, options, process, processes)
     # Raises ValueError if an option is not valid for the model.
-    no_embeddings = _encoded(embedder, [], options)
+    no_embeddings = np.asarray(embedder.encode([], **_arguments(embedder, options)))
     _open_output(output)
     inputs = scan_inputs(
         files, output, options.field, options.id_field, process=process, processes=processes, progress=progress
     )
-    schema = shard_schema(id_type(inputs), no_embeddings)
+    schema = shard_schema(id_type(inputs), no_embeddings, CHUNK_COLUMNS if options.is_chunked else ())
     names = first_names(output, inputs)
     identity = _identity(embedder, fingerprint, options, inputs, names)
     _check_same_run(output, identity)
@@ -193,19 +207,20 @@ def embed_files(
     if todo:
         (output / MANIFEST).unlink(missing_ok=True)
     rows = read_rows(inputs, names, todo, options.field, options.id_field)
+    encode, size = _encoder(embedder, options), CALL_DOCUMENTS if options.is_chunked else CALL_ROWS
     with progress_bar(total, "Embedding", "text", show=progress) as bar:
         bar.update(rows_done(output, shards))
         for shard in todo:
             began = time.perf_counter()
             # The first shard runs one call at a time: it compiles, and folds the adapter. After it,
             # one call is tokenised during another.
-            batches = _embedded(embedder, islice(rows, shard.rows), options, bar, calls=1 if shard is todo[0] else 2)
+            batches = _embedded(encode, islice(rows, shard.rows), size, bar, calls=1 if shard is todo[0] else 2)
             write_shard(output, shard, schema, batches)
             bar.n = rows_done(output, shards)  # includes those of other processes
             bar.refresh()
             speed = shard.rows / (time.perf_counter() - began)
             logger.info("%s: %d of %d rows are done; %.0f rows/s", shard.name, bar.n, total, speed)
-    return BulkResult(total, len(shards), _finish(output, identity, shards))
+    return BulkResult(total, len(shards), _finish(output, identity, shards, options.is_chunked))
 
 
 def check_arguments(files: Sequence[str], options: BulkOptions, process: int, processes: int) -> None:
@@ -283,42 +298,60 @@ def _completed(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any
 
 
 def _embedded(
-    embedder: Embedder, rows: Iterator[TextRecord], options: BulkOptions, bar: Any, *, calls: int
-) -> Iterator[tuple[list[str | int], np.ndarray]]:
-    """Yields ids and embeddings of the rows in order, CALL_ROWS at a time.
+    encode: Callable[[list[TextRecord]], dict[str, Any]], rows: Iterator[TextRecord], size: int, bar: Any, *, calls: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields how many rows of the input, in order, and the columns that `encode` makes of them,
+    `size` at a time.
 
     Up to `calls` calls of the embedder run at once.
     """
-    running: deque[tuple[list[str | int], Future[np.ndarray]]] = deque()
+    running: deque[tuple[list[TextRecord], Future[dict[str, Any]]]] = deque()
     with ThreadPoolExecutor(calls) as pool:
         while True:
-            if batch := list(islice(rows, CALL_ROWS)):
-                call = pool.submit(_encoded, embedder, [row.text for row in batch], options)
-                running.append(([row.id for row in batch], call))
+            if batch := list(islice(rows, size)):
+                running.append((batch, pool.submit(encode, batch)))
             if not running:
                 return
             if not batch or len(running) == calls:
-                ids, call = running.popleft()
+                done, call = running.popleft()
                 try:
-                    embeddings = call.result()
+                    columns = call.result()
                 except NotFiniteError as error:
-                    wrong = [ids[index] for index in error.indices]
+                    wrong = [done[index].id for index in error.indices]
                     raise not_finite(error.indices, f"{len(wrong)} of the texts, by id", wrong) from error
-                yield ids, embeddings
-                bar.update(len(ids))
+                yield len(done), columns
+                bar.update(len(done))
 
 
-def _encoded(embedder: Embedder, texts: list[str], options: BulkOptions) -> np.ndarray:
-    arguments = encode_options(embedder.config, **options.choice) | {
+def _encoder(embedder: Embedder, options: BulkOptions) -> Callable[[list[TextRecord]], dict[str, Any]]:
+    """Returns what embeds rows of the input, into the columns of a shard."""
+    arguments = _arguments(embedder, options)
+    cut = chunker(embedder.tokenizer, options.chunk_tokens, options.chunk_sentences)
+
+    def whole(rows: list[TextRecord]) -> dict[str, Any]:
+        embeddings = embedder.encode([row.text for row in rows], **arguments)
+        return {"id": [row.id for row in rows], "embedding": np.asarray(embeddings)}
+
+    def in_chunks(rows: list[TextRecord]) -> dict[str, Any]:
+        assert cut is not None
+        found = embed_in_chunks(embedder, [row.text for row in rows], cut, late=options.late_chunking is not False, **arguments)
+        spans = {"chunk": found.numbers, "start": found.starts, "end": found.ends}
+        return {"id": [rows[index].id for index in found.texts], "embedding": found.embeddings} | spans
+
+    return whole if cut is None else in_chunks
+
+
+def _arguments(embedder: Embedder, options: BulkOptions) -> dict[str, Any]:
+    return encode_options(embedder.config, **options.choice) | {
         "truncate_dim": options.dim,
         "precision": options.precision,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
+        "show_progress_bar": False,
     }
-    return np.asarray(embedder.encode(texts, **arguments, show_progress_bar=False))
 
 
-def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool:
+def _finish(output: Path, identity: dict[str, Any], shards: list[Shard], is_chunked: bool) -> bool:
     """Writes the manifest and returns True if all shards are finished.
 
     Whichever process ends last finds them all.
@@ -327,5 +360,8 @@ def _finish(output: Path, identity: dict[str, Any], shards: list[Shard]) -> bool
     if not all(records):
         return False
     listed = [{"file": shard.file(output).name} | record for shard, record in zip(shards, records, strict=True)]
-    write_json(output / MANIFEST, identity | {"rows": sum(shard.rows for shard in shards), "shards": listed})
+    counts = {"rows": sum(record["rows"] for record in records)}
+    if is_chunked:
+        counts["documents"] = sum(shard.rows for shard in shards)
+    write_json(output / MANIFEST, identity | counts | {"shards": listed})
     return True

@@ -12,11 +12,12 @@ import click
 import numpy as np
 
 from ..bulk import run as bulk
-from ..bulk.parquet_shards import embedding_column
+from ..bulk.parquet_shards import CHUNK_COLUMNS, embedding_column
 from ..checkpoints.remote import is_remote
 from ..checkpoints.sources import find_model
 from ..command import Command, max_length_option, model_options
 from ..config import Side
+from ..embed.chunk_rows import ChunkRows, check_chunk_options, chunker, embed_in_chunks
 from ..embed.embedder import Embedder
 from ..embed.quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
 from ..embed.sides import check_exclusive, encode_options
@@ -24,6 +25,7 @@ from ..files import atomic_write, check_not_input, check_output_file
 from ..text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
+LATE = "Chunks in the context of their text, or each by itself.  [default: --late-chunking]"
 PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
 
 
@@ -42,6 +44,9 @@ PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or
 @max_length_option
 @click.option("--dim", type=int, help="Leading dimensions to keep; default: all.")
 @click.option("--precision", type=click.Choice(EMBEDDING_PRECISIONS), default="float32", show_default=True)
+@click.option("--chunk-tokens", type=int, help="Embed chunks of so many tokens: a row a chunk, with its number and characters.")
+@click.option("--chunk-sentences", type=int, help="The same of so many sentences.")
+@click.option("--late-chunking/--no-late-chunking", default=None, help=LATE)
 @click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
 @click.option(
     "--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards."
@@ -57,6 +62,9 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
     With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz,
     and .parquet) as Parquet shards. However a run ended, it resumes when it is started again.
     Several processes, each with its own --process-id, share the shards.
+
+    With --chunk-tokens or --chunk-sentences a row is a chunk of a text: its id, the chunk's number
+    and its first and last character (from 0, the last exclusive). A text without a token has none.
     """
     if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
         _embed_files(files, model, output, num_processes, process_id, **options)
@@ -84,9 +92,16 @@ def _embed_lines(
     dim: int | None,
     precision: EmbeddingPrecision,
     batch_size: int,
+    chunk_tokens: int | None,
+    chunk_sentences: int | None,
+    late_chunking: bool | None,
 ) -> None:
     check_exclusive(task=task, prompt=prompt, prompt_name=prompt_name, side=side)
+    check_chunk_options(chunk_tokens, chunk_sentences, late_chunking)
     suffix = Path(output).suffix
+    is_chunked = chunk_tokens is not None or chunk_sentences is not None
+    if is_chunked and suffix == ".npy":
+        raise ValueError(f"{output} would hold embeddings without their chunks; --output must end in .parquet, or be - or DIR/")
     if output != "-" and suffix not in (".npy", ".parquet"):
         raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
     if output != "-":
@@ -96,18 +111,33 @@ def _embed_lines(
     embedder = Embedder.load(model, dtype=dtype, revision=revision)
     options = encode_options(embedder.config, task=task, prompt=prompt, prompt_name=prompt_name, side=side)
     options |= {"truncate_dim": dim, "precision": precision, "batch_size": batch_size, "max_length": max_length}
-    embeddings = np.asarray(embedder.encode(texts, **options, show_progress_bar=sys.stderr.isatty()))
+    options["show_progress_bar"] = sys.stderr.isatty()
+    if cut := chunker(embedder.tokenizer, chunk_tokens, chunk_sentences):
+        found = embed_in_chunks(embedder, texts, cut, late=late_chunking is not False, **options)
+        embeddings, columns = found.embeddings, _chunk_columns(file, texts, found)
+    else:
+        embeddings = np.asarray(embedder.encode(texts, **options))
+        columns = {"text": texts}
     if output == "-":
-        for embedding in embeddings:
-            click.echo(json.dumps(embedding.tolist()))
+        for row, embedding in enumerate(embeddings.tolist()):
+            fields = {name: values[row] for name, values in columns.items() if name != "text"}
+            click.echo(json.dumps(fields | {"embedding": embedding} if is_chunked else embedding, ensure_ascii=False))
         return
     with atomic_write(Path(output)) as target:
         if suffix == ".npy":
             with target.open("wb") as stream:
                 np.save(stream, embeddings)
         else:
-            _write_parquet(target, texts, embeddings)
-    click.echo(f"{output}: {len(texts)} embeddings of {embeddings.shape[1]} dimensions", err=True)
+            _write_parquet(target, columns, embeddings)
+    click.echo(f"{output}: {len(embeddings)} embeddings of {embeddings.shape[1]} dimensions", err=True)
+
+
+def _chunk_columns(file: Path, texts: list[str], rows: ChunkRows) -> dict[str, list[Any]]:
+    """Columns of chunks: as those of DIR/, and the text."""
+    of_text, starts, ends = rows.texts.tolist(), rows.starts.tolist(), rows.ends.tolist()
+    cut = [texts[index][start:end] for index, start, end in zip(of_text, starts, ends, strict=True)]
+    ids = [f"{file}:{index + 1}" for index in of_text]
+    return {"id": ids, "chunk": rows.numbers.tolist(), "start": starts, "end": ends, "text": cut}
 
 
 def _embed_files(
@@ -151,8 +181,10 @@ def _lines(file: Path) -> list[str]:
         return [without_line_end(line) for _, line in decoded_lines(lines, file)]
 
 
-def _write_parquet(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
+def _write_parquet(path: Path, columns: dict[str, list[Any]], embeddings: np.ndarray) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": texts, "embedding": embedding_column(embeddings)}), path)
+    types = dict(CHUNK_COLUMNS)
+    arrays = {name: pa.array(values, types.get(name, "string")) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays | {"embedding": embedding_column(embeddings)}), path)

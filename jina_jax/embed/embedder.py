@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -21,11 +21,20 @@ from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
-from ..text.packing import row_shapes
+from ..text.packing import PackedBatch, plan_batches, row_shapes
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
-from .folded_adapters import FoldedAdapters, how_many_to_keep
-from .forward import text_embeddings, token_states
+from .folded_adapters import FoldedAdapters, group_by_adapter, how_many_to_keep
+from .forward import chunk_means, text_embeddings, token_states
 from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
+from .late_chunking import (
+    ChunkRequest,
+    Window,
+    WindowForm,
+    collect_chunks,
+    lay_out_chunks,
+    parse_chunk_request,
+    tokenize_documents,
+)
 from .mixed_rows import MixedRows
 from .progress import progress_bar
 from .quantize import EmbeddingPrecision
@@ -271,6 +280,79 @@ class Embedder:
             warnings.warn(f"{truncated} of {total} texts are longer than {limit} tokens and were cut", stacklevel=2)
         return finish(collected, output)
 
+    def encode_chunks(
+        self,
+        documents: Iterable[Iterable[str]],
+        task: str | Sequence[str | None] | None = None,
+        *,
+        late: bool = True,
+        separator: str = "",
+        overlap: int | None = None,
+        windows: WindowForm = "framed",
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_size: int = 32,
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = True,
+        precision: EmbeddingPrecision = "float32",
+        ranges: Any = None,
+        max_length: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> list[np.ndarray]:
+        """Embeds the chunks of documents, each in the context of its document (late chunking).
+
+        Chunks cut by `text.chunking.by_tokens` or `by_sentences` are valid. The first chunk has the
+        prompt and the special tokens before it, the last those behind it: one chunk is embedded as
+        `encode` embeds it.
+
+        Args:
+            documents: the chunks of each document, in order; their join is its text.
+            task: the adapter, one for all documents or one for each, as in `encode`.
+            late: False embeds each chunk by itself, cut at the limit.
+            separator: stands between two chunks in the text, and belongs to the first of them.
+            overlap: tokens that a window repeats of the one before it, in a document over the
+                limit; None = 256, or half of a window if that is less.
+            windows: "framed" has prompt and special tokens around each window, "plain" is
+                Algorithm 2 of the paper.
+            max_length: most tokens of a window, special tokens and prompt included.
+
+        The others are those of `encode`.
+
+        Returns:
+            For each document its chunks in order [chunks, dim].
+
+        Raises:
+            ValueError: an argument is not valid, or a chunk has no token of its own: the message
+                names it by document and chunk, from 0.
+        """
+        request = parse_chunk_request(
+            documents,
+            separator,
+            late,
+            overlap,
+            windows,
+            task,
+            prompt,
+            prompt_name,
+            batch_size,
+            max_length,
+            self.config,
+            self.max_length,
+        )
+        output = parse_output(
+            [], truncate_dim, normalize_embeddings, precision, ranges, "sentence_embedding", True, self.config
+        )
+        found, truncated = tokenize_documents(self._backend, request)
+        show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
+        with progress_bar(len(found), "Embedding", "window", show=show) as progress:
+            results = one_ahead(self._chunk_results(request, found))
+            means = collect_chunks(results, found, request.names, self.config.hidden_size, progress)
+        if truncated:
+            total, limit = len(request.names), request.max_length
+            warnings.warn(f"{truncated} of {total} chunks are longer than {limit} tokens and were cut", stacklevel=2)
+        starts = [index for index, (_, chunk) in enumerate(request.names) if chunk == 0]
+        return np.split(finish(means, output), starts[1:]) if starts else []
+
     def mixed_rows(self, slots: int) -> MixedRows:
         """Returns the forward pass of a server: rows of any adapters in a few shapes, which it
         compiles ahead of time.
@@ -279,8 +361,7 @@ class Embedder:
             slots: most token slots of a batch on each device; the longest text gets a row of its
                 own all the same.
         """
-        devices = 1 if self.mesh is None else self.mesh.size
-        return MixedRows(self._base, self.mesh, row_shapes(self.max_length, slots, devices))
+        return MixedRows(self._base, self.mesh, row_shapes(self.max_length, slots, self._devices))
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
@@ -304,60 +385,56 @@ class Embedder:
     def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[Result]:
         """Yields every batch with its result, which may still be under way; `texts` are indices in
         the call."""
-        budget, devices = request.batch_size * SLOTS_PER_TEXT, 1 if self.mesh is None else self.mesh.size
 
         def token_ids(texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
             return tokenize(self._backend, texts, request.max_length)
 
-        for encoder, members, mixed in self._groups(request.texts, request.adapter_ids):
+        for encoder, members, mixed in self._groups(request):
             texts = [request.texts[i] for i in members]
             batches = packed_batches(
                 texts,
                 token_ids,
                 self.config.pad_id,
-                budget,
-                devices,
+                request.batch_size * SLOTS_PER_TEXT,
+                self._devices,
                 first_chunk=self.tuning.first_chunk,
                 largest_chunk=self.tuning.largest_chunk,
             )
             for batch in batches:
-                indices = np.where(batch.texts < 0, -1, members[batch.texts])
-                if mixed:
-                    adapter_ids = np.where(indices < 0, -1, request.adapter_ids[indices])
-                else:
-                    adapter_ids = None if encoder is self._base else np.int32(0)
-                inputs = batch.tokens, batch.segment_ids, batch.positions, adapter_ids
-                if compute is text_embeddings:
-                    inputs = *inputs, batch.pool_ids
-                if self.mesh is not None:
-                    inputs = shard_batch(inputs, self.mesh)
-                yield batch._replace(texts=indices), compute(encoder, *inputs, mesh=self.mesh)
+                batch = batch._replace(texts=np.where(batch.texts < 0, -1, members[batch.texts]))
+                inputs = self._inputs(encoder, batch, request.adapter_ids if mixed else None)
+                yield batch, compute(encoder, *(inputs if compute is text_embeddings else inputs[:-1]), mesh=self.mesh)
 
-    def _groups(self, texts: list[str], adapter_ids: np.ndarray) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
-        """Yields (encoder, indices of texts, whether their adapters are mixed): each large task
-        with its adapter folded, the rest together."""
-        names = np.unique(adapter_ids).tolist()
-        mixed = []
-        for index in names:
-            members = np.flatnonzero(adapter_ids == index)
-            large = sum(len(texts[i]) for i in members) >= self.tuning.worth_folding
-            if large or (len(names) == 1 and self._ready(index)):
-                yield self._encoder_of(index), members, False
-            else:
-                mixed.append(members)
-        if mixed:
-            members = np.sort(np.concatenate(mixed))
-            base_alone = (adapter_ids[members] < 0).all()
-            yield self._base, members, not base_alone
+    def _chunk_results(self, request: ChunkRequest, windows: list[Window]) -> Iterator[Result]:
+        """The same of windows; `texts` are the chunks of the means."""
+        documents = np.array([window.document for window in windows], np.int64)
+        for encoder, members, mixed in self._groups(request):
+            own = np.flatnonzero(np.isin(documents, members))
+            held = [windows[i] for i in own]
+            adapter_ids = request.adapter_ids[documents[own]] if mixed else None
+            lengths = [len(window.token_ids) for window in held]
+            for plan in plan_batches(lengths, request.batch_size * SLOTS_PER_TEXT, self._devices):
+                batch, chunks = lay_out_chunks(held, plan, self.config.pad_id)
+                inputs = self._inputs(encoder, batch, adapter_ids)
+                means = chunk_means(encoder, *inputs, means=chunks.shape[1], mesh=self.mesh)
+                yield batch._replace(texts=chunks), means
 
-    def _ready(self, index: int) -> bool:
-        """True if a small call may have its adapter folded: it never folds one anew because another
-        task was called meanwhile."""
-        return index < 0 or self._folded.ready(self.config.tasks[index])
+    def _groups(self, request: Request | ChunkRequest) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
+        sizes = [len(text) for text in request.texts]
+        return group_by_adapter(self._base, self._folded, sizes, request.adapter_ids, self.tuning.worth_folding)
 
-    def _encoder_of(self, index: int) -> Encoder:
-        """Returns the base, or the encoder with one adapter folded in."""
-        return self._base if index < 0 else self._folded[self.config.tasks[index]]
+    def _inputs(self, encoder: Encoder, batch: PackedBatch, adapter_ids: np.ndarray | None) -> tuple[Any, ...]:
+        """Returns what the forward passes take of a batch; `adapter_ids` are those of all texts
+        that `batch.texts` counts, None = one for all."""
+        of_batch = None if encoder is self._base else np.int32(0)
+        if adapter_ids is not None:
+            of_batch = np.where(batch.texts < 0, -1, adapter_ids[batch.texts])
+        inputs = batch.tokens, batch.segment_ids, batch.positions, of_batch, batch.pool_ids
+        return inputs if self.mesh is None else shard_batch(inputs, self.mesh)
+
+    @property
+    def _devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
 
     def _for_inference(self, encoder: Encoder) -> Encoder:
         return unstack_layers(encoder) if self.mesh is None else encoder

@@ -2,9 +2,11 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 from ..model.adapters import fold_adapter
 from ..model.device import platform
@@ -71,3 +73,33 @@ class FoldedAdapters:
     def tasks(self) -> tuple[str, ...]:
         """Tasks whose encoders are kept, the least recently used one first."""
         return tuple(self._kept)
+
+
+def group_by_adapter(
+    base: Encoder, folded: FoldedAdapters, sizes: Sequence[int], adapter_ids: Int[np.ndarray, " n"], worth_folding: int
+) -> Iterator[tuple[Encoder, Int[np.ndarray, " m"], bool]]:
+    """Yields (encoder, indices of texts, whether their adapters are mixed): each large task with
+    its adapter folded, the rest together.
+
+    Args:
+        base: the encoder with all its adapters.
+        folded: of the same.
+        sizes: characters of each text.
+        adapter_ids: adapter of each text, -1 = none.
+        worth_folding: characters of one task from which on its adapter is folded anew.
+    """
+    tasks = base.config.tasks
+    names = np.unique(adapter_ids).tolist()
+    mixed = []
+    for index in names:
+        members = np.flatnonzero(adapter_ids == index)
+        # A small call never folds one anew because another task was called meanwhile.
+        kept = len(names) == 1 and (index < 0 or folded.ready(tasks[index]))
+        if kept or sum(sizes[i] for i in members.tolist()) >= worth_folding:
+            yield base if index < 0 else folded[tasks[index]], members, False
+        else:
+            mixed.append(members)
+    if mixed:
+        members = np.sort(np.concatenate(mixed))
+        base_alone = (adapter_ids[members] < 0).all()
+        yield base, members, not base_alone

@@ -1,5 +1,5 @@
 """The compiled forward passes of the embedder: packed rows to token states, and to one vector a
-text."""
+text or a chunk."""
 
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +60,22 @@ def text_embeddings(
     return _over_mesh(_embed, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
+@partial(jax.jit, static_argnames=("means", "mesh"))
+def chunk_means(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+    pool_ids: Int[Array, "b t"],
+    *,
+    means: int,
+    mesh: Mesh | None = None,
+) -> Float[Array, "b _ d"]:
+    """As `text_embeddings`, with `means` of them a row, of which a text may have several."""
+    return _over_mesh(partial(_embed, means=means), mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
+
+
 @partial(jax.jit, static_argnames="mesh")
 def embeddings_and_states(
     encoder: Encoder,
@@ -75,16 +91,30 @@ def embeddings_and_states(
     return _over_mesh(_embed_and_encode, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-def _embed(encoder: Encoder, tokens: Array, segment_ids: Array, positions: Array, adapter_ids: Any, pool_ids: Array) -> Array:
-    pooled, _ = _embed_and_encode(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
+def _embed(
+    encoder: Encoder,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    adapter_ids: Any,
+    pool_ids: Array,
+    means: int | None = None,
+) -> Array:
+    pooled, _ = _embed_and_encode(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids, means)
     return pooled
 
 
 def _embed_and_encode(
-    encoder: Encoder, tokens: Array, segment_ids: Array, positions: Array, adapter_ids: Any, pool_ids: Array
+    encoder: Encoder,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    adapter_ids: Any,
+    pool_ids: Array,
+    means: int | None = None,
 ) -> tuple[Array, Array]:
     states = _encode(encoder, tokens, segment_ids, positions, adapter_ids)
-    return pool(states, pool_ids, max_texts(tokens.shape[1])), states
+    return pool(states, pool_ids, means or max_texts(tokens.shape[1])), states
 
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:

@@ -14,6 +14,7 @@ from ..text.tokenizer import private_backend
 from .batcher import Batcher, TextFailed, pace
 from .call import EmbedCall, ServedModel
 from .errors import ApiError
+from .late import join_chunks, tokenize_chunks
 from .metrics import Metrics
 from .options import ServeOptions
 from .tasks import resolve_task
@@ -80,16 +81,17 @@ class Service:
         deadline = time.perf_counter() + self._options.deadline
         gone = asyncio.create_task(_gone(request))
         try:
-            texts = await self._tokenize(call, gone, deadline)
-            work = Work(texts, call.states)
-            self.batcher.submit(work)
-            results = await self._result(work, call, gone, deadline)
+            if call.late_chunking:
+                embedded = await self._embed_chunks(call, gone, deadline)
+            else:
+                work = Work(await self._tokenize(call, gone, deadline), call.states)
+                embedded = Embedded(await self._result(work, call.limits.name, gone, deadline), work.tokens)
+                self._metrics.truncated.inc(sum(text.cut for text in work.texts))
         finally:
             gone.cancel()
-        self._metrics.texts.inc(len(texts))
-        self._metrics.tokens.inc(work.tokens)
-        self._metrics.truncated.inc(sum(text.cut for text in texts))
-        return Embedded(results, work.tokens)
+        self._metrics.texts.inc(len(call.texts))
+        self._metrics.tokens.inc(embedded.tokens)
+        return embedded
 
     async def tokenizer(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs a function in the thread that tokenises long requests."""
@@ -107,6 +109,11 @@ class Service:
             pool.shutdown(wait=False, cancel_futures=True)
         return self.batcher.close(seconds)
 
+    async def _embed_chunks(self, call: EmbedCall, gone: asyncio.Task[None], deadline: float) -> Embedded:
+        chunks = await self.tokenizer(tokenize_chunks, self.backend, call, self.model.config)
+        results = await self._result(Work(chunks.texts), lambda _: "input", gone, deadline)
+        return Embedded(join_chunks(chunks, results, len(call.texts)), chunks.tokens)
+
     async def _tokenize(self, call: EmbedCall, gone: asyncio.Task[None], deadline: float) -> list[TokenizedText]:
         began, loop = time.perf_counter(), asyncio.get_running_loop()
         pool = self._short if sum(map(len, call.texts)) <= QUERY_CHARACTERS else self._long
@@ -123,7 +130,11 @@ class Service:
         self._metrics.tokenizer_seconds.observe(time.perf_counter() - began)
         return done
 
-    async def _result(self, work: Work, call: EmbedCall, gone: asyncio.Task[None], deadline: float) -> list[np.ndarray]:
+    async def _result(
+        self, work: Work, name: Callable[[int], str], gone: asyncio.Task[None], deadline: float
+    ) -> list[np.ndarray]:
+        """Results of a request's texts, whose names in it `name` gives."""
+        self.batcher.submit(work)
         future = asyncio.wrap_future(work.future)
         try:
             left = deadline - time.perf_counter()
@@ -134,8 +145,7 @@ class Service:
                     raise ClientDisconnect
             return await future
         except TextFailed as failed:
-            name = call.limits.name(failed.index)
-            raise ApiError(500, f"{name}: {failed}", param=name, code="not_computed") from failed
+            raise ApiError(500, f"{name(failed.index)}: {failed}", param=name(failed.index), code="not_computed") from failed
         except asyncio.CancelledError:
             self.batcher.drop(work, "shutdown", self._too_late())
             raise

@@ -37,7 +37,7 @@ class PackedBatch(NamedTuple):
     texts: Int[np.ndarray, "b g"]
     """Index of the text in the list that was packed, -1 = none."""
     pool_ids: Int[np.ndarray, "b t"]
-    """Which embedding of the row a token is averaged into, 0 = none: today that of its text."""
+    """Which embedding of the row a token is averaged into, 0 = none: that of its text, or chunk."""
     truncated: int = 0
     """Texts of the batch that were longer than the limit."""
 

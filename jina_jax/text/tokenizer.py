@@ -181,12 +181,22 @@ def private_backend(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
 
     A user's tokenizer keeps its settings, and what it is used for meanwhile changes nothing here.
     """
+    return _copied(tokenizer.backend_tokenizer)
+
+
+def without_limits(tokenizer: "Tokenizer | tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """Returns the Rust tokenizer, or a copy where it truncates or pads."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return backend if backend.truncation is None and backend.padding is None else _copied(backend)
+
+
+def _copied(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def tokenize(backend: "tokenizers.Tokenizer", texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:

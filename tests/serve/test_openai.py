@@ -128,3 +128,33 @@ def test_probes_and_metrics(served):
     for name in ("queued_tokens 0.0", "compilations_since_ready 0.0", "ready 1.0", 'dropped_total{reason="overload"}'):
         assert f"jina_jax_{name}" in text
     assert json.loads(served.http.get("/ready").content) == {"status": "ready"}
+
+
+def test_late_chunking_is_that_of_encode_chunks(served):
+    chunks = ["An image editor. ", "It opens photos, ", "and ", "zeichnet Bilder."] * 3
+    for task in ("retrieval.passage", None):
+        given = served.embeddings(input=chunks, task=task, late_chunking=True)
+        np.testing.assert_allclose(given, served.embedder.encode_chunks([chunks], task)[0], atol=1e-6)
+    assert not np.allclose(given, served.embedder.encode(chunks), atol=0.01)
+    refused = served.post("/v1/embeddings", input=["a", " ", "b"], late_chunking=True)
+    assert refused.status_code == 400 and "chunk 1 of document 0 has no token of its own" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(40, 8), pytest.param(600, 3, marks=pytest.mark.slow), pytest.param(30, 200, marks=pytest.mark.slow)],
+)
+def test_late_chunking_of_more_chunks_than_a_row_holds_and_over_the_limit(served, count, words):
+    """40 chunks are more than a row of 512 slots holds, 600 more than any."""
+    chunks = [f"word{i} " * words for i in range(count)]
+    fields = {"input": chunks, "task": "retrieval.passage", "late_chunking": True}
+    tokens = len(served.embedder.tokenizer("".join(chunks), truncation=False)["input_ids"])
+    if tokens > 8194:
+        refused = served.post("/v1/embeddings", **fields)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "INPUT_TOKEN_LIMIT_EXCEEDED"
+        assert "tokens in all" in refused.json()["detail"]
+    answer = served.post("/v1/embeddings", truncate=True, **fields)
+    expected = served.embedder.encode_chunks([chunks], "retrieval.passage")[0]
+    np.testing.assert_allclose(vectors(answer), expected, atol=1e-6)
+    assert 0 < answer.json()["usage"]["prompt_tokens"] - tokens < 20
+    assert served.metric("compilations_since_ready") == 0

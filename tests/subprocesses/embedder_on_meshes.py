@@ -31,12 +31,16 @@ characters = np.array([len(text) + len(dict(prompts).get(task, "")) for text, ta
 tuning = Tuning(worth_folding=int(np.median([characters[i::4].sum() for i in range(4)])))
 plain = Embedder(encoder, config, tokenizer, tuning=tuning)
 wanted = [plain.encode(some, normalize_embeddings=False, **options) for some, options in calls]
+documents = [[text[:9], text[9:] + " end"] for text in texts]
+wanted_chunks = np.concatenate(plain.encode_chunks(documents, tasks, max_length=32))
 wanted_states = plain.encode(texts[:9], output_value="token_embeddings")
 for data, fsdp in ((8, 1), (2, 4), (1, 8), (1, 1)):
     spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(data, fsdp), tuning=tuning)
     for (some, options), want in zip(calls, wanted, strict=True):
         got = spread.encode(some, normalize_embeddings=False, **options)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max(initial=1))
+    chunks = np.concatenate(spread.encode_chunks(documents, tasks, max_length=32))
+    np.testing.assert_allclose(chunks, wanted_chunks, rtol=0, atol=1e-5)
     states = spread.encode(texts[:9], output_value="token_embeddings")
     for got, want in zip(states, wanted_states, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
