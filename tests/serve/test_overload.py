@@ -27,12 +27,12 @@ def slow(monkeypatch):
 
 @pytest.fixture
 def small(five, slow):
-    with serving(five, max_queued_tokens=4000, max_batch_tokens=512, deadline=20.0) as server:
+    with serving(five, max_queued_tokens=16_000, max_batch_tokens=512, deadline=20.0) as server:
         yield server
 
 
 TEXTS = ["an image editor for everyone " * 8] * 10
-"""A bulk request of about 600 tokens."""
+"""A bulk request: a queue of the fixture holds some of them."""
 
 
 async def send(served, count: int) -> list[httpx.Response]:
