@@ -123,7 +123,7 @@ class Batcher:
         """Takes a request, whose future gets the results.
 
         Raises:
-            ApiError: it can never be computed in time (413), or not now (429).
+            ApiError: it is larger than the queue (413), or cannot be computed in time now (429).
         """
         with self._changed:
             if self._closed:
@@ -174,14 +174,11 @@ class Batcher:
         if work.is_bulk and work.tokens > self._limit(True):
             limit = f"the limit of a request is {self._limit(True):,} (--max-queued-tokens)"
             raise ApiError(413, f"the request has {work.tokens:,} tokens; {limit}; send fewer texts at once", code="too_large")
-        if work.is_bulk and rate is not None and work.tokens > rate * deadline:
-            needed = f"would take about {math.ceil(work.tokens / rate)} s at {rate:,.0f} tokens/s"
-            advice = f"the deadline is {deadline:g} s (--deadline); send fewer texts at once"
-            raise ApiError(413, f"the request has {work.tokens:,} tokens and {needed}; {advice}", code="too_large")
         ahead = self._queued[work.is_bulk]
         if ahead and ahead + work.tokens > self._limit(work.is_bulk):
             raise self._overloaded(ahead)
-        # Queries overtake bulk: they wait for one another only.
+        # Queries overtake bulk: they wait for one another only. Without others before it a request
+        # is always tried, since the rate may be that of a bad moment.
         before = self.queued_tokens if work.is_bulk else ahead
         if before and rate is not None and before + work.tokens > rate * deadline:
             raise self._overloaded(before)

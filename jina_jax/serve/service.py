@@ -154,7 +154,7 @@ class Service:
 
     def _too_late(self) -> ApiError:
         deadline = self._options.deadline
-        return ApiError(503, f"not computed within the deadline of {deadline:g} s", code="deadline", retry_after=1)
+        return ApiError(503, f"not computed within the deadline of {deadline:g} s (--deadline); send fewer texts at once", code="deadline", retry_after=1)
 
 
 async def _gone(request: Request) -> None:

@@ -289,14 +289,17 @@ def test_the_queue_is_bounded_in_tokens_and_says_when_to_come_back(rows, start):
 
 
 def test_what_the_measured_rate_cannot_do_in_time_is_refused_at_once(rows, start):
-    batcher = start(rows, ServeOptions(names=("t",), deadline=2.0))
-    batcher.submit(first := bulk(20))
-    first.future.result(60)
+    gate = Gate(rows)
+    batcher = start(gate, ServeOptions(names=("t",), deadline=2.0))
     batcher._rate = 1000.0
+    batcher.submit(first := bulk(20))  # too much, too, but there is nothing before it
     with pytest.raises(ApiError) as refused:
-        batcher.submit(bulk(20))
-    assert refused.value.status == 413 and "would take about 4 s" in str(refused.value)
-    batcher.submit(short(1))  # a query waits for queries only
+        batcher.submit(bulk(5))
+    assert refused.value.status == 429 and refused.value.retry_after == 4
+    batcher.submit(query := short(1))  # a query waits for queries only
+    gate.open.set()
+    assert len(first.future.result(60)) == 20 and query.future.result(60)
+    assert batcher._rate != 1000.0
 
 
 def test_a_dropped_request_is_not_computed(rows, start):
