@@ -38,10 +38,10 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(embedder: Embedder, **options: Any) -> Iterator[Served]:
+def serving(embedder: Embedder, address: Address | None = None, **options: Any) -> Iterator[Served]:
     """Serves an embedder until the block ends."""
     state = State(ServeOptions(**{"names": (NAME,)} | options))
-    server = Server(lambda: embedder, state, Address(port=0))
+    server = Server(lambda: embedder, state, address or Address(port=0))
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     try:

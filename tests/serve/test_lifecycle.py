@@ -4,7 +4,9 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from click.testing import CliRunner
 from helpers.serving import serving, wait_until
 from jina_jax.cli import main
 from jina_jax.embed.mixed_rows import MixedRows
+from jina_jax.serve.lifecycle import Address
 from jina_jax.serve.options import KEYS_VARIABLE, is_allowed, read_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +170,18 @@ def _refuses(url: str) -> bool:
     except httpx.TransportError:
         return True
     return False
+
+
+def test_tls(five, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    request = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*request.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with serving(five, address=Address(port=0, tls_cert=cert, tls_key=key), max_batch_tokens=512) as served:
+        with httpx.Client(verify=ssl.create_default_context(cafile=cert)) as client:
+            answer = client.post(f"{served.url.replace('http', 'https')}/embed", json={"inputs": "a"})
+            np.testing.assert_allclose(answer.json()[0], five.encode("a"), atol=1e-6)
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path):
