@@ -135,7 +135,8 @@ async def _embed(service: Service, request: Request, body: Body) -> Any:
 async def _embed_all(service: Service, request: Request, body: Body) -> Any:
     call = tei.parse(body, service.model, states=True)
     embedded = await service.embed(request, call)
-    return await service.answer(len(call.texts), lambda: _json([*map(np.ascontiguousarray, embedded.results)]))
+    request.state.texts, request.state.tokens = len(call.texts), embedded.tokens
+    return await service.answer(embedded.tokens, lambda: _json([*map(np.ascontiguousarray, embedded.results)]))
 
 
 async def _similarity(service: Service, request: Request, body: Body) -> Any:

@@ -226,7 +226,7 @@ class Batcher:
 
     def _start(self, batch: Batch) -> _UnderWay | None:
         """Lays a batch out and hands it to the device; a batch that raises fails alone."""
-        began = time.perf_counter()
+        began = self._busy_since = time.perf_counter()
         for entry in batch.entries:
             if entry.work.started_at is None:
                 entry.work.started_at = began
@@ -237,6 +237,8 @@ class Batcher:
         except Exception as error:
             self._failed(batch, error)
             return None
+        finally:
+            self._busy_since = None
 
     def _finish(self, done: _UnderWay) -> None:
         """Waits for a batch and hands its results out."""

@@ -31,6 +31,10 @@ QUERY_CHARACTERS = 4_000
 """Characters of a request up to which it is tokenised beside the long ones, and not behind them."""
 
 
+MOST_STATES = 16_384
+"""Tokens of a request for token states: at the published width their JSON has 200 MB."""
+
+
 class Embedded(NamedTuple):
     """The vectors of a request, and its tokens."""
 
@@ -85,6 +89,9 @@ class Service:
                 embedded = await self._embed_chunks(call, gone, deadline)
             else:
                 work = Work(await self._tokenize(call, gone, deadline), call.states)
+                if call.states and work.tokens > MOST_STATES:
+                    message = f"the request has {work.tokens:,} tokens; the limit for token states is {MOST_STATES:,}"
+                    raise ApiError(413, message, code="too_large")
                 embedded = Embedded(await self._result(work, call.limits.name, gone, deadline), work.tokens)
                 self._metrics.truncated.inc(sum(text.cut for text in work.texts))
         finally:
@@ -153,8 +160,8 @@ class Service:
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is not lost, but not needed
 
     def _too_late(self) -> ApiError:
-        deadline = self._options.deadline
-        return ApiError(503, f"not computed within the deadline of {deadline:g} s (--deadline); send fewer texts at once", code="deadline", retry_after=1)
+        limit = f"the deadline of {self._options.deadline:g} s (--deadline)"
+        return ApiError(503, f"not computed within {limit}; send fewer texts at once", code="deadline", retry_after=1)
 
 
 async def _gone(request: Request) -> None:

@@ -25,6 +25,11 @@ def test_embed_all_gives_the_states_of_every_token(served):
         np.testing.assert_allclose(np.float32(states), wanted, atol=1e-5)
 
 
+def test_token_states_are_bounded(served):
+    response = served.post("/embed_all", inputs=["word " * 6000] * 3)
+    assert response.status_code == 413 and "18,006 tokens; the limit for token states is 16,384" in response.json()["error"]
+
+
 def test_similarity(served):
     inputs = {"source_sentence": "a game", "sentences": TEXTS}
     given = served.post("/similarity", inputs=inputs, parameters={"prompt_name": "text-matching"}).json()
