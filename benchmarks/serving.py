@@ -95,7 +95,7 @@ class Texts:
 
     def some(self, kind: str, count: int, rng: random.Random) -> tuple[list[str], np.ndarray]:
         chosen = rng.choices(self.by_kind[kind], k=count)
-        return [text for text, _ in chosen], np.float32([vector for _, vector in chosen])
+        return [text for text, _ in chosen], np.array([vector for _, vector in chosen], np.float32)
 
 
 class Client:
@@ -122,7 +122,9 @@ class Client:
             return
         self.latencies.append(time.perf_counter() - began)
         self.done += count
-        vectors = np.float32([item["embedding"] for item in sorted(response.json()["data"], key=lambda item: item["index"])])
+        vectors = np.array(
+            [item["embedding"] for item in sorted(response.json()["data"], key=lambda item: item["index"])], np.float32
+        )
         cosines = (vectors * expected).sum(-1) / np.linalg.norm(vectors, axis=-1)
         if cosines.min() < COSINE[self.name]:
             raise ValueError(f"{self.name}: a vector has a cosine of {cosines.min():.4f} with the reference")

@@ -12,8 +12,8 @@ from jina_jax import Embedder
 from jina_jax.command import use_compilation_cache
 from train.data.corpus import BUNDLED, read_corpus
 
-TEXTS = 1024
-SECONDS = 10
+TEXTS = 256
+SECONDS = 6
 
 
 def main() -> None:

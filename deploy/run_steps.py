@@ -1,7 +1,7 @@
 """Runs the steps of the Containerfile in an empty Debian root, where there is no container engine.
 
     debootstrap --variant=minbase bookworm ROOT
-    python deploy/run_steps.py ROOT [--carry /etc/pip.conf ...]
+    python deploy/run_steps.py ROOT [--carry /etc/pip.conf ...] [--env PIP_CERT=... ...]
     chroot ROOT /opt/jina-jax/bin/jina-jax serve --help
 
 It needs root. Of the Containerfile's instructions it knows those that are used: ARG, RUN, COPY and
@@ -25,13 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--carry", type=Path, action="append", default=[], help="file of this machine that is copied there")
+    parser.add_argument("--env", action="append", default=[], help="NAME=VALUE in the environment of the steps")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
     if not (root / "etc" / "debian_version").exists():
         raise SystemExit(f"{root} is no Debian root: make one with debootstrap")
     for file in [Path("/etc/resolv.conf"), *arguments.carry]:
         _copy(file, root, str(file))
-    environment: dict[str, str] = {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive"} | dict(each.split("=", 1) for each in arguments.env)
     for name, rest in _instructions((HERE / "Containerfile").read_text()):
         print(f"{name} {rest}", flush=True)
         if name in ("ARG", "ENV"):
