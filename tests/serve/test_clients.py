@@ -57,7 +57,7 @@ def test_cohere(real):
     import httpx
 
     sides = {"search_query": real.embedder.encode_query, "search_document": real.embedder.encode_document}
-    with httpx.Client() as http:  # cohere never closes its own
+    with httpx.Client(timeout=120) as http:  # cohere never closes its own
         client = cohere.ClientV2(api_key=KEY, base_url=real.url, httpx_client=http)
         for input_type, side in sides.items():
             types = ["float", "ubinary"]

@@ -1,7 +1,8 @@
 """More requests than can be computed, and clients that leave."""
 
 import asyncio
-import contextlib
+import concurrent.futures
+import socket
 import threading
 import time
 
@@ -80,26 +81,33 @@ def test_a_request_past_its_deadline_is_dropped(five, slow):
         assert served.embeddings(input="a").shape == (1, 32)
 
 
-def test_clients_that_hang_up_are_not_computed(small):
-    async def leave(client: httpx.AsyncClient) -> None:
-        with contextlib.suppress(httpx.TimeoutException):  # the queue may be full before
-            await client.post("/v1/embeddings", json={"input": TEXTS[:1] * 2}, timeout=0.1)
+def test_clients_that_hang_up_are_not_computed(five, monkeypatch):
+    """100 clients leave while a batch is computed; the one that stays is answered."""
+    start, gate = MixedRows.start, threading.Event()
+    body = b'{"input": ["one text", "and another"]}'
+    request = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
 
-    async def hang_up() -> list[float]:
-        """100 clients leave while the queue is busy; one that stays is answered."""
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=small.url, limits=limits, timeout=60) as client:
-            bulk = asyncio.create_task(client.post("/v1/embeddings", json={"input": TEXTS[:5] * 10}))
-            await asyncio.sleep(0.05)
-            await asyncio.gather(*(leave(client) for _ in range(100)))
-            return (await bulk).json()["data"][49]["embedding"]
+    def held(self, batch, adapter_ids):
+        assert gate.wait(120)
+        return start(self, batch, adapter_ids)
 
-    given = asyncio.run(hang_up())
-    np.testing.assert_allclose(np.float32(given), small.embedder.encode(TEXTS[0]), atol=1e-6)
-    wait_until(lambda: small.metric("queued_tokens") == 0)
-    gone = small.metric("requests_total", route="/v1/embeddings", status="499")
-    refused = small.metric("requests_total", route="/v1/embeddings", status="429")
-    assert gone + refused >= 60 and small.metric("dropped_total", reason="client_gone") > 0
+    with serving(five, max_batch_tokens=512, deadline=120.0) as served:
+        monkeypatch.setattr(MixedRows, "start", held)
+        address = served.url.removeprefix("http://").split(":")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stays = pool.submit(served.embeddings, input=TEXTS)
+            wait_until(lambda: served.metric("queued_requests") == 1)
+            leave = [socket.create_connection((address[0], int(address[1]))) for _ in range(100)]
+            for connection in leave:
+                connection.sendall(request)
+            wait_until(lambda: served.metric("queued_requests") == 101)
+            for connection in leave:
+                connection.close()
+            wait_until(lambda: served.metric("dropped_total", reason="client_gone") == 200)
+            gate.set()
+            np.testing.assert_allclose(stays.result(), five.encode(TEXTS), atol=1e-6)
+        wait_until(lambda: served.metric("requests_total", route="/v1/embeddings", status="499") == 100)
+        assert served.metric("queued_tokens") == 0 and served.metric("batch_texts_sum") == len(TEXTS)
 
 
 @pytest.mark.slow
