@@ -17,10 +17,10 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -86,18 +86,17 @@ def best_chunks(
     return lambda rows: np.maximum.reduceat(queries[rows] @ flat.T, starts, axis=1)
 
 
-def score_model(embedder: Embedder, task: Retrieval, ways: Sequence[str], chunk_tokens: int, overlap: int | None) -> list[Way]:
+def score_model(
+    embedder: Embedder, task: Retrieval, ways: Sequence[str], chunk_tokens: int, overlap: int | None
+) -> Iterator[Way]:
     """Scores ways to embed the documents of a task, the queries as queries."""
-    queries = embedder.encode_query(task.left)
-    found = []
+    queries = embedder.encode_query(task.left) if ways else np.zeros((0, 1), np.float32)
     for way in ways:
         began = time.perf_counter()
         chunks = _embed(embedder, task.right, way, chunk_tokens, overlap)
         seconds = time.perf_counter() - began
         score = 100 * ndcg_at_10(best_chunks(queries, chunks), task.relevant)
-        found.append(Way(way, len(task.right), round(score, 2), round(seconds, 1), sum(map(len, chunks))))
-        click.echo(found[-1], err=True)
-    return found
+        yield Way(way, len(task.right), round(score, 2), round(seconds, 1), sum(map(len, chunks)))
 
 
 def _embed(
@@ -124,7 +123,7 @@ def table(ways: Sequence[Way], limit: int) -> str:
     few, all_of_them = min(way.meetings for way in ways), max(way.meetings for way in ways)
     columns = [few] if few == all_of_them else [few, all_of_them]
     score = {(way.way, way.meetings): f"{way.score:.2f}" for way in ways}
-    head = ["", *(f"{count} meetings" for count in columns), "published", "s", "vectors"]
+    head = ["", *(f"{count} meetings" for count in columns), "published (E5-small, BM25)", "s", "vectors"]
     if limit < LONG:
         head.append(f"jina-embeddings-v3, {LONG:,} tokens")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -143,7 +142,7 @@ def table(ways: Sequence[Way], limit: int) -> str:
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), envvar=DATA, required=True, help=f"Default: ${DATA}.")
-@click.option("--meetings", type=int, help="How many are embedded in chunks; default: all.")
+@click.option("--meetings", type=click.IntRange(min=2), help="How many are embedded in chunks; default: all.")
 @click.option("--way", "ways", type=click.Choice(["cut", *CHUNKED]), multiple=True, help="Default: all.")
 @click.option("--chunk-tokens", type=int, default=256, show_default=True)
 @click.option("--overlap", type=int, help="Tokens that windows share; default: that of `encode_chunks`.")
@@ -159,19 +158,40 @@ def main(
     dtype: str,
     out: Path | None,
 ) -> None:
-    """Score MODEL and BM25 on meetings, and print a table."""
+    """Score MODEL and BM25 on meetings, and print a table; with --json it resumes."""
     embedder = Embedder.load(model, dtype=dtype)
     drawn, whole = load_meetings(data / "qmsum", meetings), load_meetings(data / "qmsum")
-    tasks = [drawn] if meetings is None else [drawn, whole]
-    found = [score_words(task) for task in tasks]
-    if meetings is not None and "cut" in (ways or ["cut"]) and embedder.max_length < LONG:
-        found += score_model(embedder, whole, ["cut"], chunk_tokens, overlap)
-    found += score_model(embedder, drawn, ways or ["cut", *CHUNKED], chunk_tokens, overlap)
+    settings = {"model": Path(model).name, "dtype": dtype, "max_length": embedder.max_length, "seed": SEED}
+    settings |= {"chunk_tokens": chunk_tokens, "overlap": overlap}
+    found = _read_finished(out, settings)
+
+    def finish(results: Iterable[Way]) -> None:
+        for way in results:
+            click.echo(way, err=True)
+            found.append(way)
+            if out:
+                report = {"machine": machine(), "date": str(date.today()), "versions": versions(PACKAGES)}
+                out.write_text(json.dumps(report | settings | {"ways": [each._asdict() for each in found]}, indent=2) + "\n")
+
+    def missing(task: Retrieval, names: Sequence[str]) -> list[str]:
+        done = {way.way for way in found if way.meetings == len(task.right)}
+        return [name for name in names if name not in done]
+
+    for task in [drawn] if meetings is None else [drawn, whole]:
+        finish(score_words(task) for _ in missing(task, ["bm25"]))
+    asked = ways or ["cut", *CHUNKED]
+    if meetings is not None and "cut" in asked and embedder.max_length < LONG:
+        finish(score_model(embedder, whole, missing(whole, ["cut"]), chunk_tokens, overlap))
+    finish(score_model(embedder, drawn, missing(drawn, asked), chunk_tokens, overlap))
     click.echo(table(found, embedder.max_length))
-    if out:
-        report = {"machine": machine(), "date": str(date.today()), "dtype": dtype, "versions": versions(PACKAGES)}
-        settings = {"max_length": embedder.max_length, "chunk_tokens": chunk_tokens, "overlap": overlap, "seed": SEED}
-        out.write_text(json.dumps(report | settings | {"ways": [way._asdict() for way in found]}, indent=2) + "\n")
+
+
+def _read_finished(out: Path | None, settings: dict[str, Any]) -> list[Way]:
+    """Ways that an earlier run with the same settings has finished: they take minutes each."""
+    if out is None or not out.exists():
+        return []
+    report = json.loads(out.read_text())
+    return [Way(**way) for way in report["ways"]] if settings.items() <= report.items() else []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ model's authors say.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from jina_jax import Embedder
 from jina_jax.command import Command
 from jina_jax.text.readers import read_records
+from train.evaluation.few_shot import few_shot_accuracies
 from train.evaluation.retrieval import ndcg_at_10
 
 from .machine import machine, versions
@@ -36,8 +35,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "scikit-learn")
 DATA = "JINA_JAX_MTEB_DATA"
 MARGIN = 1.0
 """How many points a score may lie below the published one."""
-
-DRAWS, TEXTS_A_CLASS, SEED = 10, 8, 42
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -103,15 +100,7 @@ def classification(model: Model, folder: Path, _: str) -> float:
     """Mean accuracy of classifiers, each fitted on another draw of eight texts a class."""
     texts, labels = _columns(folder / "train.jsonl", "text", "label")
     test_texts, test_labels = _columns(folder / "test.jsonl", "text", "label")
-    draws = _draws(labels)
-    used = sorted({row for rows in draws for row in rows})
-    embeddings, tested = dict(zip(used, model.query([texts[row] for row in used]), strict=True)), model.query(test_texts)
-    accuracies = []
-    for rows in draws:
-        fitted = LogisticRegression(max_iter=100, random_state=SEED)
-        fitted.fit(np.stack([embeddings[row] for row in rows]), [labels[row] for row in rows])
-        accuracies.append(fitted.score(tested, test_labels))
-    return float(np.mean(accuracies))
+    return float(np.mean(few_shot_accuracies(model.query, texts, labels, test_texts, test_labels)))
 
 
 TASKS = {
@@ -125,20 +114,6 @@ TASKS = {
     "Tatoeba (rus-eng)": Published(bitext, "tatoeba/rus-eng", 89.92),
 }
 """Scores of embeddings-benchmark/results at f4cc6c8b (CC0)."""
-
-
-def _draws(labels: Sequence[str]) -> list[list[int]]:
-    """Rows of each draw. MTEB shuffles what it has shuffled before, by the same numbers."""
-    order, draws = list(range(len(labels))), []
-    for _ in range(DRAWS):
-        np.random.RandomState(SEED).shuffle(order)
-        counts, rows = defaultdict[str, int](int), []
-        for row in order:
-            if counts[labels[row]] < TEXTS_A_CLASS:
-                counts[labels[row]] += 1
-                rows.append(row)
-        draws.append(rows)
-    return draws
 
 
 def _columns(file: Path, *names: str) -> list[list[Any]]:

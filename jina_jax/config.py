@@ -40,11 +40,12 @@ SERVING_ROPE_THETA = 20_000.0
 """Rotary base of the released model. The paper trains at 10,000 and serves at 20,000."""
 
 PositionType = Literal["rope", "absolute"]
-Remat = Literal["none", "except_attention", "full"]
+Remat = Literal["none", "except_products", "except_attention", "full"]
 """Activations of a layer that the backward pass recomputes instead of keeping them.
 
-none: nothing. except_attention: all but attention's result. full: everything, from the layer's
-input.
+none: nothing. except_products: all but the results of matmuls and of attention, which leaves
+LayerNorm, GELU and softmax. except_attention: all but attention's result. full: everything, from
+the layer's input.
 """
 
 

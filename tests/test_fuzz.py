@@ -22,6 +22,7 @@ import click
 from click.testing import CliRunner
 
 import train.__main__
+import train.adapter
 import train.compile
 import train.evaluate
 import train.mine
@@ -106,7 +107,7 @@ class Case:
     def command(self) -> tuple[click.Command, list[str]]:
         door = self.rng.choice([self.embed, self.embed, self.convert, self.convert, self.train, self.prepare, self.mine])
         if self.rng.random() < 0.1:
-            door = self.rng.choice([self.evaluate, self.compile, self.info, self.info])
+            door = self.rng.choice([self.evaluate, self.compile, self.info, self.info, self.adapter, self.adapter])
         command, arguments = door()
         if self.rng.random() < 0.2:
             arguments.insert(self.rng.randrange(len(arguments) + 1), self.rng.choice([*ODD_NAMES, "--x", "--help"]))
@@ -178,6 +179,24 @@ class Case:
 
     def evaluate(self) -> tuple[click.Command, list[str]]:
         return train.evaluate.main, [self.model(), "--corpus", self.texts(), "--split", self.rng.choice(["test", "x"])]
+
+    def adapter(self) -> tuple[click.Command, list[str]]:
+        columns = [
+            ("text", "label"),
+            ("anchor", "positive"),
+            ("anchor", "positive", "negative"),
+            ("text",),
+            ("text", "positive"),
+        ]
+        named = [
+            x for option in self.rng.choice(columns) for x in (f"--{option}", self.rng.choice([option, option, self.odd()]))
+        ]
+        numbers = ["--batch-size", "--rank", "--max-length", "--learning-rate", "--held-out", "--seed", "--dims"]
+        table = self.path("table.csv")
+        table.write_text("text,label,anchor,positive,negative\n" + "".join(f"t{i},{i % 2},a{i},p{i},n{i}\n" for i in range(9)))
+        file, new = self.rng.choice([str(table), str(table), self.texts()]), self.new()
+        options = self.options(numbers, ["--name", "--test"])
+        return train.adapter.main, [file, *named, "--model", self.model(), "--out", new, "--steps", "1", *options]
 
     # ---- parts
 

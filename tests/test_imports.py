@@ -38,7 +38,8 @@ PROGRAMS = (
     ("step",),
     ("run",),
     ("evaluation", "aot"),
-    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart"),
+    ("own_task",),
+    ("__main__", "prepare", "mine", "evaluate", "compile", "quickstart", "adapter"),
 )
 """The same of train."""
 

@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from benchmarks import published_scores
 from benchmarks.published_scores import DATA, MARGIN, TASKS, Model
 from jina_jax import Embedder
+from train.evaluation.few_shot import few_shot_draws
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_retrieval_merges_queries_of_equal_text(tmp_path):
 
 def test_classifiers_are_fitted_on_ten_draws_of_eight_texts_a_class(tmp_path):
     labels = ["x"] * 20 + ["y"] * 5 + ["z"] * 12
-    draws = published_scores._draws(labels)
+    draws = few_shot_draws(labels)
     assert len(draws) == 10 and len({tuple(draw) for draw in draws}) == 10
     assert all(Counter(labels[row] for row in draw) == {"x": 8, "y": 5, "z": 8} for draw in draws)
     train = [{"text": text, "label": text[:1]} for text in ["aaaa", "aaab", "bbbb", "bbba"] * 4]

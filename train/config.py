@@ -88,8 +88,8 @@ class Stage:
     dim_weights: tuple[AboveZero, ...] = ()
     """Weight of the loss at each of `dims`; () = 1 each."""
     num_negatives: Annotated[int, Field(ge=0)] = 0
-    """Negatives per record: drawn from those of a triplet, or from other classes
-    (classification)."""
+    """Negatives per record: drawn from those of a triplet, or from other classes (classification,
+    where the other records of the batch are negatives as well)."""
     same_class: Literal["suffix", "excluded"] = "suffix"
     """Method that keeps tuples of one class from being negatives of one another (classification).
     "suffix": one number ends all texts of a tuple, and the model learns to read it, as in the
@@ -102,19 +102,19 @@ class Stage:
     clip_norm: AboveZero = 1.0
     row_length: Annotated[int, Field(ge=TOKENS_PER_TEXT)] = 512
     """Token slots of a packed row."""
-    num_row_counts: Positive = 1
-    """Number of row counts that a batch may have, evenly spaced up to the most it can need; of two
-    adapters, each has its own rows. What occurs is compiled once; more of them waste less on
-    padding."""
+    num_row_counts: Positive = 5
+    """Number of row counts that a batch may have, each compiled when it first occurs. They are
+    fitted to the lengths of the first examples' texts, except the last one, which holds any batch
+    and seldom occurs. Record kinds share them. 1 = any batch has as many rows as the largest."""
     encode_chunk_rows: Positive | None = None
-    """Rows of each device encoded at once (gradient caching; MLM has no need of it, and accumulates
-    gradients); None = all."""
+    """Most rows of each device encoded at once (gradient caching; MLM has no need of it, and
+    accumulates gradients); None = all."""
     logit_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
-    remat: Remat = "none"
+    remat: Remat = "except_products"
     """Activations of each layer that the backward pass recomputes instead of keeping them. "none":
-    none of them; "except_attention": all except attention's result; "full": all, from the layer's
-    input."""
+    none of them; "except_products": all except the results of matmuls and attention;
+    "except_attention": all except attention's result; "full": all, from the layer's input."""
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:
@@ -139,8 +139,11 @@ class Stage:
                 f"stage {self.name}: prompts are {self.prompts}, and {self.adapters[0]}, one task, has one instruction; "
                 "give the same prompt twice, or two adapters"
             )
-        if self.objective == "classification" and not self.num_negatives:
-            raise ValueError(f"stage {self.name}: classification needs num_negatives of at least 1")
+        if self.objective == "classification" and not self.num_negatives and self.same_class == "suffix":
+            raise ValueError(
+                f'stage {self.name}: classification needs num_negatives of at least 1, or same_class="excluded": '
+                "of texts without negatives the numbers behind them are all that there is to learn"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from ..config import ModelConfig
 from ..text.chunking import first_characters, not_white_space
-from ..text.packing import BatchPlan, PackedBatch, lay_out, max_texts
+from ..text.packing import TOKENS_PER_TEXT, BatchPlan, PackedBatch, lay_out, max_texts
 from ..text.unicode import lone_surrogate
 from .inputs import check_one_of, is_int, parse_request
 from .results import Result, not_finite
@@ -31,7 +31,7 @@ OVERLAP = 256
 DOCUMENTS_AT_ONCE = 64
 """Documents tokenised at once; bounds memory, since offsets are large."""
 
-SLOT_STEPS = (1, 4, 16)
+SLOT_STEPS = (1, 4, TOKENS_PER_TEXT)
 """A row has as many slots for chunks as for texts, or a multiple: one program each, whatever the
 chunks. The last has one for each token."""
 
@@ -148,7 +148,7 @@ def _as_chunks(number: int, chunks: Any) -> list[str]:
 
 
 def tokenize_documents(backend: "tokenizers.Tokenizer", request: ChunkRequest) -> tuple[list[Window], int]:
-    """Returns the windows of all documents, and how many were cut in place of it.
+    """Returns the windows of all documents, and how many were cut instead.
 
     Raises:
         ValueError: a chunk has no token of its own, or a window no room beside prompt and overlap.

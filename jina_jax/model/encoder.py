@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -53,13 +54,23 @@ class Layer(nnx.Module):
         self, before: DeferredLayerNorm, segment_ids: Int[Array, "b t"], tables: RotaryTables | None, adapter_ids: AdapterIds
     ) -> DeferredLayerNorm:
         x = before.value().astype(before.x.dtype)
-        qkv = jnp.moveaxis(self.qkv(x, adapter_ids), 2, 0)
+        qkv = jnp.moveaxis(checkpoint_name(self.qkv(x, adapter_ids), PRODUCTS), 2, 0)
         attended = attention(qkv, segment_ids, tables, num_heads=self.num_heads)
-        x = self.attention_norm(x + self.out(attended, adapter_ids)).astype(x.dtype)
+        x = self.attention_norm(checkpoint_name(x + self.out(attended, adapter_ids), PRODUCTS)).astype(x.dtype)
         # The barrier keeps TPU v6e from fusing both products and the GELU into one slow loop.
-        hidden = jax.lax.optimization_barrier(gelu(self.up(x, adapter_ids)).astype(x.dtype))
+        hidden = jax.lax.optimization_barrier(gelu(checkpoint_name(self.up(x, adapter_ids), PRODUCTS)).astype(x.dtype))
         return self.mlp_norm.deferred(x + self.down(hidden, adapter_ids))
 
+
+PRODUCTS = "products"
+"""Name of the results of a layer's matmuls, for `Remat`."""
+
+KEPT: dict[Remat, tuple[str, ...]] = {
+    "except_products": (PRODUCTS, ATTENTION_RESIDUALS),
+    "except_attention": (ATTENTION_RESIDUALS,),
+    "full": (),
+}
+"""Names of what a gradient does not recompute."""
 
 Gather = Callable[[Layer], Layer]
 LayerFunction = Callable[[Layer, DeferredLayerNorm], DeferredLayerNorm]
@@ -210,7 +221,7 @@ class Encoder(nnx.Module):
 
         if remat == "none":
             return apply
-        policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS) if remat == "except_attention" else None
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         # In a scan nothing can be merged with the first pass, so no barrier has to prevent it.
         return jax.checkpoint(apply, prevent_cse=False, policy=policy)
 

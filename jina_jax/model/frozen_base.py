@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, UInt
 
 from .encoder import Encoder, Layer
-from .lora import AdaptedDense, AdapterIds
+from .lora import AdaptedDense, AdapterIds, AdapterParam
 from .matmul import add_bias, matmul_folded
 
 DENSE = ("qkv", "out", "up", "down")
@@ -36,12 +36,12 @@ class FoldedDense(nnx.Module):
         self.dtype = dtype
         self.bias = dense.bias
         a, b = dense.adapter(adapter)
-        self.a, self.b = nnx.data(a), nnx.data(b)
-        self.kernel = nnx.data(jax.lax.stop_gradient(folded_kernel(dense.kernel[...], a, b, dtype)))
+        self.a, self.b = AdapterParam(a), AdapterParam(b)
+        self.kernel = nnx.Param(jax.lax.stop_gradient(folded_kernel(dense.kernel[...], a, b, dtype)))
 
     def __call__(self, x: Float[Array, "b t i"], adapter_ids: AdapterIds = None) -> Float[Array, "b t *o"]:
         """Applies the layer; the adapter is the folded one, whatever `adapter_ids` says."""
-        y = matmul_folded(x, self.kernel, self.a, self.b)
+        y = matmul_folded(x, self.kernel[...], self.a[...], self.b[...])
         bias = self.bias[...].astype(jnp.float32)
         return add_bias(y, bias, self.dtype) if bias.ndim > 1 else (y + bias[None, None]).astype(self.dtype)
 

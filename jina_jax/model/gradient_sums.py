@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
 from ..config import Remat
-from .encoder import Encoder, Gather, Layer
+from .encoder import Encoder, Gather
 from .layers import DeferredLayerNorm
 
 
@@ -82,13 +83,20 @@ track_gather.defvjp(_track_gather_forward, _track_gather_backward)
 class GradientSums(NamedTuple):
     """Sums of the large parameters of an encoder: its stacked layers and its embedding table."""
 
-    layers: Layer
-    table: Float[Array, "v d"]
+    layers: nnx.State
+    table: Float[Array, "v d"] | None
 
     @classmethod
-    def start(cls, encoder: Encoder) -> "GradientSums":
-        """The sums before the first chunk."""
-        return cls(encoder.stacked_layers, encoder.tokens.table[...])
+    def start(cls, encoder: Encoder, trained: type[nnx.Variable] = nnx.Variable) -> "GradientSums":
+        """Returns the sums before the first chunk.
+
+        Args:
+            encoder: model to differentiate.
+            trained: type of the parameters that have sums. Others have no gradient: a sum of them
+                would pass through the loops for nothing, and TPU programs copy it in each layer.
+        """
+        table = encoder.tokens.table
+        return cls(nnx.state(encoder.stacked_layers, trained), table[...] if isinstance(table, trained) else None)
 
 
 def encode_accumulating(
@@ -105,7 +113,7 @@ def encode_accumulating(
     """Encodes one chunk of a batch; the gradients of the large parameters are added up in `sums`.
 
     Args:
-        sums: of the chunk before; the first one's are `GradientSums.start(encoder)`.
+        sums: of the chunk before; the first one's are `GradientSums.start(encoder, ...)`.
 
     The others are those of `Encoder.__call__`.
 
@@ -116,19 +124,21 @@ def encode_accumulating(
     table = encoder.tokens.table[...]
     if gather:
         table = table.astype(encoder.dtype)  # as it came from the other devices; XLA would write it out in float32
-    rows, table_sum = track_gather(table, sums.table, tokens)
+    rows, table_sum = (jnp.take(table, tokens, axis=0), None) if sums.table is None else track_gather(table, sums.table, tokens)
+    summed = set(nnx.to_flat_state(sums.layers).paths)
+    graphdef, tracked, others = nnx.split(encoder.stacked_layers, lambda path, _: path in summed, ...)
 
     def step(
-        carry: tuple[DeferredLayerNorm, Layer], inputs: tuple[Layer, Array]
-    ) -> tuple[tuple[DeferredLayerNorm, Layer], None]:
-        (x, totals), (layer, i) = carry, inputs
-        leaves, structure = jax.tree.flatten(layer)
+        carry: tuple[DeferredLayerNorm, nnx.State], inputs: tuple[nnx.State, nnx.State, Array]
+    ) -> tuple[tuple[DeferredLayerNorm, nnx.State], None]:
+        (x, totals), (tracked, others, i) = carry, inputs
+        leaves, structure = jax.tree.flatten(tracked)
         pairs = [track_slice(x_i, total, i) for x_i, total in zip(leaves, jax.tree.leaves(totals), strict=True)]
-        layer, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
-        return (apply(layer, x), totals), None
+        tracked, totals = (jax.tree.unflatten(structure, column) for column in zip(*pairs, strict=True))
+        return (apply(nnx.merge(graphdef, tracked, others), x), totals), None
 
-    def apply_layers(first: DeferredLayerNorm) -> tuple[DeferredLayerNorm, Layer]:
-        numbered = jax.lax.stop_gradient(encoder.stacked_layers), jnp.arange(encoder.config.num_layers)
+    def apply_layers(first: DeferredLayerNorm) -> tuple[DeferredLayerNorm, nnx.State]:
+        numbered = *jax.lax.stop_gradient((tracked, others)), jnp.arange(encoder.config.num_layers)
         carry, _ = jax.lax.scan(step, (first, sums.layers), numbered, unroll=encoder.config.unroll or 1)
         return carry
 

@@ -19,8 +19,9 @@ whole lanes of 128."""
 SMALL_ROW_LENGTHS = (16, 32, 128)
 """Lengths of a lone row for a call so small that it fits into one."""
 
-TOKENS_PER_TEXT = 16
-"""A row of t slots holds at most t / 16 texts, which bounds the arrays per text."""
+TOKENS_PER_TEXT = 8
+"""A row of t slots holds at most t / 8 texts, which bounds the arrays per text. Queries of ten
+tokens still fill it."""
 
 FULL = 0.95
 """Filled fraction of its token slots at which a batch no longer waits for more texts."""

@@ -131,7 +131,8 @@ def decoded_lines(lines: Iterable[bytes], file: str | Path, first: int = 1) -> I
         try:
             yield place, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 text ({error.reason})") from error
+            how = "convert the file first: iconv -f ENCODING -t UTF-8"
+            raise DataError(f"{place}: not UTF-8 text ({error.reason}); {how}") from error
 
 
 def parquet() -> Any:

@@ -38,7 +38,7 @@ START = InitialModel(model=MODEL, tokenizer=TOKENIZER)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
 KINDS = ("text", "pair", "triplet", "scored_pair", "labelled_text")
 RECORDS = 40
-BATCH = {"batch_size": 8, "max_length": 24, "row_length": 48}
+BATCH = {"batch_size": 8, "max_length": 24, "row_length": 48, "num_row_counts": 1}
 
 
 def records(kind: str, seed: int = 0) -> list[dict[str, Any]]:

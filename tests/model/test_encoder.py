@@ -211,6 +211,27 @@ def test_layers_apart_have_no_sums_of_gradients(encoder):
         GradientSums.start(unstack_layers(encoder))
 
 
+def test_products_are_kept_in_the_compute_dtype_and_nothing_else(make_encoder):
+    b, t, d, f = 2, 24, 32, 64
+    encoder = make_encoder(hidden_size=d, num_heads=2, num_layers=1, mlp_size=f)
+    arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
+    encoder = from_arrays(encoder.config, arrays, dtype=jnp.bfloat16)
+    layer, rows = jax.tree.map(lambda parameter: parameter[0], encoder.stacked_layers), jnp.ones((b, t), jnp.int32)
+
+    def kept(remat: str) -> int:
+        """Elements of the arrays in bfloat16 that a gradient keeps of a layer."""
+
+        def last(x):
+            return encoder.layer_function(rows, rows, None, None, remat)(layer, DeferredLayerNorm.identity(x)).x
+
+        _, pull = jax.vjp(last, jnp.ones((b, t, d), jnp.bfloat16))
+        return sum(x.size for x in jax.tree.leaves(pull) if x.ndim >= 3 and x.dtype == jnp.bfloat16)
+
+    # x itself; q, k and v; what attention gives; the sum before the norm; what goes into GELU
+    assert kept("except_products") == b * t * (d + 3 * d + d + d + f)
+    assert kept("none") > kept("except_products") > kept("except_attention") > kept("full") == b * t * d
+
+
 def test_gather_is_applied_to_every_layer(encoder, texts):
     rows = packing.lay_out(texts, packing.BatchPlan([[0]], (1, 16)), pad_id=1)
     inputs = [jnp.asarray(array) for array in rows[:3]]

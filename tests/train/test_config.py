@@ -135,7 +135,7 @@ def test_overrides_are_checked_together():
         ("stages.0.steps='7'", "stages.0.steps: Input should be a valid integer"),
         ("stages.0.steps=True", "stages.0.steps: "),
         ("stages.0.steps=0", "stages.0.steps: Input should be greater than or equal to 1"),
-        ("stages.0.remat=True", "stages.0.remat: Input should be 'none', 'except_attention' or 'full'"),
+        ("stages.0.remat=True", "stages.0.remat: Input should be 'none', 'except_products', 'except_attention' or 'full'"),
         ("stages.0.learning_rate=0", "stages.0.learning_rate: Input should be greater than 0"),
         ("stages.0.learning_rate=1e999", "stages.0.learning_rate: "),
         ("stages.0.temperature=-1", "stages.0.temperature: "),
@@ -149,7 +149,7 @@ def test_overrides_are_checked_together():
         ("stages.0.datasets.0.kind=labelled_text", "retrieval does not learn from labelled_text records (datasets/msmarco/"),
         ("stages.0.datasets.0.weight=0", "stages.0.datasets.0.weight: "),
         ("stages.0.max_length=600", "stage retrieval: max_length 600 is above row_length 512"),
-        ("stages.0.row_length=8", "stages.0.row_length: Input should be greater than or equal to 16"),
+        ("stages.0.row_length=4", "stages.0.row_length: Input should be greater than or equal to 8"),
         ("stages.0.dim_weights=(1.0, 2.0)", "stage retrieval: dim_weights has 2 numbers for 7 dims"),
         ("stages.0.dim_weights=(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)", "stages.0.dim_weights.3: Input should be greater than 0"),
         ("stages.0.warmup_steps=20001", "stage retrieval: warmup_steps 20001 is above steps 20000"),
@@ -200,6 +200,11 @@ def test_every_wrong_field_is_listed():
 )
 def test_contradictions_are_named(name, overrides, message):
     assert message in wrong(*overrides, name=name)
+
+
+def test_texts_of_other_classes_in_the_batch_are_negatives_enough():
+    config = load("classification", "stages.0.num_negatives=0", "stages.0.same_class=excluded")
+    assert config.stages[0].num_negatives == 0
 
 
 def stage(name: str, **fields) -> Stage:

@@ -18,8 +18,9 @@ from jina_jax.model.encoder import Encoder
 from jina_jax.parallel.mesh import BATCH, shardings
 
 from ..config import Stage, TrainConfig, load_config
-from ..data.collate import PackedRows, TrainBatch, batch_shape
+from ..data.collate import PackedRows, TrainBatch
 from ..data.examples import texts_per_example
+from ..data.row_counts import most_rows
 from ..run.initial_model import fresh_sizes, prepare_for_stages
 from ..step.trainable_split import TrainableSplit, split_trainable
 from ..step.update import State, abstract_state
@@ -114,8 +115,8 @@ def abstract_batch(stage: Stage, kind: str, mesh: Mesh) -> TrainBatch:
             f"of fewer, {most} are the most that it divides by"
         )
     texts = texts_per_example(stage, kind)
-    shape = batch_shape(stage.batch_size // mesh.size, texts, stage)
-    rows = [int32_struct(mesh, counts[-1] * mesh.size, shape.row_length) for counts in shape.row_counts]
+    counts = most_rows(stage.batch_size // mesh.size, texts, stage)
+    rows = [int32_struct(mesh, count * mesh.size, stage.row_length) for count in counts]
     return TrainBatch(
         parts=tuple(PackedRows(each, each, each, each) for each in rows),
         places=int32_struct(mesh, stage.batch_size, texts),

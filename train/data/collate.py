@@ -61,36 +61,13 @@ class BatchShape(NamedTuple):
     """Shapes that a batch may have on each device."""
 
     row_length: int
+    texts_per_row: int
+    """Most texts of a row."""
     row_counts: tuple[tuple[int, ...], ...]
-    """Row counts of each part, ascending; the last one holds any batch."""
+    """Row counts of the parts, the fewest rows first; the last ones hold any batch."""
 
 
 Encode = Callable[[Sequence[Example]], TokenizedTexts]
-
-
-def batch_shape(examples: int, texts: int, stage: Stage) -> BatchShape:
-    """Returns the shapes of a stage's batches.
-
-    The largest row count of a part holds its texts even if all are of full length: packed rows,
-    except the last, are so full that no further text fits, so each holds at least row_length //
-    max_length.
-
-    Args:
-        examples: examples on each device.
-        texts: of each example.
-        stage: gives `row_length`, `max_length`, `num_row_counts` and `encode_chunk_rows`.
-    """
-    per_row = min(stage.row_length // stage.max_length, packing.max_texts(stage.row_length))
-    of_parts = (examples, examples * (texts - 1)) if len(stage.adapters) == 2 else (examples * texts,)
-    return BatchShape(stage.row_length, tuple(_row_counts(-(-held // per_row), stage) for held in of_parts))
-
-
-def _row_counts(most: int, stage: Stage) -> tuple[int, ...]:
-    chunk = stage.encode_chunk_rows or 1
-    counts = {-(-most * (i + 1) // stage.num_row_counts) for i in range(stage.num_row_counts)}
-    if most > chunk:
-        counts = {-(-count // chunk) * chunk for count in counts}
-    return tuple(sorted(counts))
 
 
 def text_encoder(stage: Stage, instructions: dict[str, str], tokenizer: Tokenizer) -> Encode:
@@ -154,7 +131,7 @@ def collate(
     Args:
         examples: examples of this process.
         encode: from `text_encoder`.
-        shape: from `batch_shape`.
+        shape: its row counts are of `row_counts.fitted_row_counts`.
         devices: devices of this process.
         pad_id: padding id of the model.
         agree: takes the most rows of each part that a device of this process needs, and the
@@ -168,9 +145,7 @@ def collate(
     ordered = [example for share in shares for example in share]
     needed = np.max([[len(plan) for plan in each] for each in plans], axis=0)
     agreed = agree(needed, ordered)
-    rows = [
-        next(count for count in counts if count >= most) for counts, most in zip(shape.row_counts, agreed.rows, strict=True)
-    ]
+    rows = next(counts for counts in shape.row_counts if np.all(np.array(counts) >= agreed.rows))
     laid_out = [_laid_out(texts, each, rows, shape.row_length, pad_id) for texts, each in zip(encoded, plans, strict=True)]
     of_devices = [parts for parts, _ in laid_out]
     parts = tuple(jax.tree.map(lambda *rows: np.concatenate(rows), *part) for part in zip(*of_devices, strict=True))
@@ -211,11 +186,12 @@ def _cut(ids: list[int], suffix: list[int], length: int) -> np.ndarray:
 
 def _plans(texts: TokenizedTexts, shape: BatchShape) -> list[list[list[int]]]:
     """Rows of each part, as lists of texts."""
-    most = packing.max_texts(shape.row_length)
     plans = []
-    for part in range(len(shape.row_counts)):
+    for part in range(len(shape.row_counts[0])):
         members = [index for index, of in enumerate(texts.parts) if of == part]
-        packed = packing.best_fit_decreasing([len(texts.ids[index]) for index in members], shape.row_length, most)
+        packed = packing.best_fit_decreasing(
+            [len(texts.ids[index]) for index in members], shape.row_length, shape.texts_per_row
+        )
         plans.append([[members[i] for i in row] for row in packed])
     return plans
 

@@ -118,7 +118,7 @@ def read_records(file: str | Path, kind: str) -> Iterator[Record]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such file: {file}")
     for place, fields in readers.read_records(file):
-        yield _checked(record, kind, fields, place)
+        yield check_record(record, kind, fields, place)
 
 
 def write_records(file: str | Path, records: Iterator[Record]) -> int:
@@ -131,7 +131,8 @@ def write_records(file: str | Path, records: Iterator[Record]) -> int:
     return count
 
 
-def _checked(record: type[Record], kind: str, fields: dict[str, Any], place: str) -> Record:
+def check_record(record: type[Record], kind: str, fields: dict[str, Any], place: str) -> Record:
+    """Returns the record of some fields; raises DataError, which names the place, if it is none."""
     present = {name: value for name, value in fields.items() if value is not None}
     try:
         return record.model_validate(present)

@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from jina_jax.config import ModelConfig
 from jina_jax.errors import DataError
@@ -25,9 +26,10 @@ from jina_jax.parallel.processes import main_process_first
 from jina_jax.text.tokenizer import Tokenizer
 
 from ..config import DatasetConfig, Stage
-from .collate import BatchShape, TrainBatch, batch_shape, collate, text_encoder
+from .collate import BatchShape, Encode, TrainBatch, collate, text_encoder
 from .examples import Example, texts_per_example, to_example
 from .records import Record
+from .row_counts import SAMPLED_EXAMPLES, fitted_row_counts, most_rows, rows_needed, texts_per_row
 from .tfds_datasets import RecordFiles, RecordSource, open_dataset, prepare_records
 from .whole_batch import Ask, agree_on, ask_nobody
 
@@ -83,40 +85,89 @@ def batch_stream(
     share = stage.batch_size // processes
     encode = text_encoder(stage, dict(config.prompts), tokenizer)
     tell = _telling_once(stage)
-    parts, weights = [], []
-    for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
-        shape = batch_shape(share // devices, texts_per_example(stage, dataset.kind), stage)
-        cure = "; set by_language=False, or leave these records out" if dataset.by_language else ""
-        languages = list(_by_language(source, dataset, stage.batch_size))
-        shares = np.array([len(part) for _, part in languages]) ** dataset.language_exponent
-        weights += list(dataset.weight * shares / shares.sum())
-        for number, (place, part) in enumerate(languages):
-            with _named(f"{dataset.path}, split {dataset.split!r}{place}", cure):
-                make = to_example(stage, dataset.kind, part)
-            examples = (
-                grain.MapDataset.source(part)
-                .seed(_seed(seed, stage.name, index, number))
-                .shuffle()
-                .repeat()
-                .random_map(lambda record, rng, make=make: make(record, rng))
-            )
-            batched = examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
-            ask = asking_main(f"{stage.name}/{index}/{number}")
+    sets = list(_example_sets(stage, sources, seed))
+    shapes = _fitted_shapes(stage, sets, encode, devices * processes, seed)
 
-            def collated(
-                batch: int, examples: list[Example], kind: str = dataset.kind, shape: BatchShape = shape, ask: Ask = ask
-            ):
-                agree = partial(agree_on, ask=partial(ask, batch), tell=tell)
-                return kind, collate(examples, encode, shape, devices, config.pad_id, agree)
+    def batches_of(each: _ExampleSet) -> grain.MapDataset[tuple[str, TrainBatch]]:
+        ask = asking_main(each.name)
 
-            parts.append(batched.map_with_index(collated))
-    return grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
+        def collated(batch: int, examples: list[Example]) -> tuple[str, TrainBatch]:
+            agree = partial(agree_on, ask=partial(ask, batch), tell=tell)
+            return each.kind, collate(examples, encode, shapes[each.kind], devices, config.pad_id, agree)
+
+        batched = each.examples[process::processes].batch(share, drop_remainder=True, batch_fn=list)
+        return batched.map_with_index(collated)
+
+    batches = [batches_of(each) for each in sets]
+    return grain.MapDataset.mix(batches, weights=[each.weight for each in sets]) if len(batches) > 1 else batches[0]
 
 
 def prefetch(dataset: grain.MapDataset[tuple[str, TrainBatch]], threads: int) -> grain.DatasetIterator[tuple[str, TrainBatch]]:
     """Reads batches in order and ahead of their use; its state is the number of the next batch."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 1) if threads else 0)
     return iter(dataset.to_iter_dataset(options))
+
+
+class _ExampleSet(NamedTuple):
+    """Examples that batches are made of: those of a dataset, or of one language in it."""
+
+    name: str
+    kind: str
+    weight: float
+    """Fraction of the batches, relative to other sets."""
+    records: int
+    examples: grain.MapDataset[Example]
+    """Endless and by number."""
+
+
+def _example_sets(stage: Stage, sources: Sequence[Sequence[Record]], seed: int) -> Iterator[_ExampleSet]:
+    for index, (dataset, source) in enumerate(zip(stage.datasets, sources, strict=True)):
+        cure = "; set by_language=False, or leave these records out" if dataset.by_language else ""
+        languages = list(_by_language(source, dataset, stage.batch_size))
+        shares = np.array([len(records) for _, records in languages]) ** dataset.language_exponent
+        weights = dataset.weight * shares / shares.sum()
+        for number, ((place, records), weight) in enumerate(zip(languages, weights, strict=True)):
+            with _named(f"{dataset.path}, split {dataset.split!r}{place}", cure):
+                make = to_example(stage, dataset.kind, records)
+            examples = (
+                grain.MapDataset.source(records)
+                .seed(_seed(seed, stage.name, index, number))
+                .shuffle()
+                .repeat()
+                .random_map(lambda record, rng, make=make: make(record, rng))
+            )
+            yield _ExampleSet(f"{stage.name}/{index}/{number}", dataset.kind, float(weight), len(records), examples)
+
+
+def _fitted_shapes(stage: Stage, sets: Sequence[_ExampleSet], encode: Encode, devices: int, seed: int) -> dict[str, BatchShape]:
+    """Returns the shapes of the batches of each record kind.
+
+    They are the same in each process: all sample the same examples, those of the first batches.
+    """
+    kinds = list(dict.fromkeys(each.kind for each in sets))
+    fitted = -(-(stage.num_row_counts - 1) // len(kinds))
+    shapes = {}
+    for kind in kinds:
+        own = [each for each in sets if each.kind == kind]
+        weights = np.array([each.weight for each in own])
+        counts = (most := most_rows(stage.batch_size // devices, texts_per_example(stage, kind), stage),)
+        if fitted:
+            sizes = np.ceil(SAMPLED_EXAMPLES * weights / weights.sum()).astype(int)
+            lengths = [_sampled_lengths(each, encode, size) for each, size in zip(own, sizes, strict=True)]
+            rng = np.random.default_rng(_seed(seed, stage.name, kind))
+            needed = rows_needed(stage, lengths, weights, devices, rng)
+            counts = fitted_row_counts(needed, most, fitted, stage.encode_chunk_rows)
+        shapes[kind] = BatchShape(stage.row_length, texts_per_row(stage), counts)
+    return shapes
+
+
+def _sampled_lengths(each: _ExampleSet, encode: Encode, size: int) -> list[Int[np.ndarray, "n texts"]]:
+    """Lengths of the texts of some examples, for each part of a batch."""
+    size = min(size, each.records)
+    texts = encode([each.examples[i] for i in range(size)])
+    lengths = np.array([len(ids) for ids in texts.ids]).reshape(size, -1)
+    parts = np.array(texts.parts).reshape(size, -1)[0]  # equal for all examples
+    return [lengths[:, parts == part] for part in range(parts.max() + 1)]
 
 
 class _Subset(Sequence[Record]):

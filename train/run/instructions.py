@@ -39,7 +39,7 @@ def task_instructions(config: TrainConfig, source: ModelConfig) -> dict[str, str
                     "leave the prompts out, or give the same"
                 )
             if given is None:
-                given = prompt if prompted else _default_instruction(task, source)
+                given = prompt if prompted else default_instruction(task, source)
             instructions[task] = given
     return instructions
 
@@ -65,7 +65,8 @@ def prompts_after(stage: Stage, source: ModelConfig) -> tuple[tuple[str, str], .
     return tuple((dict(source.prompts) | {"query": stage.prompts[0]} | dict.fromkeys(names, stage.prompts[1])).items())
 
 
-def _default_instruction(task: str, source: ModelConfig) -> str:
+def default_instruction(task: str, source: ModelConfig) -> str:
+    """Returns the instruction of a new task above a base, where a run names none."""
     query, document = _side_prompts(source)
     if query or document:
         return document if task == "retrieval.passage" else query

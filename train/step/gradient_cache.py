@@ -17,13 +17,16 @@ from jina_jax.model.encoder import Encoder
 from jina_jax.model.gradient_sums import GradientSums
 
 from ..data.collate import PackedRows
+from ..data.row_counts import chunk_count
 
 ChunkFunction = Callable[[Encoder, GradientSums, PackedRows], tuple[Array, GradientSums]]
 """Function of the encoder, the gradient sums before some rows of a batch, and these rows; returns a
 result, and the sums after them."""
 
 
-def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Array:
+def encode_cached(
+    function: ChunkFunction, encoder: Encoder, sums: GradientSums, rows: PackedRows, chunk_rows: int | None
+) -> Array:
     """Encodes chunks of rows with gradient caching (Gao et al., 2021).
 
     This is for a loss that needs all chunks before any gradient is known: each chunk is recomputed
@@ -32,14 +35,15 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
     Args:
         function: called for each chunk as function(encoder, sums, chunk of rows).
         encoder: model to differentiate.
+        sums: the first chunk's.
         rows: of the batch; they are split into chunks.
-        chunk_rows: rows of a chunk; None = all.
+        chunk_rows: most rows of a chunk; None = all.
 
     Returns:
         The function's results, stacked along a new first axis.
     """
     if (chunks := _chunks(rows, chunk_rows)) is None:
-        return function(encoder, GradientSums.start(encoder), rows)[0][None]
+        return function(encoder, sums, rows)[0][None]
     graphdef, state = nnx.split(encoder)
 
     # In a scan nothing can be merged with the first pass.
@@ -48,7 +52,7 @@ def encode_cached(function: ChunkFunction, encoder: Encoder, rows: PackedRows, c
         result, sums = function(nnx.merge(graphdef, state), sums, chunk)
         return sums, result
 
-    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), GradientSums.start(encoder), chunks)[1]
+    return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), sums, chunks)[1]
 
 
 def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Float[Array, ""]:
@@ -62,7 +66,7 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows,
             scalar.
         encoder: model to differentiate.
         rows: of the batch; they are split into chunks.
-        chunk_rows: rows of a chunk; None = all.
+        chunk_rows: most rows of a chunk; None = all.
 
     Returns:
         The sum of the function's results.
@@ -100,11 +104,11 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows,
 
 
 def _chunks(rows: PackedRows, chunk_rows: int | None) -> PackedRows | None:
-    """Splits rows into chunks, along a new first axis; None if all are one chunk."""
+    """Splits rows into the fewest equal chunks, along a new first axis; None if they are one."""
     count = rows.tokens.shape[0]
-    if chunk_rows is None or chunk_rows >= count:
+    if (chunks := chunk_count(count, chunk_rows)) == 1:
         return None
-    return jax.tree.map(lambda x: x.reshape(count // chunk_rows, chunk_rows, x.shape[1]), rows)
+    return jax.tree.map(lambda x: x.reshape(chunks, count // chunks, x.shape[1]), rows)
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:

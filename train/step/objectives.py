@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
@@ -15,11 +16,13 @@ from jina_jax.model import gradient_sums
 from jina_jax.model.encoder import Encoder, Gather, pool
 from jina_jax.model.frozen_base import fold_layer, fold_layers
 from jina_jax.model.gradient_sums import GradientSums
+from jina_jax.model.lora import AdapterParam
 from jina_jax.text.packing import max_texts
 
 from ..config import Stage
 from ..data.collate import PackedRows, TrainBatch
 from ..data.masking import max_masked
+from ..data.row_counts import chunk_count, texts_per_row
 from .gradient_cache import accumulate_loss, encode_cached
 
 AxisName = str | tuple[str, ...] | None
@@ -126,9 +129,9 @@ def mlm_loss(
     """Cross-entropy of the masked tokens, computed in chunks of rows."""
     assert encoder.mlm_head is not None
     (rows,) = batch.parts
-    chunk_rows, length = stage.encode_chunk_rows or rows.tokens.shape[0], rows.tokens.shape[1]
-    # Each text rounds its masked tokens up, and a row of t slots has t / 16 texts at most.
-    most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * max_texts(length))
+    count, length = rows.tokens.shape
+    chunk_rows = count // chunk_count(count, stage.encode_chunk_rows)
+    most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * texts_per_row(stage))
     total = (jnp.asarray(rows.labels) >= 0).sum()
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
@@ -170,7 +173,8 @@ def _pooled_rows(
         x, sums = states(encoder, sums, chunk)
         return pool(x, jnp.asarray(chunk.segment_ids), max_texts(x.shape[1])), sums
 
-    embeddings = encode_cached(pooled, encoder, rows, stage.encode_chunk_rows)
+    sums = GradientSums.start(encoder, nnx.Variable if adapter is None else AdapterParam)
+    embeddings = encode_cached(pooled, encoder, sums, rows, stage.encode_chunk_rows)
     return embeddings.reshape(-1, embeddings.shape[-1])
 
 

@@ -106,7 +106,7 @@ def test_tpu_programs_use_the_kernel_where_it_serves():
     assert "pallas_call" not in traced("TPU v5 lite", projection(1, 128), 4)  # heads of 32
 
 
-@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("except_attention", 1), ("full", 2)])
+@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("except_products", 1), ("except_attention", 1), ("full", 2)])
 def test_a_gradient_runs_the_kernel_again_only_when_nothing_of_a_layer_is_kept(remat, runs, make_encoder, monkeypatch):
     monkeypatch.setattr("jina_jax.model.attention.platform", lambda: "tpu")
     encoder = make_encoder(hidden_size=128, num_heads=2, num_layers=1)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.text.packing import best_fit_decreasing, max_texts
 from train.config import DatasetConfig, Stage
-from train.data.collate import PackedRows, TokenizedTexts, TrainBatch, batch_shape, collate, score_keys, text_encoder
+from train.data.collate import BatchShape, PackedRows, TokenizedTexts, TrainBatch, collate, score_keys, text_encoder
 from train.data.examples import Classes, Example, texts_per_example, to_example
 from train.data.masking import max_masked, word_starts
 from train.data.records import LabelledText, Pair, PlainText, ScoredPair, Triplet
+from train.data.row_counts import chunk_count, most_rows, texts_per_row
 
 KINDS = {"mlm": "text", "classification": "labelled_text", "separation": "labelled_text", "retrieval": "triplet"}
 PAD = 1
@@ -31,6 +32,10 @@ def stage(objective: str = "pairs", **fields) -> Stage:
     }
     defaults |= {"name": "s", "objective": objective, "steps": 10, "batch_size": 8, "learning_rate": 1e-3}
     return Stage(**(defaults | fields))
+
+
+def largest(examples: int, texts: int, plan: Stage) -> BatchShape:
+    return BatchShape(plan.row_length, texts_per_row(plan), (most_rows(examples, texts, plan),))
 
 
 def at(batch: TrainBatch, place: int, device: int = 0, devices: int = 1) -> tuple[PackedRows, int, np.ndarray]:
@@ -64,25 +69,27 @@ sizes = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 
     st.data(),
     sizes,
     st.sampled_from([(24, 64), (16, 16), (31, 64), (64, 64), (33, 64), (9, 100)]),
-    st.integers(1, 4),
+    st.integers(0, 3),
     st.sampled_from(["pairs", "retrieval"]),
 )
-def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts, objective):
+def test_every_text_is_where_places_says(data, sizes, lengths, fewer, objective):
     per_device, devices, texts = sizes
     length, row_length = lengths
-    plan = stage(objective, max_length=length, row_length=row_length, num_row_counts=num_row_counts)
-    count, most = per_device * devices, max_texts(row_length)
+    plan = stage(objective, max_length=length, row_length=row_length)
+    count, in_row = per_device * devices, max_texts(row_length)
     drawn = data.draw(st.lists(st.integers(1, length), min_size=count * texts, max_size=count * texts))
     part_of = [int(objective == "retrieval" and i % texts > 0) for i in range(count * texts)]
     names = [f"{100 + i},{n},{part}" for i, (n, part) in enumerate(zip(drawn, part_of, strict=True))]
     examples = [Example(tuple(names[i * texts : (i + 1) * texts]), score=i / 7) for i in range(count)]
-    shape = batch_shape(per_device, texts, plan)
+    most = most_rows(per_device, texts, plan)
+    shape = BatchShape(
+        row_length, in_row, (*(tuple(max(rows - less, 1) for rows in most) for less in range(fewer, 0, -1)), most)
+    )
     batch = collate(examples, fake_encode, shape, devices, PAD)
     shared = [example for device in range(devices) for example in examples[device::devices]]
 
     rows = tuple(len(part.tokens) // devices for part in batch.parts)
-    assert all(count in counts for count, counts in zip(rows, shape.row_counts, strict=True))
-    assert len(rows) == (2 if objective == "retrieval" else 1)
+    assert rows in shape.row_counts and len(rows) == (2 if objective == "retrieval" else 1)
     for part, each in zip(batch.parts, rows, strict=True):
         assert {array.shape for array in part} == {(each * devices, row_length)}
     assert batch.places.shape == (count, texts)
@@ -91,7 +98,7 @@ def test_every_text_is_where_places_says(data, sizes, lengths, num_row_counts, o
         device = i // per_device
         for text, place in zip(shared[i].texts, places, strict=True):
             token, size, number = map(int, text.split(","))
-            assert 0 <= place < sum(rows) * most  # of its own device
+            assert 0 <= place < sum(rows) * in_row  # of its own device
             part, row, slots = at(batch, place, device, devices)
             assert part is batch.parts[number]
             assert part.tokens[row][slots].tolist() == [token] * size
@@ -122,19 +129,16 @@ def test_score_keys_have_the_order_of_the_scores(scores):
     st.integers(1, 400),
     st.integers(8, 128),
     st.integers(16, 256),
-    st.integers(1, 5),
     st.sampled_from([None, 1, 4, 7]),
 )
-def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, num_row_counts, chunk):
+def test_the_largest_shape_holds_any_lengths(data, texts, length, row_length, chunk):
     length = min(length, row_length)
-    plan = stage(max_length=length, row_length=row_length, num_row_counts=num_row_counts, encode_chunk_rows=chunk)
-    (counts,) = batch_shape(texts, 1, plan).row_counts
+    (most,) = most_rows(texts, 1, stage(max_length=length, row_length=row_length, encode_chunk_rows=chunk))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     least = data.draw(st.integers(1, length))
     for lengths in ([length] * texts, rng.integers(least, length + 1, size=texts), rng.choice([1, length], size=texts)):
-        assert len(best_fit_decreasing(list(map(int, lengths)), row_length, max_texts(row_length))) <= counts[-1]
-    assert list(counts) == sorted(set(counts)) and 1 <= len(counts) <= num_row_counts
-    assert chunk is None or all(count <= chunk or count % chunk == 0 for count in counts)
+        assert len(best_fit_decreasing(list(map(int, lengths)), row_length, max_texts(row_length))) <= most
+    assert most % chunk_count(most, chunk) == 0
 
 
 @pytest.mark.parametrize("objective", ["pairs", "retrieval", "text_matching", "classification"])
@@ -234,7 +238,7 @@ def test_groups_are_equal_where_records_are(tokenizer):
         Example(("z", "w")),
         Example(("v", "c")),
     ]
-    batch = collate(examples, text_encoder(stage(), {}, tokenizer), batch_shape(6, 2, stage()), 1, PAD)
+    batch = collate(examples, text_encoder(stage(), {}, tokenizer), largest(6, 2, stage()), 1, PAD)
     (groups,) = batch.groups.T
     equal = (groups[:, None] == groups[None]).tolist()
     same = [{0, 1, 2, 5}, {3}, {4}]  # a, or the group x; and c, which the group has as well
@@ -273,7 +277,7 @@ def test_excluded_tuples_of_one_class_are_one_group_and_have_no_number(tokenizer
     make = to_example(plan, "labelled_text", LABELLED)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(LABELLED[:16])]
     assert not any(example.suffix for example in examples)
-    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(16, 4, plan), 1, PAD)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), largest(16, 4, plan), 1, PAD)
     classes = {record.text: record.label for record in LABELLED}
     labels = np.array([[classes[text] for text in (example.texts[0], *example.texts[2:])] for example in examples])
     own, others = batch.groups[:, 0], batch.groups.reshape(-1)
@@ -298,7 +302,7 @@ def test_a_tuple_of_classes_ends_in_one_number(tokenizer):
     make = to_example(plan, "labelled_text", LABELLED)
     long = [record.model_copy(update={"text": record.text + " word" * 50}) for record in LABELLED]
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(long[:16])]
-    batch = collate(examples, text_encoder(plan, {}, tokenizer), batch_shape(8, 4, plan), 2, PAD)
+    batch = collate(examples, text_encoder(plan, {}, tokenizer), largest(8, 4, plan), 2, PAD)
     numbers = []
     for i, places in enumerate(batch.places.tolist()):
         texts = [tokenizer.decode(tokens_at(batch, place, i // 8, 2), skip_special_tokens=True) for place in places]

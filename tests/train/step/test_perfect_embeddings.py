@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 from train.config import DatasetConfig, Stage
-from train.data.collate import TokenizedTexts, batch_shape, collate
+from train.data.collate import BatchShape, TokenizedTexts, collate
 from train.data.examples import Example, to_example
 from train.data.hard_negatives import MiningConfig, mine
 from train.data.records import LabelledText, Pair, Record, Triplet
+from train.data.row_counts import most_rows, texts_per_row
 from train.step.objectives import info_nce_loss
 
 About = Callable[[str, Example], object]
@@ -27,7 +28,7 @@ def losses(stage: Stage, kind: str, records: list[Record], about: About) -> tupl
     """Loss of one batch of all records: of perfect embeddings, and of positives that go astray."""
     make = to_example(stage, kind, records)
     examples = [make(record, np.random.default_rng(i)) for i, record in enumerate(records)]
-    shape = batch_shape(len(examples), len(examples[0].texts), stage)
+    shape = BatchShape(stage.row_length, texts_per_row(stage), (most_rows(len(examples), len(examples[0].texts), stage),))
     batch = collate(examples, partial(one_token, stage), shape, 1, pad_id=1)
     topics = [[about(text, example) for text in example.texts] for example in examples]
     axes = {topic: axis for axis, topic in enumerate(dict.fromkeys(topic for row in topics for topic in row))}
