@@ -7,7 +7,7 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest
+.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients
 .NOTPARALLEL:
 
 quickstart: .venv/.train,demo  ## search with a real model, train five adapters above it, evaluate, search again; continues
@@ -38,6 +38,19 @@ OLDEST = tests/text tests/embed tests/bulk tests/checkpoints/test_native.py test
 
 test-oldest: .venvoldest/.oldest  ## the oldest versions that pyproject.toml allows, without torch
 	.venvoldest/bin/python -m pytest $(OLDEST)
+
+test-clients: .venv/.test .venvclients/.clients .venvclients/.npm  ## clients of other vendors against the server
+	.venv/bin/python tests/clients/run.py --python .venvclients/bin/python --node-modules .venvclients/npm/node_modules
+
+.venvclients/.clients: tests/clients/requirements.txt
+	$(PYTHON) -m venv .venvclients
+	.venvclients/bin/python -m pip install --no-deps -r tests/clients/requirements.txt
+	@touch $@
+
+.venvclients/.npm: tests/clients/package-lock.json | .venvclients/.clients
+	mkdir -p .venvclients/npm && cp tests/clients/package.json tests/clients/package-lock.json .venvclients/npm/
+	if command -v npm; then cd .venvclients/npm && npm ci --no-audit --no-fund; fi
+	@touch $@
 
 .venvoldest/.oldest: pyproject.toml tests/oldest_versions.txt
 	$(PYTHON) -m venv .venvoldest

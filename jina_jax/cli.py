@@ -14,6 +14,7 @@ from .commands.demo_model import demo_model
 from .commands.embed import embed
 from .commands.info import info
 from .commands.search import search
+from .commands.serve import serve
 
 
 @click.group(cls=CommandGroup)
@@ -26,6 +27,7 @@ main.add_command(demo_model)
 main.add_command(embed)
 main.add_command(info)
 main.add_command(search)
+main.add_command(serve)
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,7 @@ LIBRARY = (
     ("losses", "parallel", "text"),
     ("checkpoints",),
     ("embed",),
-    ("bulk", "mteb"),
+    ("bulk", "mteb", "serve"),
     ("adapters", "command"),
     ("__init__",),
     ("commands",),
@@ -57,6 +57,7 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "matplotlib": {"train/evaluation/report.py", "train/mteb/plot.py"},
     "mteb": {"jina_jax/mteb.py", "train/mteb"},
     "datasets": {"train/mteb"},
+    **dict.fromkeys(("starlette", "uvicorn", "orjson", "prometheus_client"), {"jina_jax/serve"}),
     "peft": set(),
     "sentence_transformers": set(),
 }

@@ -21,7 +21,7 @@ from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
-from ..text.packing import PackedBatch, plan_batches
+from ..text.packing import PackedBatch, plan_batches, row_shapes
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
 from .folded_adapters import FoldedAdapters, group_by_adapter, how_many_to_keep
 from .forward import chunk_means, text_embeddings, token_states
@@ -35,6 +35,7 @@ from .late_chunking import (
     parse_chunk_request,
     tokenize_documents,
 )
+from .mixed_rows import MixedRows
 from .progress import progress_bar
 from .quantize import EmbeddingPrecision
 from .results import Result, collect_embeddings, collect_token_states, finish, one_ahead
@@ -351,6 +352,16 @@ class Embedder:
             warnings.warn(f"{truncated} of {total} chunks are longer than {limit} tokens and were cut", stacklevel=2)
         starts = [index for index, (_, chunk) in enumerate(request.names) if chunk == 0]
         return np.split(finish(means, output), starts[1:]) if starts else []
+
+    def mixed_rows(self, slots: int) -> MixedRows:
+        """Returns the forward pass of a server: rows of any adapters in a few shapes, which it
+        compiles ahead of time.
+
+        Args:
+            slots: most token slots of a batch on each device; the longest text gets a row of its
+                own all the same.
+        """
+        return MixedRows(self._base, self.mesh, row_shapes(self.max_length, slots, self._devices))
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]

@@ -76,6 +76,21 @@ def chunk_means(
     return _over_mesh(partial(_embed, means=means), mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
+@partial(jax.jit, static_argnames="mesh")
+def embeddings_and_states(
+    encoder: Encoder,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    adapter_ids: Int[Array, "b g"] | Int[Array, ""] | None,
+    pool_ids: Int[Array, "b t"],
+    *,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "b g d"], Float[Array, "b t d"]]:
+    """What `text_embeddings` and `token_states` return, of one pass: a program for either wish."""
+    return _over_mesh(_embed_and_encode, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
+
+
 def _embed(
     encoder: Encoder,
     tokens: Array,
@@ -85,25 +100,38 @@ def _embed(
     pool_ids: Array,
     means: int | None = None,
 ) -> Array:
+    pooled, _ = _embed_and_encode(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids, means)
+    return pooled
+
+
+def _embed_and_encode(
+    encoder: Encoder,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    adapter_ids: Any,
+    pool_ids: Array,
+    means: int | None = None,
+) -> tuple[Array, Array]:
     states = _encode(encoder, tokens, segment_ids, positions, adapter_ids)
-    return pool(states, pool_ids, means or max_texts(tokens.shape[1]))
+    return pool(states, pool_ids, means or max_texts(tokens.shape[1])), states
 
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:
     return encoder(*inputs)
 
 
-def _over_mesh(compute: Callable[..., Array], mesh: Mesh | None) -> Callable[..., Array]:
+def _over_mesh(compute: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """`compute` with rows split over a mesh, and all parameters on every device: in half precision
     the published model has 1.1 GB."""
     if mesh is None:
         return compute
 
-    def local(encoder: Encoder, *inputs: Any) -> Array:
+    def local(encoder: Encoder, *inputs: Any) -> Any:
         result = compute(encoder, *inputs)
         return jax.lax.all_gather(result, AXES, tiled=True) if mesh.is_multi_process else result
 
-    def over_mesh(encoder: Encoder, *inputs: Any) -> Array:
+    def over_mesh(encoder: Encoder, *inputs: Any) -> Any:
         in_specs = tuple(BATCH if x is not None and x.ndim else PartitionSpec() for x in inputs)
         out_specs = PartitionSpec() if mesh.is_multi_process else BATCH
         split = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), *in_specs), out_specs=out_specs, check_vma=False)

@@ -119,7 +119,7 @@ def plan_full_batches(lengths: Sequence[int], budget: int, devices: int = 1) -> 
     def is_full(batch: BatchPlan) -> bool:
         b, t = batch.shape
         held = sum(lengths[text] for row in batch.rows for text in row)
-        return b == _most_rows(budget, t) * devices and held >= FULL * b * t
+        return b == most_rows(budget, t) * devices and held >= FULL * b * t
 
     return [batch for batch in plan_without_small_rows(lengths, budget, devices) if is_full(batch)]
 
@@ -137,7 +137,7 @@ def plan_without_small_rows(lengths: Sequence[int], budget: int, devices: int = 
         shortest = length
         packed = best_fit_decreasing([lengths[i] for i in members], length, max_texts(length))
         rows = [[members[i] for i in row] for row in packed]
-        for start, count in _cut(-(-len(rows) // devices), _most_rows(budget, length)):
+        for start, count in _cut(-(-len(rows) // devices), most_rows(budget, length)):
             own = rows[start * devices : (start + count) * devices]
             batches.append(BatchPlan(own, (count * devices, length)))
     if longest := [n for n in lengths if n > shortest]:
@@ -145,9 +145,41 @@ def plan_without_small_rows(lengths: Sequence[int], budget: int, devices: int = 
     return batches
 
 
-def _most_rows(budget: int, length: int) -> int:
+def row_shapes(longest: int, budget: int, devices: int = 1) -> list[tuple[int, int]]:
+    """Returns every shape (rows, slots) of the batches of texts of up to `longest` tokens, smallest
+    first.
+
+    Args: see `plan_batches`.
+    """
+    lengths = [length for length in ROW_LENGTHS if length <= row_length(longest)]
+    full = [(count * devices, length) for length in lengths for count in row_counts(most_rows(budget, length))]
+    small = [(devices, length) for length in SMALL_ROW_LENGTHS if length <= row_length(longest)]
+    return sorted(small + full, key=lambda shape: (shape[0] * shape[1], shape[1]))
+
+
+def row_length(tokens: int) -> int:
+    """Returns the length of the full-size rows that a text belongs into.
+
+    Raises:
+        ValueError: no row is that long.
+    """
+    for length in ROW_LENGTHS:
+        if tokens <= length:
+            return length
+    raise ValueError(f"a text has {tokens} tokens; the longest row holds {ROW_LENGTHS[-1]}")
+
+
+def most_rows(budget: int, length: int) -> int:
     """Rows of a batch on one device."""
     return max(1, budget // length)
+
+
+def row_counts(largest: int) -> list[int]:
+    """Numbers of rows that batches have: 1, 4, 16, ... and `largest`."""
+    counts = [1]
+    while counts[-1] * 4 <= largest:
+        counts.append(counts[-1] * 4)
+    return counts if counts[-1] == largest else [*counts, largest]
 
 
 def lay_out(token_ids: Sequence[Sequence[int] | np.ndarray], batch: BatchPlan, pad_id: int) -> PackedBatch:
@@ -180,19 +212,18 @@ def scatter(pooled: np.ndarray, rows: PackedBatch, out: np.ndarray) -> None:
 
 
 def _cut(count: int, largest: int) -> list[tuple[int, int]]:
-    """Cuts `count` rows into (start, size) batches of 1, 4, 16, ... up to `largest` rows, the last
-    at most a quarter empty."""
-    sizes = [1]
-    while sizes[-1] * 4 <= largest:
-        sizes.append(sizes[-1] * 4)
-    if sizes[-1] < largest:
-        sizes.append(largest)
+    """Cuts `count` rows into (start, size) batches of `row_counts(largest)` rows, the last at most
+    a quarter empty."""
     cuts, start = [], 0
     while start < count:
-        left = count - start
-        padded = min((size for size in sizes if size >= left), default=sizes[-1])
-        full = max(size for size in sizes if size <= left)
-        size = padded if left >= 0.75 * padded else full
+        size = next_count(count - start, largest)
         cuts.append((start, size))
         start += size
     return cuts
+
+
+def next_count(left: int, largest: int) -> int:
+    """Returns how many rows the next batch has where `left` rows are to be computed."""
+    counts = row_counts(largest)
+    padded = min((count for count in counts if count >= left), default=counts[-1])
+    return padded if left >= 0.75 * padded else max(count for count in counts if count <= left)

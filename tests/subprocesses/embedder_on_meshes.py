@@ -7,9 +7,16 @@ from conftest import ROOT, TASKS, random_array
 from jina_jax import Embedder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
 from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.mixed_rows import MixedRows
 from jina_jax.model.parameters import abstract_variables, from_arrays
 from jina_jax.parallel.mesh import make_mesh
-from jina_jax.text.tokenizer import load_tokenizer
+from jina_jax.serve.batcher import Batcher
+from jina_jax.serve.metrics import Metrics
+from jina_jax.serve.options import ServeOptions
+from jina_jax.serve.tasks import resolve_task
+from jina_jax.serve.texts import Limits, tokenize_texts
+from jina_jax.serve.work import Work
+from jina_jax.text.tokenizer import load_tokenizer, private_backend
 
 prompts = tuple((task, PUBLISHED_INSTRUCTIONS[task]) for task in TASKS)
 config = ModelConfig(vocab_size=16_000, hidden_size=64, num_layers=2, num_heads=4, mlp_size=128, tasks=TASKS, prompts=prompts)
@@ -44,4 +51,20 @@ for data, fsdp in ((8, 1), (2, 4), (1, 8), (1, 1)):
     states = spread.encode(texts[:9], output_value="token_embeddings")
     for got, want in zip(states, wanted_states, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+# A server's rows, over all devices, with every task mixed.
+spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(8, 1))
+rows = MixedRows(spread._base, spread.mesh, [(8, 16), (8, 32), (8, 128), (8, 512)])
+rows.compile()
+batcher = Batcher(rows, config.pad_id, ServeOptions(names=("m",), max_batch_tokens=512), Metrics())
+limits, backend = Limits(512, "none", str, ""), private_backend(tokenizer)
+works = [
+    Work(tokenize_texts(backend, [text], 0, resolve_task(task, config, "task"), limits))
+    for text, task in zip(texts, tasks, strict=True)
+]
+for work in works:
+    batcher.submit(work)
+served = np.stack([work.future.result(60)[0] for work in works])
+np.testing.assert_allclose(served, wanted[0], rtol=0, atol=1e-5 * np.abs(wanted[0]).max())
+assert batcher.close(10.0)
 print("equal")

@@ -1,0 +1,1 @@
+"""The server: requests of several vendors' schemas, embedded in common batches."""

@@ -1,0 +1,1 @@
+"""What each vendor's clients send and expect."""
