@@ -11,7 +11,7 @@ inference for InfoNCE; each step has one of them and its loss.
 From the paper: batch, length, steps, rate and temperature; the base is frozen; rank 4.
 Chosen here: see `configs/_common.py`; a triplet has one negative.
 
-Expected: 1.2 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 85.80
+Expected: 0.5 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 85.80
 on MTEB's English STS (table 4), 70.39 on LongEmbed (table 5).
 """
 
