@@ -3,6 +3,7 @@
 The fixtures are the bundled tokenizer and corpus, and small models with every parameter random.
 """
 
+import gc
 import importlib.util
 import json
 import lzma
@@ -36,6 +37,20 @@ settings.load_profile("jina-jax")
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("retrieval.query", "retrieval.passage", "classification")
 SIZES = {"vocab_size": 300, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "mlp_size": 128}
+
+
+MAPPINGS = 8_000
+"""Memory mappings of a process from which on its compiled programs are dropped: each has a few, a
+process may have 65,530, and thousands of programs take gigabytes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -325,9 +325,9 @@ def test_the_whole_test_split_compiles_at_most_four_programs(tiny, corpus):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.encode(corpus)
-    first = text_embeddings._cache_size() - before
-    tiny.encode(corpus[::-8])
-    assert 1 <= first <= 4 and text_embeddings._cache_size() == before + first
+        tiny.encode(corpus[::-8])
+        tiny.encode(corpus[::-1])
+    assert 1 <= text_embeddings._cache_size() - before <= 4
 
 
 def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):

@@ -98,6 +98,6 @@ def test_floats_are_read_back_as_they_are():
         ("int4", None, "unknown"),
     ],
 )
-def test_what_cannot_be_read_back_is_an_error(precision, ranges, message):
+def test_what_cannot_be_read_back_is_an_error(unchecked, precision, ranges, message):
     with pytest.raises(ValueError, match=message):
         dequantize(np.zeros((1, 2), np.int8), precision, 2, ranges)

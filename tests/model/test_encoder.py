@@ -252,7 +252,7 @@ def products(dtype, make_encoder) -> list[str]:
     arrays = {path: variable.get_value() for path, variable in variables(encoder).items()}
     encoder = from_arrays(encoder.config, arrays, dtype=dtype)
     shape = jax.ShapeDtypeStruct((2, 32), jnp.int32)
-    lowered = text_embeddings.lower(encoder, shape, shape, shape, jax.ShapeDtypeStruct((2, 2), jnp.int32))
+    lowered = text_embeddings.lower(encoder, shape, shape, shape, jax.ShapeDtypeStruct((2, packing.max_texts(32)), jnp.int32))
     return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 
 

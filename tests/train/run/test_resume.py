@@ -120,7 +120,11 @@ def test_a_run_killed_at_each_of_20_random_moments_goes_on_to_the_same_parameter
         shutil.rmtree(workdir)
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name.startswith("killed")])
+KILLED = [name for name in FAULTS if name.startswith("killed")]
+IN_SHORT = ("killed before the rename", "killed before the model is saved")
+
+
+@pytest.mark.parametrize("fault", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.slow) for name in KILLED])
 def test_a_run_killed_inside_a_save_goes_on_to_the_same_parameters(runs, undisturbed, tmp_path, fault):
     workdir = tmp_path / "lr[1e-4]"  # brackets are a pattern to what looks for files below
     number = 1 if fault in ("killed while old ones are removed", "killed before the model is saved") else 2
