@@ -164,7 +164,7 @@ def _fitted_shapes(stage: Stage, sets: Sequence[_ExampleSet], encode: Encode, de
 def _sampled_lengths(each: _ExampleSet, encode: Encode, size: int) -> list[Int[np.ndarray, "n texts"]]:
     """Lengths of the texts of some examples, for each part of a batch."""
     size = min(size, each.records)
-    texts = encode([each.examples[i] for i in range(size)])
+    texts = encode([each.examples[i] for i in range(size)])  # type: ignore[arg-type]
     lengths = np.array([len(ids) for ids in texts.ids]).reshape(size, -1)
     parts = np.array(texts.parts).reshape(size, -1)[0]  # equal for all examples
     return [lengths[:, parts == part] for part in range(parts.max() + 1)]

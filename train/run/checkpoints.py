@@ -193,12 +193,28 @@ def _in_chunks() -> ocp.Context:
         axis = split_axis(jax.tree_util.keystr(key, simple=True, separator="/").rpartition("/")[2])
         # Along an axis that it is given, Orbax cuts single entries, and the token table has 250,112
         # of them. The table's longest axis is its first, which Orbax cuts without being told.
-        return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=(axis,) if axis else None)
+        return storage(chunk_byte_size=_chunk_bytes(value), shard_axes=(axis,) if axis else None)
 
     # Compression hardly makes weights smaller, and takes longer than writing them.
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = storage_options  # type: ignore[assignment]
     return context
+
+
+def _chunk_bytes(array: jax.Array | np.ndarray) -> int | None:
+    """CHUNK_BYTES; None = one chunk, for an array that Orbax could only cut into tiny ones.
+
+    Its chunks are equal, and a table with a prime number of rows, such as multilingual-e5-small's
+    250,037, has none between one row and all: a save would take minutes and gigabytes.
+    """
+    shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
+    longest = max(shape, default=1)
+    entry_bytes = math.prod(shape) // longest * array.dtype.itemsize
+    most = CHUNK_BYTES // max(entry_bytes, 1)
+    if longest <= most or not most:
+        return CHUNK_BYTES
+    divisor = max(n for n in range(1, most + 1) if longest % n == 0)
+    return CHUNK_BYTES if divisor * entry_bytes >= CHUNK_BYTES // 64 else None
 
 
 def _reading_at_once(most: int) -> ocp.Context:

@@ -254,8 +254,10 @@ def test_the_last_checkpoints_are_kept(undisturbed):
 def test_a_table_is_stored_in_chunks_of_many_rows(tmp_path):
     """Each chunk is looked up when a run resumes: of one row each, there would be 250,000."""
     saver = Saver(tmp_path, keep=1)
-    saver.save(1, {"tokens.table": jnp.zeros((2**16, 64)), "layers.up.kernel": jnp.zeros((2, 64, 128))}, {})
+    prime = 250_037  # rows of multilingual-e5-small's table, of which no number between one and all is a part
+    arrays = {"tokens.table": jnp.zeros((2**16, 64)), "layers.up.kernel": jnp.zeros((2, 64, 128))}
+    saver.save(1, arrays | {"tokens.a": jnp.zeros((prime, 1, 16))}, {})
     saver.close()
     stored = ocp.metadata(str(tmp_path / f"{1:08d}" / "arrays")).metadata
     pieces = {name: array.storage_metadata.chunk_shape for name, array in stored.items()}
-    assert pieces == {"tokens.table": (2**15, 64), "layers.up.kernel": (2, 1, 128)}
+    assert pieces == {"tokens.table": (2**15, 64), "layers.up.kernel": (2, 1, 128), "tokens.a": (prime, 1, 16)}
