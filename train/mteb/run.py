@@ -23,7 +23,7 @@ from .statistics import check_statistics
 from .systems import System, TaskRun, measured, task_run
 
 REMEMBERED = 262_144
-"""Most texts whose embeddings are kept while a task is run: 1 GiB at 1,024 dimensions."""
+"""Most texts whose embeddings are kept between calls: 1 GiB at 1,024 dimensions."""
 
 
 TEXTS_PER_CALL = 1024
@@ -132,7 +132,7 @@ def run(
 ) -> tuple[list[TaskRun], list[System]]:
     """Runs tasks in all variants, and returns what was run and the scores of each variant.
 
-    Each text of a task is embedded once, whatever the number of variants.
+    Each text is embedded once, whatever the number of variants, while there is room to keep it.
 
     Args:
         embedder, model: the model, and what results are filed under.
@@ -151,8 +151,8 @@ def run(
     cache = mteb().ResultCache(out)
     done = [task_run(task) for task in tasks]
     results: list[dict[str, Any]] = [{} for _ in forms]
+    remember = remembering(encode or embedder.encode, progress=sys.stderr if sys.stderr.isatty() else None)
     for task, found in zip(tasks, done, strict=True):
-        remember = remembering(encode or embedder.encode, progress=sys.stderr if sys.stderr.isatty() else None)
         for form, scores in zip(forms, results, strict=True):
             encoder = MTEBEncoder(
                 embedder,
@@ -176,9 +176,10 @@ def run(
 def remembering(
     encode: Callable[..., np.ndarray], most: int = REMEMBERED, progress: TextIO | None = None
 ) -> Callable[..., np.ndarray]:
-    """Returns `encode` for a list of texts that embeds each once, up to `most` of them.
+    """Returns `encode` for a list of texts that embeds each once, while it keeps them.
 
-    A progress bar is written to `progress`.
+    It keeps at most `most`, and forgets all where more come. A progress bar is written to
+    `progress`.
     """
     kept: dict[tuple[Any, str], np.ndarray] = {}
 
@@ -194,8 +195,12 @@ def remembering(
         new = list(dict.fromkeys(text for text in texts if (how, text) not in kept))
         settings = options | {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         found = dict(zip(new, blocks(new, settings), strict=True))
-        kept.update(((how, text), row) for text, row in found.items() if len(kept) < most)
-        return np.stack([found[text] if text in found else kept[how, text] for text in texts])
+        embeddings = np.stack([found[text] if text in found else kept[how, text] for text in texts])
+        if len(kept) + len(found) > most:
+            kept.clear()
+        if len(found) <= most:
+            kept.update(((how, text), row) for text, row in found.items())
+        return embeddings
 
     return remember
 

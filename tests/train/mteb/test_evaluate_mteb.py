@@ -83,7 +83,7 @@ def test_the_corpus_has_a_task_of_each_kind(finished):
         "STS",
     ]
     cells = {name: [subset for _, subset in task["cells"]] for name, task in tasks.items()}
-    assert cells["PackageRetrieval"] == ["de", "en"] and cells["PackageCrosslingualRetrieval"] == ["de-en"]
+    assert cells["PackageRetrieval"] == ["en", "de"] and cells["PackageCrosslingualRetrieval"] == ["de-en"]
 
 
 def test_scores_are_those_by_hand(finished, embedder):
@@ -268,4 +268,6 @@ def test_each_text_is_embedded_once_for_each_way():
     assert remember(["a", "bb", "a"], task="x", **settings).tolist() == [[1], [2], [1]]
     assert remember(["bb", "ccc"], task="x", **settings).tolist() == [[2], [3]]
     assert remember(["a"], task="y", **settings).tolist() == [[1]]
-    assert seen == [(("a", "bb"), "x"), (("ccc",), "x"), (("a",), "y")]
+    assert remember(["a", "a"], task="y", **settings).tolist() == [[1], [1]]
+    assert remember(["a"], task="x", **settings).tolist() == [[1]]  # three were kept, and all forgotten
+    assert seen == [(("a", "bb"), "x"), (("ccc",), "x"), (("a",), "y"), (("a",), "x")]
