@@ -59,7 +59,7 @@ def _retrieval() -> Stage:
         datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
         temperature=0.02,
         dim_weights=(2.0, 1.0, 1.0, 1.0),
-        **_sizes(steps=60, batch_size=32),
+        **_sizes(steps=100, batch_size=32),
     )
 
 
