@@ -18,7 +18,7 @@ class Reference:
     """Titles as queries and bodies as passages, each with its vector."""
 
     def __init__(self, model: Path, bulk: int):
-        """Embeds all texts; `bulk` is the number of texts that `texts_per_second` embeds at once."""
+        """Embeds all texts; `texts_per_second` embeds `bulk` of them at once."""
         self._embedder, self._bulk = Embedder.load(model), bulk
         records = [text for package in read_corpus(BUNDLED, "test") for text in package.text.values()]
         records = random.Random(0).sample(records, TEXTS)
