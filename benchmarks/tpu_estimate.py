@@ -5,9 +5,12 @@
 Needs no TPU: the programs are compiled ahead of time, and their cycles are the TPU compiler's
 estimates, with loops counted once per iteration, and the schedules of the Pallas kernels
 (`train.aot.compiler`). Nothing is run, so waits for memory inside a kernel and stalls of the matrix
-unit are not seen. The naive port has the same matmuls and the same mask, in bfloat16 and in a loop
-over layers: separate q, k and v, XLA's attention, rotation by halves, a float32 residual stream,
-LayerNorm in two passes, and `jax.nn.gelu`. Needs libtpu: pip install -e '.[train,tpu]'
+unit are not seen. `mcycles` are the estimates; `bundles`, in millions too, what the final schedules
+of all instructions issue: a lower bound, and closer on v6e, whose products the estimates take for
+twice as long as they are scheduled. The naive port has the same matmuls and the same mask, in
+bfloat16 and in a loop over layers: separate q, k and v, XLA's attention, rotation by halves, a
+float32 residual stream, LayerNorm in two passes, and `jax.nn.gelu`.
+Needs libtpu: pip install -e '.[train,tpu]'
 """
 
 import json
@@ -73,7 +76,8 @@ def main(names: tuple[str, ...], chosen: tuple[str, ...], out: Path | None) -> N
         part = load_topology(name)
         for label in chosen or programs:
             found[name, label] = {"topology": name, "program": label, **_estimate(programs[label], part)}
-            click.echo(f"{name:10} {label:30} {found[name, label]['mcycles']:9.2f} Mcycles", err=True)
+            cycles, bundles = found[name, label]["mcycles"], found[name, label]["bundles"]
+            click.echo(f"{name:10} {label:30} {cycles:9.2f} Mcycles {bundles:9.2f} million bundles", err=True)
     results = [found[name, label] for name in names for label in programs if (name, label) in found]
     click.echo(_table(results))
     if out:
@@ -93,6 +97,7 @@ def _estimate(program: Program, part: Slice) -> dict[str, Any]:
     found = measure(jax.jit(whole), arguments, part.topology)
     return {
         "mcycles": sum(found.cycles.values()) / 1e6,
+        "bundles": found.bundles / 1e6,
         "mcycles_by_kind": {kind: cycles / 1e6 for kind, cycles in found.cycles.items()},
         "kernels": found.kernels,
         "temporary_bytes": found.memory["temporaries"],
@@ -101,14 +106,16 @@ def _estimate(program: Program, part: Slice) -> dict[str, Any]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """Table of Mcycles of each program; of attention alone, of cycles per row and head."""
-    cycles = {(each["program"], each["topology"]): each["mcycles"] for each in results}
+    """Table of Mcycles and millions of bundles of each program; of attention alone, of cycles and
+    bundles per row and head."""
+    measured = {(each["program"], each["topology"]): (each["mcycles"], each["bundles"]) for each in results}
     topologies = list(dict.fromkeys(each["topology"] for each in results))
-    lines = [f"{'':55}" + "".join(f"{name:>12}" for name in topologies)]
+    lines = [f"{'':55}" + "".join(f"{name:>18}" for name in topologies)]
     for program in dict.fromkeys(each["program"] for each in results):
         kernel = program.startswith("attention")
-        scale, unit = (1e6 / KERNEL_ROWS / CONFIG.num_heads, "per row and head") if kernel else (1.0, "Mcycles")
-        cells = (f"{cycles[program, name] * scale:12.{0 if kernel else 1}f}" for name in topologies)
+        scale, unit = (1e6 / KERNEL_ROWS / CONFIG.num_heads, "per row and head") if kernel else (1.0, "millions")
+        pairs = ([f"{value * scale:.{0 if kernel else 1}f}" for value in measured[program, name]] for name in topologies)
+        cells = (f"{cycles} / {bundles}".rjust(18) for cycles, bundles in pairs)
         lines.append(f"{program + ', ' + unit:55}" + "".join(cells))
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from jina_jax.errors import JinaJaxError, how_to_install
 
 from ..step.chips import GIB
 from .hlo_cost import Collective, cost
-from .kernel_schedules import DUMP_FLAGS, kernel_cycles, lookup_cycles
+from .kernel_schedules import DUMP_FLAGS, lookup_cycles, scheduled_cycles
 from .topology import Topology, parse_topology, send_rate
 
 INSTALL = how_to_install("train,tpu")
@@ -70,6 +70,8 @@ class Measurement(NamedTuple):
     """Operations per second that a device can do."""
     cycles: dict[str, int]
     """Cycles by kind of work by the compiler's estimate; `kernels` are counted from schedules."""
+    bundles: int
+    """Cycles by the schedules of all instructions, or, where one has none, by its estimate."""
     kernels: dict[str, dict[str, int]]
     """Number of `calls` of each Pallas kernel, and the `cycles` of one; 0 = the kernel was in no
     schedule, and is missing from the estimate."""
@@ -153,15 +155,17 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
             raise
         raise DoesNotFit(_needed(str(error)), topology) from error
     seconds = time.perf_counter() - began
-    bundles = kernel_cycles(schedules)
+    scheduled = scheduled_cycles(schedules)
     text = compiled.as_text()
     if hlo:
         hlo.write_text(text, "utf-8")
     found = cost(text)
-    kernels = {name: {"calls": calls, "cycles": lookup_cycles(name, bundles)} for name, calls in found.kernels.items()}
+    kernels = {name: {"calls": calls, "cycles": lookup_cycles(name, scheduled)} for name, calls in found.kernels.items()}
     cycles = dict(found.cycles)
+    bundles = sum(times * scheduled.get(name, estimate) for name, (times, estimate) in found.estimates.items())
     if kernels:
         cycles["kernels"] = sum(kernel["calls"] * kernel["cycles"] for kernel in kernels.values())
+        bundles += cycles["kernels"]
     return Measurement(
         topology=topology.name,
         devices=topology.devices,
@@ -169,6 +173,7 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
         hbm=topology.chip.hbm,
         peak=topology.peak,
         cycles=cycles,
+        bundles=bundles,
         kernels=kernels,
         collectives=found.collectives,
         compute_seconds=sum(cycles.values()) / topology.chip.clock,

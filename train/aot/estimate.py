@@ -119,6 +119,7 @@ def report(compiled: Compiled) -> str:
         f"  throughput             {compiled.tokens / cost.seconds:,.0f} tokens/s, {compiled.flops:.3g} FLOPs a step, "
         f"{share:.1%} of the peak; of computation alone {alone:.1%}",
         f"  million cycles         {sum(cost.cycles.values()) / 1e6:,.1f}: {millions}",
+        f"  million bundles        {cost.bundles / 1e6:,.1f}: as scheduled, without waits",
     ]
     for collective in cost.collectives:
         over = f"over {collective.group or cost.devices} devices"
@@ -152,6 +153,7 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
         "devices": cost.devices,
         "memory_bytes": cost.memory | {"usable": cost.hbm},
         "cycles": cost.cycles,
+        "bundles": cost.bundles,
         "kernels": cost.kernels,
         "collectives": [collective._asdict() for collective in cost.collectives],
         "seconds": cost.seconds,

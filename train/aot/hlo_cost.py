@@ -62,6 +62,8 @@ class Cost(NamedTuple):
     collectives: tuple[Collective, ...]
     kernels: dict[str, int]
     """Calls of Pallas kernels, by the name of the instruction."""
+    estimates: dict[str, tuple[int, int]]
+    """Runs of each instruction with an estimate, and the cycles of one."""
 
 
 Program = dict[str, list[Instruction]]
@@ -83,12 +85,14 @@ def cost(text: str) -> Cost:
     counts: Counter[tuple[str, int]] = Counter()
     sizes: Counter[tuple[str, int]] = Counter()
     kernels: Counter[str] = Counter()
+    runs: Counter[tuple[str, int]] = Counter()
     for computation, instruction, times in _executed(program, entry):
         if 'custom_call_target="tpu_custom_call"' in instruction.text:
             kernels[instruction.name] += times
         inside = kinds(called) if instruction.operation == "fusion" and (called := _called(instruction)) else frozenset()
         if match := _CYCLES.search(instruction.text):
             cycles[_kind(instruction, inside)] += times * int(match[1])
+            runs[instruction.name, int(match[1])] += times
         for within, collective in _collectives(program, computation, instruction):
             # One fusion that sums, and keeps a shard of the sum.
             scattered = within.startswith("all-reduce-scatter")
@@ -96,7 +100,8 @@ def cost(text: str) -> Cost:
             counts[key] += times
             sizes[key] += times * _payload(collective, program[within])
     found = tuple(Collective(*key, counts[key], sizes[key]) for key in sorted(counts))
-    return Cost(dict(cycles.most_common()), found, dict(kernels))
+    estimates = {name: (times, estimate) for (name, estimate), times in runs.items()}
+    return Cost(dict(cycles.most_common()), found, dict(kernels), estimates)
 
 
 def parse(text: str) -> tuple[Program, str]:

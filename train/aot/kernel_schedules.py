@@ -1,8 +1,9 @@
-"""Cycles of Pallas kernels, counted from the instruction bundles of the compiler's final schedule.
+"""Cycles of instructions, counted from the bundles of the compiler's final schedule.
 
-The TPU compiler makes no estimate for them. One bundle is issued per cycle. The count is a lower
-bound where the matrix unit stalls or memory is waited for, and an upper bound where code of the
-body is skipped at some steps of the grid.
+The TPU compiler makes no estimate for Pallas kernels; for all else the count stands beside its
+estimate. One bundle is issued per cycle. The count is a lower bound where the matrix unit stalls or
+memory is waited for, and an upper bound where code of the body is skipped at some steps of the
+grid.
 """
 
 import re
@@ -17,15 +18,15 @@ They dump the final schedule of every instruction of a program, and nothing else
 """
 
 PIPELINE_STEPS = 2
-"""Iterations of the loop over a kernel's grid beyond the steps of the grid.
+"""Iterations of the loop over a kernel's or fusion's grid beyond the steps of the grid.
 
-They fill and empty the pipeline of the kernel's copies.
+They fill and empty the pipeline of its copies.
 """
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)([A-Z\s]*):([\s>]*)\{")
 _EXIT = re.compile(r"%(\w+) = scmp\.[gl][et]\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) +/\* loop exit test \*/")
 _JUMP = re.compile(r"sbr\.rel \(!?%(\w+)\)")
-_ENTRY = re.compile(r"/\* entry bundle: %([\w.\-]+) = custom-call\(")
+_ENTRY = re.compile(r"/\* entry bundle: %([\w.\-]+) = ")
 
 
 class Bundle(NamedTuple):
@@ -37,11 +38,8 @@ class Bundle(NamedTuple):
     """Count that the loop's test compares with, where the bundle jumps back or leaves its loop."""
 
 
-def kernel_cycles(directory: Path) -> dict[str, int]:
-    """Cycles of one call of each custom call in a directory of schedules.
-
-    The keys are the names of the HLO instructions.
-    """
+def scheduled_cycles(directory: Path) -> dict[str, int]:
+    """Cycles of one run of each HLO instruction in a directory of schedules, by its name."""
     found = {}
     for file in sorted(directory.glob("*final_bundles.txt")):
         if "schedule-analysis" not in file.name and (entry := _ENTRY.search(text := file.read_text("utf-8", "replace"))):

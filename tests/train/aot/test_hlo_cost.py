@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("grain")
 from train.aot.hlo_cost import Collective, HloError, array_bytes, cost, parse
-from train.aot.kernel_schedules import bundles, count, kernel_cycles, lookup_cycles
+from train.aot.kernel_schedules import bundles, count, lookup_cycles, scheduled_cycles
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 PROGRAM = f"""HloModule jit_step, is_scheduled=true
@@ -107,6 +107,7 @@ def test_loops_multiply_what_is_in_them():
     found = cost(PROGRAM)
     assert found.cycles == {"matmul": 3 * 24 * 1000, "elementwise": 3 * 24 * 10, "copies": 3 * 5, "communication": 7}
     assert found.kernels == {"ours.3": 3 * 24}
+    assert found.estimates.pop("product") == (3 * 24, 1000) and found.estimates.pop("copy.1") == (3, 5)
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -171,8 +172,8 @@ def test_bundles_of_a_schedule(tmp_path):
     assert count(bundles(SCHEDULE)) == want
     (tmp_path / "1-ours.3-01-final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "1-ours.3-00-schedule-analysis_final_bundles.txt").write_text(SCHEDULE)
-    (tmp_path / "1-fusion.1-01-final_bundles.txt").write_text(SCHEDULE.replace("custom-call", "fusion"))
-    assert kernel_cycles(tmp_path) == {"ours.3": want}
+    (tmp_path / "1-fusion.1-01-final_bundles.txt").write_text(SCHEDULE.replace("ours.3 = custom-call", "fusion.1 = fusion"))
+    assert scheduled_cycles(tmp_path) == {"ours.3": want, "fusion.1": want}
 
 
 def test_a_kernel_without_a_schedule_takes_as_long_as_its_like():
