@@ -94,13 +94,13 @@ def _stages(scratch: Path, steps: int) -> Sequence[Stage]:
     packages = read_corpus(BUNDLED, "train")
     write_records(scratch / "searches.jsonl", search_pairs(packages))
     write_records(scratch / "labelled.jsonl", section_labels(packages))
-    small = {"steps": steps, "warmup_steps": steps // 100, "max_length": 48, "row_length": 96, "dims": (48, 96, 192, 384)}
+    small = {"steps": steps, "warmup_steps": steps // 100, "max_length": 32, "row_length": 64, "dims": (48, 96, 192, 384)}
     small |= {"num_row_counts": 2, "encode_chunk_rows": None, "remat": "except_products"}
     return (
         replace(
             retrieval.get_config().stages[0],
             datasets=(DatasetConfig(str(scratch / "searches.jsonl"), "pair"),),
-            batch_size=12,
+            batch_size=8,
             num_negatives=0,
             **small,
         ),
