@@ -7,7 +7,7 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients
+.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients test-docs
 .NOTPARALLEL:
 
 quickstart: .venv/.train,demo  ## search with a real model, train five adapters above it, evaluate, search again; continues
@@ -41,6 +41,9 @@ test-oldest: .venvoldest/.oldest  ## the oldest versions that pyproject.toml all
 
 test-clients: .venv/.test .venvclients/.clients .venvclients/.npm  ## clients of other vendors against the server
 	.venv/bin/python tests/clients/run.py --python .venvclients/bin/python --node-modules .venvclients/npm/node_modules
+
+test-docs: .venv/.test  ## the code blocks of the README and of docs/, run as they are written
+	.venv/bin/python -m pytest -m docs tests/documentation
 
 .venvclients/.clients: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venvclients
