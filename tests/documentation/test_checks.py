@@ -2,6 +2,7 @@
 
 import click
 import pytest
+
 from jina_jax.errors import ConfigError
 
 from .blocks import read_blocks

@@ -10,6 +10,7 @@ from .blocks import ROOT, Block, pages, read_blocks
 from .commands import check_command, shell_commands
 from .links import broken_links
 
+
 def check(block: Block) -> None:
     match block.language:
         case "bash":

@@ -9,8 +9,8 @@
     texts.txt, tickets.csv, pairs.jsonl, ...
                              a few texts of the bundled corpus
     configs, data, ...       those of the checkout
-    bin/                     python and jina-jax of this environment; pip, which does nothing, since it
-                             has all extras
+    bin/                     python and jina-jax of this environment, and a pip that does nothing:
+                             it has all extras
 
 `jina-jax serve` returns when the server is ready, and leaves it running until the page ends.
 """
@@ -18,7 +18,6 @@
 import csv
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +114,9 @@ def _write_texts(workplace: Path) -> None:
         (workplace / folder).mkdir()
     for number in (0, 1):
         half = bodies[6 * number : 6 * number + 6]
-        pq.write_table(pa.table({"id": [f"{number}-{i}" for i in range(6)], "text": half}), workplace / f"texts/{number}.parquet")
+        pq.write_table(
+            pa.table({"id": [f"{number}-{i}" for i in range(6)], "text": half}), workplace / f"texts/{number}.parquet"
+        )
         _write_lines(workplace / f"books/{number}.jsonl", ({"text": text} for text in half))
     _write_lines(workplace / "meetings.jsonl", ({"text": text} for text in bodies[:3]))
     labelled = [{"text": title, "label": section} for title, section in zip(titles, sections, strict=True)]
