@@ -46,8 +46,8 @@ def check_command(words: list[str]) -> None:
                 return _check_extras(arguments)
             case ["make", *targets]:
                 return _check_targets(targets)
-            case ["jina-jax", *arguments]:
-                return _check_options("jina_jax.cli", arguments)
+            case ["jina-jax", _, *_] as program:
+                return _check_options("jina_jax.cli", program[1:])
             case ["python" | ".venv/bin/python", "-m", module, *arguments] if module.partition(".")[0] in PROGRAMS:
                 return _check_options(module, arguments)
 
@@ -109,6 +109,8 @@ def _parse(command: click.Command, name: str, arguments: list[str], *, elided: b
         if elided or (error.param is not None and error.param.envvar):  # it may be in the environment
             return
         raise
+    except click.exceptions.Exit:  # --help
+        return
     except click.BadParameter as error:
         # A file that the reader has, or a shell's expansion
         if error.param is not None and (isinstance(error.param.type, click.Path) or "$" in error.message):
