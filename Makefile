@@ -7,7 +7,7 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients
+.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients test-docs test-notebooks docs
 .NOTPARALLEL:
 
 quickstart: .venv/.train,demo  ## search with a real model, train five adapters above it, evaluate, search again; continues
@@ -41,6 +41,21 @@ test-oldest: .venvoldest/.oldest  ## the oldest versions that pyproject.toml all
 
 test-clients: .venv/.test .venvclients/.clients .venvclients/.npm  ## clients of other vendors against the server
 	.venv/bin/python tests/clients/run.py --python .venvclients/bin/python --node-modules .venvclients/npm/node_modules
+
+test-docs: .venv/.test  ## the code blocks of the README and of docs/, run as they are written
+	.venv/bin/python -m pytest -m docs tests/documentation
+
+test-notebooks: .venv/.test  ## the notebooks, from top to bottom, with few texts and steps
+	.venv/bin/python -m pytest -m notebooks tests/documentation
+
+docs: .venvdocs/.docs  ## the documentation site, into site/; a broken link or a missing name is an error
+	.venvdocs/bin/mkdocs build --strict
+
+.venvdocs/.docs: pyproject.toml
+	$(PYTHON) -m venv .venvdocs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+		| xargs .venvdocs/bin/python -m pip install
+	@touch $@
 
 .venvclients/.clients: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venvclients

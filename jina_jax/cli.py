@@ -20,14 +20,17 @@ from .commands.serve import serve
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="jina-jax")
 def main() -> None:
-    """Task-adapted multilingual embeddings in JAX."""
+    """Task-adapted multilingual embeddings in JAX.
+
+    \b
+    To begin with, without a network where the extra `demo` is installed:
+      jina-jax demo-model runs/e5-small
+      jina-jax search "how do I edit a photo?" texts.txt --model runs/e5-small
+    """
 
 
-main.add_command(demo_model)
-main.add_command(embed)
-main.add_command(info)
-main.add_command(search)
-main.add_command(serve)
+for command in (search, embed, serve, info, demo_model):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

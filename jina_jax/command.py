@@ -27,7 +27,13 @@ class Command(click.Command):
 
 
 class CommandGroup(Command, click.Group):
-    """Command group with `Command`'s error handling and compilation cache."""
+    """Command group with `Command`'s error handling and compilation cache.
+
+    Its help lists the commands in the order in which they were added.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
 revision_option = click.option("--revision", help="Branch, tag or commit; for a hub id.")

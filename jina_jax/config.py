@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
 PUBLISHED_INSTRUCTIONS = {
     "retrieval.query": "Represent the query for retrieving evidence documents: ",
@@ -170,7 +170,9 @@ class ModelConfig:
     def task_index(self, task: str) -> int:
         """Index of a task's adapter; raises ValueError listing the valid names."""
         if task not in self.tasks:
-            raise ValueError(f"unknown task {task!r}; this model has {list(self.tasks) or 'no adapters'}")
+            raise ValueError(
+                f"unknown task {task!r}; this model has {list(self.tasks) or 'no adapters'}{did_you_mean(task, self.tasks)}"
+            )
         return self.tasks.index(task)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,9 +1,23 @@
 """Errors of this project: ValueErrors whose messages name the input and what would be valid."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 def how_to_install(extra: str) -> str:
     """Command that installs an extra, for messages: the package is not published on an index."""
     return f"pip install -e '.[{extra}]' in a checkout of jina-jax"
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Returns the end of a message about an unknown name: the nearest ones, "" where none is near.
+
+    A name that differs in case or in blanks around it alone is the only one.
+    """
+    known = {each.strip().lower(): each for each in names}
+    given = name.strip().lower() if isinstance(name, str) else ""
+    near = [given] if given in known else get_close_matches(given, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(known[each]) for each in near)}?" if near else ""
 
 
 class JinaJaxError(ValueError):

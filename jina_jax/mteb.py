@@ -124,9 +124,11 @@ class MTEBEncoder:
         Args:
             inputs: batches, each with its texts under "text".
             task_metadata: its `type` and `name` choose the adapter or the prompt.
-            hf_split, hf_subset: make no difference.
+            hf_split: makes no difference.
+            hf_subset: makes no difference.
             prompt_type: "query" or "document" where a task has these sides, else None.
-            batch_size, show_progress_bar: as in `Embedder.encode`.
+            batch_size: as in `Embedder.encode`.
+            show_progress_bar: as in `Embedder.encode`.
             precision: in place of the encoder's.
         """
         texts = [text for batch in inputs for text in batch["text"]]

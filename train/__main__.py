@@ -11,24 +11,27 @@ from jina_jax.parallel import processes
 
 from .config import load_config
 from .run.loop import train
+from .run.profiling import parse_steps
 
 
 @click.command(cls=Command)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--workdir", required=True, help="The run's directory; an interrupted run resumes.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Another value for a field: stages.0.steps=100")
-def main(config: Path, workdir: str, overrides: tuple[str, ...]) -> None:
+@click.option("--profile-steps", metavar="FIRST:LAST", help="Record a trace of these steps in WORKDIR/profile, for XProf.")
+def main(config: Path, workdir: str, overrides: tuple[str, ...], profile_steps: str | None) -> None:
     """Train the run that CONFIG, a Python file of configs/, describes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy, level in (("absl", logging.CRITICAL), ("orbax", logging.CRITICAL), ("jax", logging.WARNING)):
         # Orbax logs every exception, with its traceback, that it raises as well.
         logging.getLogger(noisy).setLevel(level)
     loaded = load_config(config, overrides)
+    profile = None if profile_steps is None else parse_steps(profile_steps)
     if is_remote(workdir):
         raise ValueError(f"--workdir must be a directory that all processes see as a local one, not {workdir}")
     processes.start()
     with processes.abort_together():
-        model = train(loaded, Path(workdir), progress=True)
+        model = train(loaded, Path(workdir), progress=True, profile=profile)
     if model is not None:
         click.echo(f"model: {model}")
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 import traceback
@@ -14,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jina_jax.config import ModelConfig, Remat
-from jina_jax.errors import ConfigError
+from jina_jax.errors import ConfigError, did_you_mean
 from jina_jax.text.packing import TOKENS_PER_TEXT
 
 from .old_names import hint
@@ -239,7 +240,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     name, _, function = str(file).partition(":")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"no such configuration: {name}")
+        presets = [path.name for path in sorted(Path(name).parent.glob("[!_]*.py"))]
+        raise FileNotFoundError(f"no such configuration: {name}{did_you_mean(Path(name).name, presets)}")
     fields = to_dict(_call_config(Path(name), function or "get_config"))
     for override in overrides:
         path, equals, value = override.partition("=")
@@ -274,7 +276,8 @@ def _call_config(file: Path, function: str) -> TrainConfig:
     try:
         spec.loader.exec_module(module)
         if not callable(make := getattr(module, function, None)):
-            raise ConfigError(f"{file} has no function {function}")
+            functions = [each for each, value in vars(module).items() if inspect.isfunction(value) and not each.startswith("_")]
+            raise ConfigError(f"{file} has no function {function}{did_you_mean(function, functions)}")
         made = make()
     except ValidationError as error:
         raise ConfigError(f"{file}: {_listed(error)}") from error
@@ -319,4 +322,5 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
         i = int(key)
         return (*node[:i], _replaced(node[i], rest, value, path), *node[i + 1 :])
     valid = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, tuple) else "none"
-    raise ConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}{hint(key)}")
+    near = hint(key) or did_you_mean(key, node if isinstance(node, dict) else ())
+    raise ConfigError(f"--set {path}: there is no field {key!r}; valid here are {valid}{near}")

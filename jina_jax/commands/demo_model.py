@@ -8,8 +8,8 @@ from ..checkpoints.demo_model import DemoDtype, write_demo_model
 from ..command import Command
 
 
-@click.command("demo-model", cls=Command)
-@click.argument("dst")
+@click.command("demo-model", cls=Command, short_help="Write a small, real model to try everything with.")
+@click.argument("dst", type=click.Path())
 @click.option("--dtype", type=click.Choice(get_args(DemoDtype)), default="float32", show_default=True, help="Of the weights.")
 def demo_model(dst: str, dtype: DemoDtype) -> None:
     """Write multilingual-e5-small as DST, a Hugging Face directory.

@@ -29,9 +29,9 @@ LATE = "Chunks in the context of their text, or each by itself.  [default: --lat
 PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or Slurm says."
 
 
-@click.command(cls=Command)
-@click.argument("files", nargs=-1, required=True)
-@click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
+@click.command(cls=Command, short_help="Embed the lines of a file, or the rows of many.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(allow_dash=True))
+@click.option("--model", required=True, type=click.Path(), help="Directory or hub id, in any supported layout.")
 @model_options
 @click.option("--task", help="Adapter; default: the base model.")
 @click.option("--prompt", help="Text put before every input, in place of the task's instruction.")
@@ -49,7 +49,10 @@ PROCESS_ID = "DIR/: which of them this is, from 0; default: as JAX_PROCESS_ID or
 @click.option("--late-chunking/--no-late-chunking", default=None, help=LATE)
 @click.option("--batch-size", type=int, default=32, show_default=True, help="In texts; bounds memory.")
 @click.option(
-    "--output", required=True, help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards."
+    "--output",
+    required=True,
+    type=click.Path(allow_dash=True),
+    help="FILE.npy, FILE.parquet (text and embedding), - for JSON lines, or DIR/ for Parquet shards.",
 )
 @click.option("--field", help="DIR/: field or column with the text; outer.inner for one inside another.  [default: text]")
 @click.option("--id-field", help="DIR/: the one with the id; default: FILE:NUMBER of the row.")

@@ -11,8 +11,8 @@ from ..checkpoints.sources import find_model
 from ..command import Command, revision_option
 
 
-@click.command(cls=Command)
-@click.argument("model")
+@click.command(cls=Command, short_help="Say what a model is, and which of its settings are obeyed.")
+@click.argument("model", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every setting.")
 @revision_option
 @click.pass_context

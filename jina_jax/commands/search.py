@@ -47,11 +47,16 @@ class Result(NamedTuple):
     text: str | None
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Find the texts that are nearest to a query.")
 @click.argument("query")
-@click.argument("files", nargs=-1)
-@click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
-@click.option("--embeddings", metavar="DIR/", help="Search what `jina-jax embed --output DIR/` wrote, in place of FILES.")
+@click.argument("files", nargs=-1, type=click.Path(allow_dash=True))
+@click.option("--model", required=True, type=click.Path(), help="Directory or hub id, in any supported layout.")
+@click.option(
+    "--embeddings",
+    type=click.Path(),
+    metavar="DIR/",
+    help="Search what `jina-jax embed --output DIR/` wrote, in place of FILES.",
+)
 @click.option("--top", type=int, default=5, show_default=True, help="How many results.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line: rank, score, id, and the text in full.")
 @click.option("--task", help="FILES: adapter of both query and texts; default: those, or the prompts, of the two sides.")

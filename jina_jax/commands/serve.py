@@ -13,8 +13,8 @@ from ..command import Command, model_options
 from ..errors import how_to_install
 
 
-@click.command(cls=Command)
-@click.option("--model", required=True, help="Directory or hub id, in any supported layout.")
+@click.command(cls=Command, short_help="Serve embeddings to clients of OpenAI, Jina, Cohere and TEI.")
+@click.option("--model", required=True, type=click.Path(), help="Directory or hub id, in any supported layout.")
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 = all.")
 @click.option("--port", type=int, default=8080, show_default=True, help="0 = any that is free.")

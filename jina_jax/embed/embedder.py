@@ -169,9 +169,13 @@ class Embedder:
         """`max_length`, by the name that sentence-transformers gives it."""
         return self.max_length
 
-    def get_sentence_embedding_dimension(self) -> int:
+    def get_embedding_dimension(self) -> int:
         """Width of the embeddings that `encode` returns where no `truncate_dim` is given."""
         return resolve_truncate_dim(None, self.config)
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """`get_embedding_dimension`, by its name before sentence-transformers 6."""
+        return self.get_embedding_dimension()
 
     def encode_query(self, sentences: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the task retrieval.query, else with the prompt named query, else plain."""
@@ -253,7 +257,8 @@ class Embedder:
                 text.
             show_progress_bar: None = where the logger of this module shows INFO.
             convert_to_numpy: False gives a list of vectors in place of a matrix.
-            convert_to_tensor, device: not supported, see the error.
+            convert_to_tensor: not supported, see the error.
+            device: not supported, see the error.
 
         Returns:
             For one text a vector [dim], for several a matrix [n, dim] in the order given; for token

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..config import ModelConfig
+from ..errors import did_you_mean
 from ..text.tokenizer import check_unicode
 from .quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision, parse_ranges
 
@@ -124,7 +125,8 @@ def resolve_prompt(task: str | None, prompt: Any, prompt_name: Any, config: Mode
     if prompt_name is not None:
         known = dict(config.prompts)
         if not isinstance(prompt_name, str) or prompt_name not in known:
-            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {[*known] or 'no prompts'}")
+            near = did_you_mean(prompt_name, known)
+            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model has {[*known] or 'no prompts'}{near}")
         return known[prompt_name]
     name = config.default_prompt if task is None else task
     return "" if name is None else config.prompt(name) or ""
@@ -164,7 +166,7 @@ def is_int(value: Any) -> bool:
 
 def check_one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; use one of {list(valid)}")
+        raise ValueError(f"unknown {name} {value!r}; use one of {list(valid)}{did_you_mean(value, valid)}")
 
 
 def _tasks(task: Any, texts: int) -> list[str | None]:

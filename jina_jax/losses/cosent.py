@@ -30,10 +30,12 @@ def cosent(
     no two valid rows have different scores. Memory holds one element per pair of rows, [n, n].
 
     Args:
-        a, b: embeddings of the two texts of each row.
+        a: embeddings of the first text of each row.
+        b: embeddings of the second.
         score: similarity of the two texts; only the order of scores matters.
         temperature: differences of cosines are divided by it.
-        dims, weights: Matryoshka prefixes and their weights, see `jina_jax.losses`.
+        dims: Matryoshka prefixes, see `jina_jax.losses`; None = the full width.
+        weights: of the prefixes; None = 1 each.
         valid: rows that count; the contents of all other rows, even NaN, have no effect.
         axis_name: pairs are formed over the rows of all shards. The logarithm does not split over
             rows, so each shard computes the global loss from the gathered cosines and returns an

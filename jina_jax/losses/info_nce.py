@@ -46,11 +46,13 @@ def info_nce(
     gradient are zero.
 
     Args:
-        q, p: embeddings of the two sides; row i of one is the positive of row i of the other.
+        q: embeddings of one side.
+        p: embeddings of the other; row i of one is the positive of row i of the other.
         negatives: further candidates of every query, from all rows and shards; in q -> p only.
         temperature: cosines are divided by it.
         bidirectional: False computes q -> p only.
-        dims, weights: Matryoshka prefixes and their weights, see `jina_jax.losses`.
+        dims: Matryoshka prefixes, see `jina_jax.losses`; None = the full width.
+        weights: of the prefixes; None = 1 each.
         valid: an invalid row is neither anchor nor candidate, its negatives do not count, and its
             contents, even NaN, have no effect.
         group: rows of the same group are not negatives of one another.

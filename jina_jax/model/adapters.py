@@ -40,8 +40,9 @@ def add_adapter(
         task: a name that the model does not have yet.
         adapter: arrays from `extract_adapter`; None for a fresh adapter, which changes nothing
             until it is trained.
-        rank, alpha: LoRA sizes of a fresh adapter; None = those of the configuration. Adapters of
-            different ranks are padded to the largest, exactly.
+        rank: of a fresh adapter; None = that of the configuration. Adapters of different ranks are
+            padded to the largest, exactly.
+        alpha: LoRA's alpha of a fresh adapter; None = that of the configuration.
         instruction: text put before the inputs of this task.
         rngs: random keys, needed for a fresh adapter only.
 

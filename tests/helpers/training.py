@@ -107,6 +107,16 @@ def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in ocp.load(str(last.absolute() / "arrays"), whole).items()}
 
 
+def traced_steps(workdir: Path) -> list[int]:
+    """Numbers of the steps that the traces of a run hold, by JAX's own reader."""
+    found = []
+    for file in sorted((workdir / "profile").rglob("*.xplane.pb")):
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+        found += [int(dict(event.stats)["step_num"]) for event in events]
+    return sorted(found)
+
+
 def assert_identical(got: dict[str, Any], want: dict[str, Any]) -> None:
     """Asserts that arrays are equal bit for bit."""
     assert got.keys() == want.keys()

@@ -254,6 +254,15 @@ def test_missing_files_and_functions_are_named(tmp_path):
         load_config(f"{CONFIGS}/pretrain.py:pears")
 
 
+def test_the_nearest_names_are_suggested():
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'pairs_short\.py'"):
+        load("pair_short")
+    with pytest.raises(ConfigError, match="has no function pear; did you mean 'pairs'"):
+        load_config(f"{CONFIGS}/pretrain.py:pear")
+    assert wrong("stages.0.stepz=7").endswith("; did you mean 'steps'?")
+    assert "did you mean 'start'" in wrong("strat.source=x")
+
+
 # ---- names of before
 
 

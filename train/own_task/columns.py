@@ -1,13 +1,12 @@
 """Reads training records from the named columns of a table: CSV, TSV, JSON lines or Parquet."""
 
-import difflib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jina_jax.errors import DataError
+from jina_jax.errors import DataError, did_you_mean
 from jina_jax.text.readers import check_file, file_format, read_records
 from jina_jax.text.unicode import lone_surrogate
 
@@ -141,12 +140,9 @@ def _check_columns(place: str, columns: Columns, names: list[str]) -> None:
 
 def _nearest(column: str, names: list[str]) -> str:
     """End of a message about a missing column: the nearest names, and those that there are."""
-    lower = {name.strip().lower(): name for name in names}
-    near = difflib.get_close_matches(column.strip().lower(), lower, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(lower[name]) for name in near)}?" if near else ";"
     if len(names) == 1 and (separator := next((mark for mark in ";\t|," if mark in names[0]), None)):
         return f"; its only column is {names[0]!r}: is it separated by {separator!r}? .csv has commas, .tsv tabs"
-    return f"{hint} it has {_listed([repr(name) for name in names], most=20)}"
+    return f"{did_you_mean(column, names) or ';'} it has {_listed([repr(name) for name in names], most=20)}"
 
 
 def _refuse_empty(file: Path, rows: Sequence[Row]) -> None:

@@ -5,6 +5,7 @@ It does one run of a configuration in a working directory:
 WORKDIR/config.json      configuration of the run
 WORKDIR/checkpoints/     checkpoints to resume from
 WORKDIR/metrics.jsonl    and tensorboard/: loss and speed
+WORKDIR/profile/         a trace of some steps, where one is asked for
 WORKDIR/model/           the finished model, for Embedder.load
 """
 
@@ -44,6 +45,7 @@ from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
 from .identity import changes, run_identity
 from .initial_model import load_start, prepare_for_stages, with_token_frequencies
 from .metrics import MetricsWriter, StepRecord, TrainingDiverged, fetch_metrics, summarise
+from .profiling import StepRange, StepTrace
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class StageRun(NamedTuple):
     flops_per_token: float
 
 
-def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path | None:
+def train(config: TrainConfig, workdir: Path, *, progress: bool = True, profile: StepRange | None = None) -> Path | None:
     """Trains until the last step and writes the model.
 
     An interrupted run resumes from its newest good checkpoint.
@@ -72,6 +74,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
         config: configuration of the run.
         workdir: directory of everything that the run writes.
         progress: show a progress bar on a terminal.
+        profile: steps to record a trace of, in WORKDIR/profile; None = none.
 
     Returns:
         The directory of the finished model; None if SIGTERM stopped the run after a save.
@@ -81,14 +84,17 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True) -> Path 
             process is training in it.
         TrainingDiverged: a loss, gradient or parameter was not finite; the message has the step.
             Nothing of it is saved.
-        ValueError, OSError: errors of the configuration, the data or the disk.
+        ValueError, OSError: errors of the configuration, the data or the disk; or `profile` goes
+            beyond the run's last step.
     """
+    if profile is not None and profile.last > config.steps:
+        raise ValueError(f"steps {profile} are to be profiled, and the run has {config.steps}")
     host = _host()
     with main_process_first("workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
     # The full model stays on the host, for the end: device memory is for what a step needs.
     with _only_run(workdir) if is_main_process() else contextlib.nullcontext(), jax.default_device(host):
-        return _train(config, workdir, progress)
+        return _train(config, workdir, progress, profile)
 
 
 def _host() -> Any:
@@ -100,7 +106,7 @@ def _host() -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 
-def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
+def _train(config: TrainConfig, workdir: Path, progress: bool, profile: StepRange | None) -> Path | None:
     # ---- model, mesh and data
     if is_main_process():
         remove_unfinished(workdir)
@@ -149,12 +155,14 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
     # ---- loop
     saver = Saver(workdir / "checkpoints", config.keep_checkpoints)
     writer = MetricsWriter(workdir, sum(done))
+    trace = StepTrace(workdir / "profile", profile, sum(done))
     peak = peak_flops(jax.devices()[0], mesh.size)
     pending: list[StepRecord] = []
     began = time.perf_counter()
     with (
         contextlib.closing(writer),
         contextlib.closing(saver),
+        contextlib.closing(trace),
         _stop_signal() as stopped,
         tqdm(
             total=config.steps, initial=sum(done), unit="step", disable=None if progress and is_main_process() else True
@@ -164,8 +172,9 @@ def _train(config: TrainConfig, workdir: Path, progress: bool) -> Path | None:
         while sum(done) < config.steps and not stopping:
             turn = next_stage(config, done)
             run = runs[turn]
-            kind, batch = next(run.batches)
-            states[turn], metrics = run.steps[kind](states[turn], run.frozen, from_process_local(batch, mesh))
+            with trace.step(sum(done) + 1, states):
+                kind, batch = next(run.batches)
+                states[turn], metrics = run.steps[kind](states[turn], run.frozen, from_process_local(batch, mesh))
             done[turn] += 1
             step, slots = sum(done), sum(part.tokens.size for part in batch.parts) * jax.process_count()
             pending.append(StepRecord(step, run.stage, done[turn], metrics, slots, run.flops_per_token))

@@ -33,6 +33,7 @@ from helpers.training import (
     run_config,
     saved_arrays,
     stages,
+    traced_steps,
     write_datasets,
 )
 from jina_jax import Embedder
@@ -46,6 +47,7 @@ from train.config import DatasetConfig, InitialModel, MeshConfig
 from train.run import loop
 from train.run.loop import next_stage, train
 from train.run.metrics import TrainingDiverged, read_metrics
+from train.run.profiling import StepRange
 
 ROOT = Path(__file__).resolve().parents[3]
 ADAPTER_STAGES = ("retrieval", "text_matching", "classification")
@@ -77,11 +79,15 @@ def together(datasets, source, tmp_path_factory) -> Path:
     made = stages(datasets, steps=4)
     config = run_config(*(made[name] for name in ADAPTER_STAGES), start=InitialModel(source=str(source)))
     workdir = tmp_path_factory.mktemp("together") / "run"
-    assert train(config, workdir, progress=False) == workdir / "model"
+    assert train(config, workdir, progress=False, profile=StepRange(5, 7)) == workdir / "model"
     return workdir
 
 
 # ---- adapters, side by side ----
+
+
+def test_a_trace_holds_the_steps_that_the_run_was_asked_for(together):
+    assert traced_steps(together) == [5, 6, 7]
 
 
 @pytest.mark.parametrize("name", ADAPTER_STAGES)
