@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from jina_jax.checkpoints.remote import is_remote
 from jina_jax.command import Command
 from jina_jax.parallel import processes
+from jina_jax.storage import as_path, is_bucket
 
 from .config import load_config
 from .run.loop import train
@@ -24,7 +24,7 @@ def main(config: Path, workdir: str, overrides: tuple[str, ...]) -> None:
         # Orbax logs every exception, with its traceback, that it raises as well.
         logging.getLogger(noisy).setLevel(level)
     loaded = load_config(config, overrides)
-    if is_remote(workdir):
+    if is_bucket(as_path(workdir)):
         raise ValueError(f"--workdir must be a directory that all processes see as a local one, not {workdir}")
     processes.start()
     with processes.abort_together():

@@ -1,0 +1,34 @@
+"""Writes a local directory into a bucket, so that an interrupted upload is known as one."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .paths import BucketPath, create
+from .store import CONCURRENT_REQUESTS
+
+UNFINISHED = ".unfinished"
+"""Object that is in a directory while it is written: the first that is there, the last to go."""
+
+
+def publish(local: Path, remote: BucketPath, last: str) -> None:
+    """Copies a local directory into a bucket, and the file `last` after all others.
+
+    Raises:
+        FileExistsError: another program has written `last` meanwhile.
+    """
+    files = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+    (remote / UNFINISHED).write_bytes(b"")
+
+    def upload(name: str) -> None:
+        remote.store.upload((remote / name).key, local / name)
+
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        list(pool.map(upload, [name for name in files if name != last]))
+    if last in files and not create(remote / last, (local / last).read_bytes()):
+        raise FileExistsError(f"{remote} has been written by another program meanwhile; choose another name")
+    (remote / UNFINISHED).unlink()
+
+
+def is_unfinished(directory: BucketPath, last: str) -> bool:
+    """True if a directory is what an interrupted `publish` has left."""
+    return (directory / UNFINISHED).is_file() and not (directory / last).is_file()
