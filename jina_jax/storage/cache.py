@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,12 @@ LIMIT_GB = 50.0
 """Gigabytes of all copies; the environment variable JINA_JAX_CACHE_GB sets another limit."""
 
 _in_use: dict[str, int] = {}
-"""Files whose locks this process holds until it ends, by the name of the copy."""
+"""Files whose locks this process holds until it ends or lets go, by the name of the copy."""
+
+_fetched: dict[str, str] = {}
+"""Objects by the name of their copy."""
+
+_turn = threading.Lock()
 
 
 def cache_directory() -> Path:
@@ -62,25 +68,27 @@ def fetch_file(file: BucketPath) -> Path:
     Raises:
         FileNotFoundError: there is no such object.
     """
-    return _copy(file.parent, {file.name: file.info()}) / file.name
+    objects = {file.name: file.info()}
+    _fetched[_name(file.parent, objects)] = str(file)
+    return _copy(file.parent, objects) / file.name
 
 
 def _copy(directory: BucketPath, objects: dict[str, ObjectInfo]) -> Path:
     cache, name = cache_directory(), _name(directory, objects)
     entry = cache / name
     cache.mkdir(parents=True, exist_ok=True)
-    if name not in _in_use:
-        _in_use[name] = _open_lock(cache, name)
-    lock = _in_use[name]
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    if not entry.is_dir():
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not entry.is_dir():  # no other process has fetched it meanwhile
-            needed = sum(info.bytes for info in objects.values())
-            _make_room(cache, needed)
-            _fetch(directory, objects, cache / f"{name}.partial", entry)
+    with _turn:
+        if name not in _in_use:
+            _in_use[name] = _open_lock(cache, name)
+        lock = _in_use[name]
         fcntl.flock(lock, fcntl.LOCK_SH)
-    os.utime(entry)
+        if not entry.is_dir():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not entry.is_dir():  # no other process has fetched it meanwhile
+                _make_room(cache, sum(info.bytes for info in objects.values()))
+                _fetch(directory, objects, cache / f"{name}.partial", entry)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(entry)
     return entry
 
 
@@ -118,7 +126,7 @@ def _make_room(cache: Path, needed: int) -> None:
     """Removes copies that no process uses, the least recently used first, and leftovers."""
     entries = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in entries}
-    room = _limit() - needed - sum(sizes.values())
+    room = cache_limit() - needed - sum(sizes.values())
     for path in entries:
         if room >= 0 and path.suffix != ".partial":
             continue
@@ -136,7 +144,19 @@ def _make_room(cache: Path, needed: int) -> None:
             os.close(lock)
 
 
-def _limit() -> float:
+def let_go(file: BucketPath) -> None:
+    """Says that this process no longer uses its copy of an object, which may then be removed."""
+    with _turn:
+        for name in [name for name, url in _fetched.items() if url == str(file) and name in _in_use]:
+            os.close(_in_use.pop(name))
+
+
+def cache_limit() -> float:
+    """Bytes of all copies together.
+
+    Raises:
+        ValueError: JINA_JAX_CACHE_GB is no number of gigabytes.
+    """
     text = os.environ.get("JINA_JAX_CACHE_GB") or str(LIMIT_GB)
     try:
         limit = float(text)

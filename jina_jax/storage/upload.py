@@ -32,3 +32,24 @@ def publish(local: Path, remote: BucketPath, last: str) -> None:
 def is_unfinished(directory: BucketPath, last: str) -> bool:
     """True if a directory is what an interrupted `publish` has left."""
     return (directory / UNFINISHED).is_file() and not (directory / last).is_file()
+
+
+def move_directory(source: BucketPath, target: BucketPath, last: str) -> None:
+    """Gives a directory another name: its objects are copied in the store, and then deleted.
+
+    The file `last` is the last that the target gets and the first that the source loses, so that
+    one that has it is complete.
+    """
+    target.rmtree()
+    names = [path.relative_to(source).as_posix() for path, _ in source.objects()]
+    ordered = [name for name in names if name != last] + [name for name in names if name == last]
+
+    def copy(name: str) -> None:
+        source.store.copy((source / name).key, (target / name).key)
+
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        list(pool.map(copy, ordered[:-1]))
+    for name in ordered[-1:]:
+        copy(name)
+    (source / last).unlink()
+    source.rmtree()
