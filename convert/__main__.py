@@ -16,6 +16,7 @@ from jina_jax.config import SERVING_ROPE_THETA
 from jina_jax.files import atomic_write
 from jina_jax.model.encoder import Encoder
 from jina_jax.model.parameters import from_arrays, variables
+from jina_jax.storage import as_path
 from jina_jax.text.tokenizer import load_tokenizer, max_tokens
 
 from .verify import verify as compare
@@ -39,7 +40,7 @@ def main() -> None:
 def from_torch(src: str, dst: str, dtype: str | None, allow_pickle: bool, revision: str | None) -> None:
     """Write SRC, a PyTorch checkpoint, as the native checkpoint DST.
 
-    SRC is a directory or a hub id, in any layout.
+    SRC is a directory, local or in a bucket, or a hub id, in any layout.
     """
     check_free(dst)
     directory = find_model(src, revision, allow_pickle=allow_pickle)
@@ -108,18 +109,19 @@ def verify(context: click.Context, src: str, dst: str, allow_pickle: bool, revis
 
 
 @main.command("seal")
-@click.argument("directory", type=click.Path(path_type=Path))
-def seal(directory: Path) -> None:
+@click.argument("directory")
+def seal(directory: str) -> None:
     """Accept the current files of a native checkpoint: write a new manifest.
 
     Nothing is written where no model can be read from them.
     """
-    if not native.is_checkpoint(directory):
+    if not native.is_checkpoint(original := as_path(directory)):
         raise ValueError(f"{directory} has no {MANIFEST}; it is no native checkpoint")
-    encoder = native.read_unverified(directory)
-    if (directory / "tokenizer.json").exists():
-        load_tokenizer(directory, encoder.config)
-    sealed_directory.seal(directory)
+    local = find_model(original)
+    encoder = native.read_unverified(local)
+    if (local / "tokenizer.json").exists():
+        load_tokenizer(local, encoder.config)
+    sealed_directory.seal(local, original)
     click.echo(f"{directory}: sealed")
 
 

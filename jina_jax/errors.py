@@ -42,6 +42,13 @@ class DataError(JinaJaxError):
     """An invalid file of texts, records or packages; the message names file and line."""
 
 
+class BucketError(JinaJaxError):
+    """A bucket that cannot be used: it does not exist, or permission or credentials are lacking.
+
+    The message says which, and of what path.
+    """
+
+
 class NotFiniteError(JinaJaxError):
     """NaN or infinity where a model should give numbers.
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LIBRARY = (
     ("errors",),
+    ("storage",),
     ("config", "files"),
     ("model",),
     ("losses", "parallel", "text"),
@@ -58,11 +59,13 @@ ALLOWED = {  # heavy packages, and the rooms or files that may import them
     "mteb": {"jina_jax/mteb.py", "train/mteb"},
     "datasets": {"train/mteb"},
     **dict.fromkeys(("starlette", "uvicorn", "orjson", "prometheus_client"), {"jina_jax/serve"}),
+    "google": {"jina_jax/storage/gcs.py"},
+    **dict.fromkeys(("boto3", "botocore"), {"jina_jax/storage/s3.py"}),
     "peft": set(),
     "sentence_transformers": set(),
 }
 
-AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow", "regex", "mteb"}
+AT_FIRST_USE = {"torch", "transformers", "orbax", "pyarrow", "regex", "mteb", "google", "boto3", "botocore"}
 """Packages that no module of the library imports before they are needed."""
 
 
@@ -161,6 +164,15 @@ def test_importing_the_library_imports_none_of_them():
     assert found <= {"optax"}  # flax brings it
 
 
+def test_one_module_decides_what_is_in_a_bucket():
+    """Nothing else looks for a scheme in a path; links in texts are no paths."""
+    for package in ("jina_jax", "train", "convert"):
+        for path in files(package):
+            strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            found = strings & {"://", "gs", "s3", "gs://", "s3://"}
+            assert not found or place(path).startswith("jina_jax/storage/"), f"{place(path)} looks for {found}"
+
+
 def test_messages_name_extras_that_a_checkout_has():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     texts = [path.read_text() for package in ("jina_jax", "convert", "train") for path in files(package)]
@@ -189,7 +201,7 @@ def test_what_users_import_stays_where_it_is(module, names):
 
 def test_every_error_of_the_library_is_a_value_error():
     errors = importlib.import_module("jina_jax.errors")
-    children = {errors.ConfigError, errors.CheckpointError, errors.DataError, errors.RunError}
+    children = {errors.ConfigError, errors.CheckpointError, errors.DataError, errors.RunError, errors.BucketError}
     assert set(errors.JinaJaxError.__subclasses__()) >= children and issubclass(errors.JinaJaxError, ValueError)
 
 

@@ -16,12 +16,14 @@ import click
 from jina_jax.checkpoints.sealed_directory import check_free
 from jina_jax.command import CommandGroup
 from jina_jax.files import repeated_files
+from jina_jax.storage import StoragePath, as_path, is_bucket
+from jina_jax.storage.paths import expand
 
 from .data.corpus import BUNDLED, SPLITS
 from .data.records import KINDS
 from .data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
 
-out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="A new or empty directory.")
+out_option = click.option("--out", required=True, help="A new or empty directory, local or in a bucket.")
 
 
 @click.group(cls=CommandGroup)
@@ -30,18 +32,19 @@ def main() -> None:
 
 
 @main.command("records")
-@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True)
 @click.option("--kind", type=click.Choice(list(KINDS)), required=True, help="Of all records.")
 @out_option
 @click.option("--split", default="train", show_default=True, help="Name of the split that the records become.")
 @click.option("--drop-overlapping", is_flag=True, help="Leave out pairs whose texts say the same words, as the paper does.")
-def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_overlapping: bool) -> None:
-    """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or
-    .parquet)."""
-    if twice := repeated_files(file for file in files if file.exists()):
+def records(files: tuple[str, ...], kind: str, out: str, split: str, drop_overlapping: bool) -> None:
+    """Prepare the records of FILES (.jsonl, .csv, .tsv or .txt, also as .gz or .xz, or .parquet),
+    local or in a bucket, where * in a name stands for any characters."""
+    paths = [as_path(file) for pattern in files for file in expand(pattern)]
+    if twice := repeated_files(path for path in paths if path.exists()):
         raise ValueError(f"files are given twice: {', '.join(' = '.join(dict.fromkeys(same)) for same in twice)}")
-    with _new(out):
-        dataset = prepare_records({split: list(files)}, kind, out, drop_overlapping=drop_overlapping)
+    with _new(as_path(out)) as place:
+        dataset = prepare_records({split: paths}, kind, place, drop_overlapping=drop_overlapping)
     _tell(dataset, kind, (split,))
 
 
@@ -49,25 +52,26 @@ def records(files: tuple[Path, ...], kind: str, out: Path, split: str, drop_over
 @click.argument("name", type=click.Choice([*CORPUS_RECORDS, "all"]))
 @out_option
 @click.option("--file", type=click.Path(path_type=Path), default=BUNDLED, help="Default: the bundled corpus.")
-def corpus(name: str, out: Path, file: Path) -> None:
+def corpus(name: str, out: str, file: Path) -> None:
     """Prepare the corpus as records of one sort, or of all."""
-    with _new(out):
+    with _new(as_path(out)) as place:
         for each in CORPUS_RECORDS if name == "all" else [name]:
-            _tell(prepare_corpus(each, out, file), CORPUS_RECORDS[each][0], SPLITS)
+            _tell(prepare_corpus(each, place, file), CORPUS_RECORDS[each][0], SPLITS)
 
 
 @contextlib.contextmanager
-def _new(out: Path) -> Iterator[None]:
+def _new(out: StoragePath) -> Iterator[StoragePath]:
     """Checks that `out` is new or empty, and removes it on failure."""
     check_free(out)
     try:
-        yield
+        yield out
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmtree() if is_bucket(out) else shutil.rmtree(out)
         raise
 
 
-def _tell(dataset: Path, kind: str, splits: tuple[str, ...]) -> None:
+def _tell(dataset: StoragePath, kind: str, splits: tuple[str, ...]) -> None:
     counts = ", ".join(f"{len(open_dataset(dataset, kind, split)):,} in {split}" for split in splits)
     click.echo(f"{dataset}: {kind} records, {counts}")
 

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from ..errors import how_to_install
 from ..files import read_json, write_json
+from ..storage import StoragePath
 from ..text.xlmr_tokenizer import SPECIAL
 from .packed_e5 import SHA256, read_packed_e5
 from .pipeline import write_modules
@@ -50,7 +51,7 @@ class _Parts(NamedTuple):
 
 
 def write_demo_model(
-    directory: str | Path,
+    directory: str | StoragePath,
     dtype: DemoDtype = "float32",
     *,
     package: str = PACKAGE,

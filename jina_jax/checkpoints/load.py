@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..files import read_json
 from ..model.encoder import Encoder
+from ..storage import StoragePath
 from ..text.tokenizer import Tokenizer, limit_tokens, load_tokenizer, lower_case
 from .hf_config import from_hf
 from .native import load_checkpoint
@@ -34,7 +35,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_encoder(
-    source: str | Path,
+    source: str | StoragePath,
     *,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
@@ -44,7 +45,7 @@ def load_encoder(
     prompts: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> LoadedModel:
-    """Loads a model from a directory, a remote directory or the hub, in any supported layout.
+    """Loads a model from a directory, one in a bucket or the hub, in any supported layout.
 
     Args:
         source: as `sources.find_model` takes it.

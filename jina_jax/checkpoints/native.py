@@ -20,34 +20,39 @@ from ..model.encoder import Encoder
 from ..model.lora import AdapterScale
 from ..model.parameters import abstract_variables, from_arrays, variables
 from ..parallel.processes import is_main_process
+from ..storage import StoragePath, as_path, is_bucket
 from ..text.tokenizer import Tokenizer
-from .array_store import all_processes, check_readable, load_arrays, orbax, orbax_path, stored_arrays
+from .array_store import all_processes, check_readable, load_arrays, orbax, orbax_path, stored_arrays, this_process
 from .sealed_directory import MANIFEST, atomic_directory, seal, verify
 
 _ARRAYS = "arrays"
 
 
-def is_checkpoint(directory: Path) -> bool:
+def is_checkpoint(directory: StoragePath) -> bool:
     """True if `directory` has a manifest."""
     return (directory / MANIFEST).exists()
 
 
-def save_checkpoint(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer | None) -> None:
+def save_checkpoint(directory: str | StoragePath, encoder: Encoder, tokenizer: Tokenizer | None) -> None:
     """Writes a native checkpoint.
 
     Several processes call this together, and each holds all parameters of the encoder.
 
     Args:
-        directory: local or remote (`gs://...`); must not exist yet, or be empty.
+        directory: local or in a bucket; must not exist yet, or be empty.
         encoder: the model to write.
         tokenizer: its tokenizer; None = no tokenizer files are written.
 
     Raises:
         FileExistsError: `directory` exists and is not empty.
     """
+    directory = as_path(directory)
+    alone = is_bucket(directory)
+    if alone and not is_main_process():
+        return  # every process has all parameters, and no local directory is shared
     with atomic_directory(directory) as target:
         arrays = {path: np.asarray(variable.get_value()) for path, variable in variables(encoder).items()}
-        with all_processes():
+        with this_process() if alone else all_processes():
             orbax().save(orbax_path(target / _ARRAYS), arrays)
         if is_main_process():
             check_readable(target / _ARRAYS, arrays)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..storage import StoragePath
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _IN_CACHE = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$")
 """End of the path of a model in the hub's cache."""
 
 
-def with_prompts(config: ModelConfig, source: str | Path, given: Mapping[str, str]) -> ModelConfig:
+def with_prompts(config: ModelConfig, source: str | StoragePath, given: Mapping[str, str]) -> ModelConfig:
     """Returns the configuration with the published prompts of a model, if it holds no text of any
     of its own, and over them those `given`.
 
@@ -47,7 +48,7 @@ def with_prompts(config: ModelConfig, source: str | Path, given: Mapping[str, st
     return replace(config, prompts=tuple((dict(config.prompts) | published | dict(given)).items()))
 
 
-def lacking_prompts(config: ModelConfig, source: str | Path) -> dict[str, str]:
+def lacking_prompts(config: ModelConfig, source: str | StoragePath) -> dict[str, str]:
     """Returns the published prompts of a model whose configuration has no text of any; {} = none.
 
     Args:
@@ -69,9 +70,9 @@ def check_prompts(prompts: Mapping[str, str] | None) -> None:
             raise ValueError(f"prompts must be texts by name, and the one of {name!r} is {text!r}, no string")
 
 
-def hub_id(source: str | Path) -> str:
+def hub_id(source: str | StoragePath) -> str:
     """Returns the hub id of a source that `sources.find_model` has found; "" = it has none."""
-    path = Path(source).expanduser()
+    path = Path(str(source)).expanduser()
     if path.is_dir():
         cached = _IN_CACHE.search(path.absolute().as_posix())
         return f"{cached[1]}/{cached[2]}" if cached else ""

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
-from etils import epath
-
 from ..errors import CheckpointError
 from ..files import read_json, sha256, write_json
 from ..parallel.processes import broadcast_from_main, is_main_process
-from .remote import is_remote, publish
+from ..storage import StoragePath, as_path, is_bucket
+from ..storage.upload import is_unfinished, publish
 
 MANIFEST = "manifest.json"
 FORMAT = "jina-jax checkpoint"
@@ -23,28 +21,27 @@ VERSION = 1
 
 
 @contextlib.contextmanager
-def atomic_directory(directory: str | Path) -> Iterator[Path]:
-    """Yields a new directory that gets its name when its content is complete.
+def atomic_directory(directory: str | StoragePath) -> Iterator[Path]:
+    """Yields a new local directory that gets its name when its content is complete.
 
-    Nothing is left on failure. A remote directory, which cannot be renamed in one step, is copied
-    with its manifest last. With several processes, the main process creates the directory and
-    renames it on exit; all of them write into the same one.
+    Nothing is left on failure. With several processes, the main process creates the directory and
+    renames it on exit; all of them write into the same one. A directory in a bucket is copied there
+    on exit, with its manifest last; only the main process may call this for one.
 
     Raises:
         FileExistsError: `directory` exists and is not empty.
     """
-    if not is_main_process():
-        yield Path(broadcast_from_main(f"write {directory}", str))
-        return
-    check_free(directory)
-    if is_remote(directory):
-        if jax.process_count() > 1:
-            raise ValueError(f"several processes cannot write {directory} together; give a directory that they share")
+    directory = as_path(directory)
+    if is_bucket(directory):
+        check_free(directory)
         with tempfile.TemporaryDirectory(prefix="jina-jax-") as scratch:
             yield Path(scratch)
             publish(Path(scratch), directory, last=MANIFEST)
         return
-    directory = Path(directory)
+    if not is_main_process():
+        yield Path(broadcast_from_main(f"write {directory}", str))
+        return
+    check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Random, not the process id: process ids repeat in containers, and a killed run leaves its
     # directory behind.
@@ -73,20 +70,26 @@ def _remove(directory: Path) -> None:
             return
 
 
-def check_free(directory: str | Path) -> None:
-    """Raises FileExistsError if `directory` exists and is not an empty directory."""
-    place = epath.Path(directory)
+def check_free(directory: str | StoragePath) -> None:
+    """Raises FileExistsError if `directory` exists and is not an empty directory.
+
+    What an interrupted upload has left in a bucket is removed.
+    """
+    place = as_path(directory)
+    if is_bucket(place) and is_unfinished(place, MANIFEST):
+        place.rmtree()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another name or remove it")
 
 
-def seal(directory: Path) -> None:
+def seal(directory: Path, original: StoragePath | None = None) -> None:
     """Writes the manifest of the current files.
 
-    This is the last step of a save, and the way to accept an edited file.
+    This is the last step of a save, and the way to accept an edited file. The manifest of a copy
+    is written into its original.
     """
     manifest = {"format": FORMAT, "version": VERSION, "files": _hashes(directory, _files(directory))}
-    write_json(directory / MANIFEST, manifest)
+    write_json((original or directory) / MANIFEST, manifest)
 
 
 def verify(directory: Path) -> None:

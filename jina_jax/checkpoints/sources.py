@@ -1,16 +1,19 @@
-"""Finds a model in a directory, a remote directory or on the Hugging Face hub, and recognises its
-format."""
+"""Finds a model in a directory, a bucket or on the Hugging Face hub, and recognises its format."""
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError
+from ..storage import BucketPath, StoragePath, as_path, is_bucket
+from ..storage.cache import fetch_directory
+from ..storage.upload import UNFINISHED
 from .foreign import refuse_foreign_directory
 from .native import is_checkpoint
 from .pipeline import transformer_folder
-from .remote import fetch, is_remote
+from .sealed_directory import MANIFEST
 from .tensor_files import INDEX_SUFFIX, PICKLES, has_weights
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -23,26 +26,27 @@ _HUB_FILES = (*MODEL_FILES, "*/*.json", "*/*.safetensors", "arrays/*")
 """Patterns of what is downloaded: as it is not known before which folders hold modules, all."""
 
 
-def find_model(source: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
+def find_model(source: str | StoragePath, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
     """Returns a local directory with the files of a model.
 
     Args:
-        source: a directory; a remote directory (`gs://...`), which is copied; or a hub id, which is
-            downloaded to the hub's cache.
+        source: a directory; one in a bucket, of which the processes of this host share a copy; or a
+            hub id, which is downloaded to the hub's cache.
         revision: branch, tag or commit on the hub; None for a directory.
         allow_pickle: download pickles too, in place of the safetensors files that the hub lacks.
 
     Raises:
         FileNotFoundError: there is no such directory and no such model.
-        CheckpointError: the hub has the weights only as pickles, and they are not allowed.
+        CheckpointError: the hub has the weights only as pickles, and they are not allowed; or the
+            upload of a directory in a bucket is not finished.
         ValueError: `source` is a file, or a directory and a revision is given.
     """
     text = str(source)
-    path = Path(source).expanduser()
-    if revision is not None and (is_remote(source) or path.is_dir()):
+    path = as_path(source).expanduser()
+    if revision is not None and (is_bucket(path) or path.is_dir()):
         raise ValueError(f"{source} is a directory, which has no revision {revision!r}; a model on the hub has")
-    if is_remote(source):
-        return fetch(source)
+    if is_bucket(path):
+        return _fetch(path, allow_pickle)
     if path.is_dir():
         return path
     if path.exists():
@@ -59,6 +63,22 @@ def find_model(source: str | Path, revision: str | None = None, *, allow_pickle:
             f"If you trust them, convert them once: python -m convert from_torch {text} DST --allow-pickle"
         )
     return directory
+
+
+def _fetch(directory: BucketPath, allow_pickle: bool) -> Path:
+    def wanted(names: Sequence[str]) -> Sequence[str]:
+        if MANIFEST in names:
+            return names
+        if UNFINISHED in names:
+            raise CheckpointError(f"{directory} is not complete: what wrote it was interrupted; write it again")
+        weights = [name for name in names if name.endswith(".safetensors")]
+        if allow_pickle or not weights:
+            return names
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in _HUB_FILES)]
+
+    if directory.is_file():
+        raise ValueError(f"{directory} is an object; a model is a directory")
+    return fetch_directory(directory, wanted)
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

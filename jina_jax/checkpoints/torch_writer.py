@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..files import dump_json
 from ..model.adapters import base_arrays, drop_adapter, extract_adapter, extract_adapters, merge_adapter
 from ..model.encoder import Encoder
+from ..storage import StoragePath
 from ..text.tokenizer import Tokenizer, lower_cases
 from . import torch_names
 from .hf_config import to_hf
@@ -47,7 +48,7 @@ PEFT_TARGETS = {
 }
 
 
-def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
+def write_original(directory: str | StoragePath, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
     """Writes the layout of the released jina-embeddings-v3.
 
     Adapters are stacked over tasks, and names have the prefix `roberta.`. Adapters with separate
@@ -71,7 +72,7 @@ def write_original(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer
         _write_prompts(target, config)
 
 
-def write_transformers(directory: str | Path, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
+def write_transformers(directory: str | StoragePath, encoder: Encoder, tokenizer: Tokenizer, dtype: DTypeLike | None = None):
     """Writes the layout of transformers' classes, and a PEFT adapter folder for each task."""
     with atomic_directory(directory) as target:
         _write_transformers(target, encoder, tokenizer, dtype)
@@ -79,7 +80,7 @@ def write_transformers(directory: str | Path, encoder: Encoder, tokenizer: Token
 
 
 def write_sentence_transformers(
-    directory: str | Path,
+    directory: str | StoragePath,
     encoder: Encoder,
     tokenizer: Tokenizer,
     dtype: DTypeLike | None = None,

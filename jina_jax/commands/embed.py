@@ -13,7 +13,6 @@ import numpy as np
 
 from ..bulk import run as bulk
 from ..bulk.parquet_shards import CHUNK_COLUMNS, embedding_column
-from ..checkpoints.remote import is_remote
 from ..checkpoints.sources import find_model
 from ..command import Command, max_length_option, model_options
 from ..config import Side
@@ -22,6 +21,7 @@ from ..embed.embedder import Embedder
 from ..embed.quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
 from ..embed.sides import check_exclusive, encode_options
 from ..files import atomic_write, check_not_input, check_output_file
+from ..storage import as_path, is_bucket
 from ..text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
@@ -154,7 +154,7 @@ def _embed_files(
     revision: str | None,
     **given: Any,
 ) -> None:
-    if is_remote(output):
+    if is_bucket(as_path(output)):
         raise ValueError(f"--output must be a directory that all processes see as a local one, not {output}")
     if process is None and processes > 1:
         raise ValueError("--num-processes needs a --process-id for each of them")

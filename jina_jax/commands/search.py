@@ -15,7 +15,6 @@ import numpy as np
 
 from ..bulk.read_shards import EmbeddedShards, find_texts, open_shards, read_blocks
 from ..bulk.run import model_fingerprint
-from ..checkpoints.remote import is_remote
 from ..checkpoints.sources import find_model
 from ..command import Command, max_length_option, model_options
 from ..config import Side
@@ -26,6 +25,7 @@ from ..embed.search import OTHER_SIDE, has_sides, query_side, top_k
 from ..embed.sides import check_exclusive, embedded_with, side_options
 from ..errors import DataError, NotFiniteError, RunError
 from ..files import repeated_files
+from ..storage import as_path, is_bucket
 from ..text.readers import TextRecord, check_file, decoded_lines, file_format, parquet, read_texts, without_line_end
 from ..text.unicode import lone_surrogate
 
@@ -195,7 +195,7 @@ def _search_shards(
 ) -> list[Result]:
     if given := [f"--{name.replace('_', '-')}" for name, value in of_files.items() if value is not None]:
         raise ValueError(f"{', '.join(given)}: only with FILES; {embeddings} has its own")
-    if is_remote(embeddings):
+    if is_bucket(as_path(embeddings)):
         raise ValueError(f"--embeddings must be a local directory, not {embeddings}")
     opened = open_shards(Path(embeddings))
     if dim not in (None, opened.dim):

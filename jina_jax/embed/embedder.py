@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
@@ -20,6 +19,7 @@ from ..config import ModelConfig, Side
 from ..model.encoder import Encoder
 from ..model.parameters import unstack_layers
 from ..parallel.mesh import replicate, shard_batch
+from ..storage import StoragePath
 from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
 from ..text.packing import PackedBatch, plan_batches, row_shapes
 from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
@@ -116,7 +116,7 @@ class Embedder:
     @classmethod
     def load(
         cls,
-        source: str | Path,
+        source: str | StoragePath,
         *,
         dtype: DTypeLike | None = None,
         revision: str | None = None,
@@ -124,8 +124,8 @@ class Embedder:
         prompts: Mapping[str, str] | None = None,
         strict: bool = False,
     ) -> "Embedder":
-        """Loads a model from a directory, a remote directory (`gs://...`) or the hub, in any
-        supported layout.
+        """Loads a model from a directory, a bucket (gs://, s3://) or the hub, in any supported
+        layout.
 
         Args:
             source: a native checkpoint, or jina-embeddings-v3 (original, transformers with PEFT
@@ -153,8 +153,8 @@ class Embedder:
         )
         return cls(encoder, encoder.config, tokenizer, mesh=mesh)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes a native checkpoint into a new directory, local or remote (`gs://...`)."""
+    def save(self, directory: str | StoragePath) -> None:
+        """Writes a native checkpoint into a new directory, local or in a bucket (gs://, s3://)."""
         if self.mesh is not None and self.mesh.is_multi_process:
             raise ValueError("a model on several processes is not saved; load it on one")
         save_checkpoint(directory, self.encoder, self.tokenizer)

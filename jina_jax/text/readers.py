@@ -4,6 +4,7 @@ No more than a batch of records is in memory. A record is named by its place, FI
 on which it begins, or its row in Parquet, counted from 1.
 """
 
+import contextlib
 import csv
 import gzip
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, how_to_install
+from ..storage import StoragePath, as_path, is_bucket
 from .unicode import lone_surrogate
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
@@ -52,17 +54,15 @@ class TextRecord(NamedTuple):
 
 def check_file(file: str, id_field: str | None) -> None:
     """Raises FileNotFoundError or ValueError if `read_texts` cannot read `file`."""
-    if "://" in file:
-        raise ValueError(f"{file} is remote; mount it or copy it first")
-    if not Path(file).is_file():
+    if not as_path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
     if file_format(file) == ".txt" and id_field is not None:
         raise ValueError(f"{file} is plain text, which has no field {id_field!r}")
 
 
-def file_format(file: str | Path) -> str:
+def file_format(file: str | StoragePath) -> str:
     """Format of a file, one of FORMATS, by its suffix; raises ValueError for any other."""
-    path = Path(file)
+    path = Path(str(file))
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     if suffix not in FORMATS or (suffix == ".parquet" and path.suffix in COMPRESSED):
         raise ValueError(f"{file} is of no known type; valid are {KNOWN}")
@@ -70,7 +70,7 @@ def file_format(file: str | Path) -> str:
 
 
 def read_texts(
-    file: str | Path, field: str = "text", id_field: str | None = None, ranges: Ranges = EVERYTHING
+    file: str | StoragePath, field: str = "text", id_field: str | None = None, ranges: Ranges = EVERYTHING
 ) -> Iterator[TextRecord]:
     """Yields the text and the id of each record, in the order of the file.
 
@@ -90,7 +90,9 @@ def read_texts(
         yield TextRecord(place if id_field is None else _id(fields, id_field, place), _text(fields, field, place))
 
 
-def read_records(file: str | Path, *, columns: Sequence[str] | None = None, ranges: Ranges = EVERYTHING) -> Iterator[Record]:
+def read_records(
+    file: str | StoragePath, *, columns: Sequence[str] | None = None, ranges: Ranges = EVERYTHING
+) -> Iterator[Record]:
     """Yields the records of a file, in its order.
 
     A line of a .txt is the field `text`; fields of CSV and TSV are strings.
@@ -115,7 +117,7 @@ def read_records(file: str | Path, *, columns: Sequence[str] | None = None, rang
             return _csv_records(file, "\t" if suffix == ".tsv" else ",", ranges)
 
 
-def decoded_lines(lines: Iterable[bytes], file: str | Path, first: int = 1) -> Iterator[tuple[str, str]]:
+def decoded_lines(lines: Iterable[bytes], file: str | StoragePath, first: int = 1) -> Iterator[tuple[str, str]]:
     """Yields (FILE:NUMBER, line) of UTF-8 lines, without a byte order mark.
 
     Args:
@@ -144,15 +146,24 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
+@contextlib.contextmanager
+def open_parquet(file: str | StoragePath, **options: Any) -> Iterator[Any]:
+    """Opens a Parquet file; of one in a bucket only what is used is read."""
+    path = as_path(file)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(path.open("rb")) if is_bucket(path) else path
+        yield stack.enter_context(parquet().ParquetFile(source, pre_buffer=False, **options))
+
+
 # ---- one function for each format
 
 
-def _text_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
+def _text_records(file: str | StoragePath, ranges: Ranges) -> Iterator[Record]:
     for place, line in _lines(file, ranges):
         yield Record(place, {"text": without_line_end(line)})
 
 
-def _json_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
+def _json_records(file: str | StoragePath, ranges: Ranges) -> Iterator[Record]:
     for place, line in _lines(file, ranges):
         try:
             fields = json.loads(line)
@@ -163,7 +174,7 @@ def _json_records(file: str | Path, ranges: Ranges) -> Iterator[Record]:
         yield Record(place, fields)
 
 
-def _csv_records(file: str | Path, delimiter: str, ranges: Ranges) -> Iterator[Record]:
+def _csv_records(file: str | StoragePath, delimiter: str, ranges: Ranges) -> Iterator[Record]:
     """Yields CSV records. One may span several lines, so those before a range are parsed too."""
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader((line for _, line in _lines(file, EVERYTHING)), delimiter=delimiter, strict=True)
@@ -192,13 +203,13 @@ def _csv_records(file: str | Path, delimiter: str, ranges: Ranges) -> Iterator[R
             wanted.pop(0)
 
 
-def _parquet_records(file: str | Path, columns: Sequence[str] | None, ranges: Ranges) -> Iterator[Record]:
+def _parquet_records(file: str | StoragePath, columns: Sequence[str] | None, ranges: Ranges) -> Iterator[Record]:
     """Yields Parquet records; row groups without a row in the ranges are not read."""
-    pq = parquet()
+    parquet()
     import pyarrow
 
     try:
-        with pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False) as source:
+        with open_parquet(file, buffer_size=PARQUET_BUFFER) as source:
             for name in columns or ():
                 if not {name, name.partition(".")[0]} & set(source.schema_arrow.names):
                     raise DataError(f"{file} has no column {name!r}; it has {source.schema_arrow.names}")
@@ -223,10 +234,10 @@ def without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _lines(file: str | Path, ranges: Ranges) -> Iterator[tuple[str, str]]:
-    opened = COMPRESSED.get(Path(file).suffix, open)
+def _lines(file: str | StoragePath, ranges: Ranges) -> Iterator[tuple[str, str]]:
+    path = as_path(file)
     try:
-        with opened(file, "rb") as lines:
+        with path.open("rb") as raw, COMPRESSED.get(path.suffix, contextlib.nullcontext)(raw) as lines:
             for first, some in _line_ranges(lines, ranges):
                 yield from decoded_lines(some, file, first + 1)
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:

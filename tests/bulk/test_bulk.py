@@ -394,7 +394,7 @@ def test_bad_columns(embedder, tmp_path, columns, id_field, message):
         ({"files": ["a.txt", "./a.txt"]}, "files are given twice: a.txt = ./a.txt"),
         ({"files": ["a.txt", "link.txt"]}, "files are given twice: a.txt = link.txt"),
         ({"files": ["nowhere.txt"]}, "there is no file nowhere.txt"),
-        ({"files": ["gs://bucket/a.txt"]}, "gs://bucket/a.txt is remote"),
+        ({"files": ["http://bucket/a.txt"]}, "http://bucket/a.txt is at no known store"),
         ({"id_field": "id"}, "a.txt is plain text, which has no field 'id'"),
         ({"process": 2, "processes": 2}, "must be in 0..1, not 2"),
         ({"process": 0, "processes": 0}, "at least 1 process, not 0"),

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from etils import epath
 
 from convert.__main__ import main as convert
 from jina_jax import Embedder
-from jina_jax.checkpoints import array_store, native, sealed_directory
+from jina_jax.checkpoints import array_store, native
 from jina_jax.checkpoints.array_store import check_readable
 from jina_jax.checkpoints.native import load_checkpoint, save_checkpoint
-from jina_jax.checkpoints.remote import fetch
 from jina_jax.checkpoints.sealed_directory import atomic_directory, check_free, seal, verify
 from jina_jax.errors import CheckpointError, ConfigError
 from jina_jax.model.parameters import variables
@@ -169,29 +167,6 @@ def test_a_conversion_killed_at_any_moment_leaves_no_loadable_half(saved, tmp_pa
         subprocess.run([*command, "from_torch", original, target], check=True, env=environment, stdout=subprocess.DEVNULL)
     expected = Embedder.load(saved).encode(["a", "b"], "classification")
     np.testing.assert_allclose(Embedder.load(target).encode(["a", "b"], "classification"), expected, atol=1e-6)
-
-
-def test_a_remote_checkpoint_has_its_manifest_last(embedder, tmp_path, monkeypatch):
-    """A directory here stands for the remote one."""
-    monkeypatch.setattr(sealed_directory, "is_remote", lambda directory: True)
-    written = []
-    copy = type(epath.Path(tmp_path)).copy
-    monkeypatch.setattr(
-        type(epath.Path(tmp_path)), "copy", lambda self, to, **options: written.append(self.name) or copy(self, to, **options)
-    )
-    embedder.save(tmp_path / "bucket")
-    assert written[-1] == "manifest.json" and "config.json" in written
-    verify(tmp_path / "bucket")
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        embedder.save(tmp_path / "bucket")
-
-
-def test_a_remote_directory_is_fetched_whole(saved, embedder):
-    local = fetch(saved)
-    assert local != saved
-    np.testing.assert_array_equal(Embedder.load(local).encode("a"), embedder.encode("a"))
-    with pytest.raises(FileNotFoundError, match="no directory"):
-        fetch(saved / "nowhere")
 
 
 # ---- names of directories, and what is behind them

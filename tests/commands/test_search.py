@@ -379,7 +379,7 @@ def refused(result) -> str:
         (["query", "a.txt", "--top", 0], "--top must be at least 1, not 0"),
         (["query", "a.txt", "--task", "classification", "--side", "query"], "--side and --task exclude each other"),
         (["query", "nowhere.txt"], "there is no file nowhere.txt"),
-        (["query", "gs://bucket/a.txt"], "gs://bucket/a.txt is remote"),
+        (["query", "http://bucket/a.txt"], "http://bucket/a.txt is at no known store"),
         (["query", "a.doc"], "a.doc is of no known type; valid are .txt"),
         (["query", "a.txt", "./a.txt"], "files are given twice: a.txt = ./a.txt"),
         (["query", "-", "a.txt", "-"], "files are given twice: -"),

@@ -27,10 +27,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
 from jina_jax import ModelConfig
+from jina_jax.checkpoints import chunked_arrays
 from jina_jax.parallel.processes import abort_together, start
+from jina_jax.storage import StoragePath
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.tfds_datasets import prepare_records
-from train.run import checkpoints, loop
+from train.run import bucket_checkpoints, checkpoints, loop
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "data" / "tokenizer")
 MODEL = ModelConfig(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
@@ -154,8 +156,18 @@ class Runs:
     runs.
     """
 
-    def __init__(self, cache: Path, config: TrainConfig, pause: float = 0.0, devices: int = 1):
+    def __init__(
+        self,
+        cache: Path,
+        config: TrainConfig,
+        pause: float = 0.0,
+        devices: int = 1,
+        place: Callable[[Path], StoragePath] = lambda workdir: workdir,
+        environment: dict[str, str] | None = None,
+    ):
+        """`place` says where a run trains whose logs are in a directory."""
         self.config, self._options = config, (cache, pause, devices)
+        self._place, self._environment = place, environment or {}
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["helpers.training"])
         with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +180,8 @@ class Runs:
     ) -> Any:
         """Starts one process; `job` is the environment by which it finds the others of its job."""
         workdir.mkdir(parents=True, exist_ok=True)
-        arguments = replace(self.config, **changes), workdir, fault, job or {}, *self._options
+        environment = self._environment | (job or {})
+        arguments = replace(self.config, **changes), workdir, self._place(workdir), fault, environment, *self._options
         process = self._context.Process(target=_child, args=arguments)
         process.start()
         return process
@@ -216,19 +229,20 @@ def log_of(workdir: Path, process: int = 0) -> str:
 
 def _child(
     config: TrainConfig,
-    workdir: Path,
+    logs: Path,
+    workdir: StoragePath,
     fault: tuple[str, int] | None,
     job: dict[str, str],
     cache: Path,
     pause: float,
     devices: int,
 ) -> None:
-    output = (workdir / f"run-{job.get('JAX_PROCESS_ID', 0)}.log").open("a", encoding="utf-8")
+    output = (logs / f"run-{job.get('JAX_PROCESS_ID', 0)}.log").open("a", encoding="utf-8")
     os.environ.update(job)
     os.dup2(output.fileno(), sys.stdout.fileno())
     os.dup2(output.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=output, force=True)
-    for noisy in ("absl", "orbax", "jax"):
+    for noisy in ("absl", "orbax", "jax", "urllib3", "botocore"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
@@ -282,6 +296,10 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "killed behind the arrays": lambda number: _before(checkpoints, "seal", number, _die),
     "killed before the rename": lambda number: _before(Path, "rename", number, _die),
     "killed while old ones are removed": lambda number: _before(shutil, "rmtree", number, _die),
+    "killed before the chunks": lambda number: _before(bucket_checkpoints, "write_parts", number, _die),
+    "killed among the chunks": lambda number: _before(chunked_arrays, "write_file", number, _die),
+    "killed before the manifest": lambda number: _before(bucket_checkpoints, "create", number, _die),
+    "killed behind the manifest": lambda number: _before(bucket_checkpoints, "saved_in_bucket", number, _die),
     "killed before the model is saved": lambda number: _before(loop, "save_checkpoint", number, _die),
     "dies in a step": lambda number: _before(loop, "from_process_local", number, _die),
     "wrong in a step": lambda number: _before(loop, "from_process_local", number, _raise),

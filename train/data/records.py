@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from jina_jax.errors import DataError
+from jina_jax.storage import StoragePath, as_path
 from jina_jax.text import readers
 
 Text = Annotated[str, Field(min_length=1)]
@@ -105,7 +106,7 @@ def kind_named(name: str) -> type[Record]:
     return KINDS[name]
 
 
-def read_records(file: str | Path, kind: str) -> Iterator[Record]:
+def read_records(file: str | StoragePath, kind: str) -> Iterator[Record]:
     """Yields the records of a file in any format of `jina_jax.text.readers`, one by one.
 
     Raises:
@@ -115,7 +116,7 @@ def read_records(file: str | Path, kind: str) -> Iterator[Record]:
         FileNotFoundError: no such file.
     """
     record = kind_named(kind)
-    if not Path(file).is_file():
+    if not as_path(file).is_file():
         raise FileNotFoundError(f"no such file: {file}")
     for place, fields in readers.read_records(file):
         yield check_record(record, kind, fields, place)

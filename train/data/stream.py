@@ -12,7 +12,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -23,6 +22,7 @@ from jina_jax.config import ModelConfig
 from jina_jax.errors import DataError
 from jina_jax.files import kept_sha256
 from jina_jax.parallel.processes import main_process_first
+from jina_jax.storage import StoragePath, as_path
 from jina_jax.text.tokenizer import Tokenizer
 
 from ..config import DatasetConfig, Stage
@@ -30,13 +30,13 @@ from .collate import BatchShape, Encode, TrainBatch, collate, text_encoder
 from .examples import Example, texts_per_example, to_example
 from .records import Record
 from .row_counts import SAMPLED_EXAMPLES, fitted_row_counts, most_rows, rows_needed, texts_per_row
-from .tfds_datasets import RecordFiles, RecordSource, open_dataset, prepare_records
+from .tfds_datasets import RecordFiles, RecordSource, is_dataset, open_dataset, prepare_records
 from .whole_batch import Ask, agree_on, ask_nobody
 
 logger = logging.getLogger(__name__)
 
 
-def open_datasets(stage: Stage, workdir: Path) -> list[Sequence[Record]]:
+def open_datasets(stage: Stage, workdir: StoragePath) -> list[Sequence[Record]]:
     """Opens the stage's datasets.
 
     The main process turns files of records into TFDS datasets under `workdir`, once. The hash by
@@ -230,8 +230,8 @@ def _by_language(source: Sequence[Record], dataset: DatasetConfig, least: int) -
         yield f", languages {list(rare)} (fewer than {least} records each)", _Subset(source, np.array(joined))
 
 
-def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
-    path = Path(dataset.path)
+def _prepared(dataset: DatasetConfig, workdir: StoragePath) -> StoragePath:
+    path = as_path(dataset.path)
     if path.is_dir():
         return path
     if not path.exists():
@@ -239,7 +239,7 @@ def _prepared(dataset: DatasetConfig, workdir: Path) -> Path:
     digest = kept_sha256(path, workdir / "data")
     directory = workdir / "data" / f"{dataset.kind}-{dataset.split}-{digest[:16]}"
     ready = directory / RecordFiles.name / str(RecordFiles.VERSION)
-    if ready.is_dir():
+    if is_dataset(ready):
         return ready
     return prepare_records({dataset.split: [path]}, dataset.kind, directory)
 

@@ -13,17 +13,25 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jina_jax.errors import DataError
+from jina_jax.errors import BucketError, DataError
+from jina_jax.storage import BucketPath, StoragePath, as_path, is_bucket
+from jina_jax.storage.cache import fetch_directory
+from jina_jax.storage.store import StoreUnavailable
+from jina_jax.storage.upload import publish
 
+from .cached_shards import CachedShards, Shard
 from .corpus import BUNDLED, SPLITS, Package, read_corpus, tag_overlap, title_and_body
 from .records import KINDS, LabelledText, Pair, PlainText, Record, ScoredPair, kind_named, read_records
 from .word_overlap import overlaps
+
+DESCRIPTION = "dataset_info.json"
 
 HASHES = "records_sha256"
 """Key of the dataset's metadata under which each split has the SHA-256 of its records."""
@@ -34,7 +42,7 @@ class RecordFiles(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, kind: str, files: dict[str, list[Path]], skip: Callable[[Record], bool], **arguments: Any):
+    def __init__(self, *, kind: str, files: dict[str, list[StoragePath]], skip: Callable[[Record], bool], **arguments: Any):
         self.kind, self.files, self.skip = kind, files, skip
         super().__init__(**arguments)
 
@@ -161,13 +169,15 @@ CORPUS_RECORDS: dict[str, tuple[str, Callable[[Sequence[Package]], Iterable[Reco
 """Record kind and generator function of each configuration of the bundled corpus."""
 
 
-def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *, drop_overlapping: bool = False) -> Path:
+def prepare_records(
+    files: dict[str, list[StoragePath]], kind: str, directory: StoragePath, *, drop_overlapping: bool = False
+) -> StoragePath:
     """Turns files of records into a TFDS dataset.
 
     Args:
         files: files of records of each split, in any format that `records.read_records` reads.
         kind: one of `records.KINDS`.
-        directory: directory under which the dataset is written.
+        directory: directory under which the dataset is written, local or in a bucket.
         drop_overlapping: leave out pairs whose texts share nearly all words (`word_overlap.py`).
 
     Returns:
@@ -185,21 +195,21 @@ def prepare_records(files: dict[str, list[Path]], kind: str, directory: Path, *,
     def skip(record: Record) -> bool:
         return drop_overlapping and isinstance(record, Pair) and overlaps(record.anchor, record.positive)
 
-    builder = RecordFiles(kind=kind, files=files, skip=skip, data_dir=directory, file_format="array_record")
-    return _prepared(builder, itertools.chain(*files.values()))
+    make = partial(RecordFiles, kind=kind, files=files, skip=skip)
+    return _prepared(make, directory, itertools.chain(*files.values()))
 
 
-def prepare_corpus(name: str, directory: Path, file: Path = BUNDLED) -> Path:
+def prepare_corpus(name: str, directory: StoragePath, file: Path = BUNDLED) -> StoragePath:
     """Turns the corpus into a TFDS dataset of records; returns its directory.
 
     Args:
         name: one of `CORPUS_RECORDS`.
-        directory: directory under which the dataset is written.
+        directory: directory under which the dataset is written, local or in a bucket.
         file: the corpus, as `read_corpus` takes it.
     """
     if name not in CORPUS_RECORDS:
         raise ValueError(f"unknown records {name!r}; valid are {list(CORPUS_RECORDS)}")
-    return _prepared(DebianPackages(config=name, file=file, data_dir=directory, file_format="array_record"), [file])
+    return _prepared(partial(DebianPackages, config=name, file=file), directory, [file])
 
 
 class RecordSource(Sequence[Record]):
@@ -210,7 +220,7 @@ class RecordSource(Sequence[Record]):
             version prepared.
     """
 
-    def __init__(self, source: Any, kind: str, path: Path, sha256: str | None = None):
+    def __init__(self, source: Any, kind: str, path: StoragePath, sha256: str | None = None):
         self._source, self._record, self._path, self.sha256 = source, KINDS[kind], path, sha256
 
     def __len__(self) -> int:
@@ -241,24 +251,29 @@ class RecordSource(Sequence[Record]):
     def _damage(self, where: str) -> Iterator[None]:
         try:
             yield
+        except (BucketError, StoreUnavailable):
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{self._path} is damaged: {where} cannot be read: {error}") from error
 
 
-def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
-    """Opens one split of a TFDS directory.
+def open_dataset(path: str | StoragePath, kind: str, split: str) -> RecordSource:
+    """Opens one split of a TFDS directory, local or in a bucket.
 
     Raises:
         FileNotFoundError: no such directory.
         DataError: it is not a dataset, has another kind, lacks this split or records, or is
             truncated.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no dataset {path}")
     try:
-        builder = tfds.builder_from_directory(str(path))
+        described = fetch_directory(path, _descriptions) if is_bucket(path) else path
+        builder = tfds.builder_from_directory(str(described))
         hashes = dict(builder.info.metadata or {}).get(HASHES, {})  # type: ignore[call-overload]
+    except (BucketError, StoreUnavailable):
+        raise
     except Exception as error:  # raised by TFDS, the JSON reader or protobuf
         raise DataError(f"{path} is not a TFDS dataset: {error}") from error
     fields = set(builder.info.features or ())  # type: ignore[arg-type]
@@ -270,10 +285,12 @@ def open_dataset(path: str | Path, kind: str, split: str) -> RecordSource:
         raise DataError(f"{path} has no split {split!r}; it has {sorted(builder.info.splits)}")
     expected = builder.info.splits[split].num_examples
     try:
-        source: Any = builder.as_data_source(split=split)  # type: ignore[call-arg]
+        source: Any = _in_bucket(path, builder, split) if is_bucket(path) else builder.as_data_source(split=split)  # type: ignore[call-arg]
         held = len(source)
         if held and held == expected:
             source[held - 1]
+    except (BucketError, StoreUnavailable):
+        raise
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if held != expected or not held:
@@ -318,11 +335,52 @@ def _text(value: Any) -> Any:
     return tuple(map(_text, value)) if isinstance(value, list | np.ndarray) else value
 
 
-def _prepared(builder: Any, files: Iterable[Path]) -> Path:
+def _descriptions(names: Sequence[str]) -> list[str]:
+    """Those files of a dataset that describe it."""
+    return [name for name in names if name.endswith(".json")]
+
+
+def _in_bucket(path: BucketPath, builder: Any, split: str) -> CachedShards:
+    """Opens the records of a split whose files are in a bucket.
+
+    Raises:
+        ValueError: a file is missing, or parts of files are asked for.
+    """
+    sizes = {file.name: info.bytes for file, info in path.objects()}
+    shards = []
+    for part in builder.info.splits[split].file_instructions:
+        name = Path(part.filename).name
+        if name not in sizes:
+            raise ValueError(f"{name} is missing")
+        if part.skip or part.take not in (-1, part.examples_in_shard):
+            raise ValueError(f"{split} is a part of {name}; give a whole split")
+        shards.append(Shard(path / name, part.examples_in_shard, sizes[name]))
+    return CachedShards(shards, builder.info.features.deserialize_example_np)
+
+
+def _prepared(make: Callable[..., Any], directory: StoragePath, files: Iterable[StoragePath]) -> StoragePath:
     """Writes a builder's dataset, unless it exists; returns its directory.
 
-    An unfinished one has another name and is written again.
+    An unfinished one has another name and is written again. One for a bucket is written locally
+    and copied, with its description last.
     """
+    if not is_bucket(directory):
+        return _built(make(data_dir=directory, file_format="array_record"), files)
+    with tempfile.TemporaryDirectory(prefix="jina-jax-") as scratch:
+        local = _built(make(data_dir=scratch, file_format="array_record"), files)
+        target = directory / local.relative_to(scratch).as_posix()
+        if not is_dataset(target):
+            target.rmtree()  # what was left of a killed program
+            publish(local, target, DESCRIPTION)
+    return target
+
+
+def is_dataset(directory: StoragePath) -> bool:
+    """True if a prepared dataset is complete."""
+    return (directory / DESCRIPTION).is_file()
+
+
+def _built(builder: Any, files: Iterable[StoragePath]) -> Path:
     tfds.disable_progress_bar()
     local = tfds.download.DownloadConfig(try_download_gcs=False)
     try:

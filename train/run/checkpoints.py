@@ -2,13 +2,15 @@
 
 A checkpoint is a directory named after its step, with a manifest
 (`jina_jax/checkpoints/sealed_directory.py`). It holds the arrays that training changes and the
-positions in the data; arrays that a run only reads are recognised by their fingerprint.
+positions in the data; arrays that a run only reads are recognised by their fingerprint. On a disk
+Orbax writes the arrays; for a bucket see `bucket_checkpoints.py`.
 """
 
 import contextlib
 import logging
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,25 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jina_jax.checkpoints.array_store import all_processes, check_readable, load_arrays, orbax_path, stored_arrays
+from jina_jax.checkpoints.chunked_arrays import read_arrays, read_metadata
 from jina_jax.checkpoints.sealed_directory import atomic_directory, seal, verify
 from jina_jax.errors import CheckpointError
 from jina_jax.files import dump_json, read_json
 from jina_jax.parallel.mesh import split_axis
 from jina_jax.parallel.processes import broadcast_from_main, is_main_process
+from jina_jax.storage import StoragePath, is_bucket
+from jina_jax.storage.cache import fetch_directory
+from jina_jax.storage.store import StoreUnavailable
+
+from .bucket_checkpoints import (
+    begin_save,
+    chunk_files,
+    is_chunked,
+    put_aside,
+    remove_unfinished_in_bucket,
+    saved_in_bucket,
+    verify_in_bucket,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +49,10 @@ CHUNK_BYTES = 8 * 2**20
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint on disk."""
+    """A verified checkpoint."""
 
     step: int
-    directory: Path
+    directory: StoragePath
     run: dict[str, Any]
     """Fields that were saved beside the arrays."""
 
@@ -47,8 +63,9 @@ class Saver:
     The next call raises the error of a failed save; checkpoints saved before it stay.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        self._directory, self._keep = directory, keep
+    def __init__(self, directory: StoragePath, keep: int, check: Callable[[], None] = lambda: None):
+        """`check` raises an error if another run has taken the directory over."""
+        self._directory, self._keep, self._check = directory, keep, check
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._running: tuple[int, Future[None]] | None = None
 
@@ -59,15 +76,23 @@ class Saver:
         """
         self.wait()
         try:
-            with contextlib.ExitStack() as stack:
-                target = stack.enter_context(atomic_directory(self._directory / f"{step:08d}"))
-                arrays = _copied(tree)
-                with _in_chunks():
-                    writing = ocp.save_async(orbax_path(target / _ARRAYS), arrays)
-                shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
-                self._running = step, self._pool.submit(self._finish, stack.pop_all(), target, writing, shapes, run)
+            if is_bucket(self._directory):
+                save = begin_save(self._directory, step, _by_name(tree), run)
+                self._running = step, self._pool.submit(save.write, self._check, self._keep)
+            else:
+                self._begin(self._directory, step, tree, run)
         except Exception as error:
             raise _not_saved(step, error) from error
+
+    def _begin(self, directory: Path, step: int, tree: Any, run: dict[str, Any]) -> None:
+        with contextlib.ExitStack() as stack:
+            target = stack.enter_context(atomic_directory(directory / f"{step:08d}"))
+            arrays = _copied(tree)
+            with _in_chunks():
+                writing = ocp.save_async(orbax_path(target / _ARRAYS), arrays)
+            shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+            finish = self._finish, directory, stack.pop_all(), target, writing, shapes, run
+            self._running = step, self._pool.submit(*finish)
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -88,6 +113,7 @@ class Saver:
 
     def _finish(
         self,
+        directory: Path,
         stack: contextlib.ExitStack,
         target: Path,
         writing: ocp.AsyncResponse,
@@ -101,7 +127,7 @@ class Saver:
             check_readable(target / _ARRAYS, shapes)
             (target / _RUN).write_text(dump_json(run), "utf-8")
             seal(target)
-        for _, old in _saved(self._directory)[: -self._keep]:
+        for _, old in _saved(directory)[: -self._keep]:
             # Renamed first: there is never half a checkpoint under its name.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))
 
@@ -119,7 +145,7 @@ def _copied(tree: Any) -> dict[str, Any]:
     return {name: np.array(leaf) if leaf.is_fully_addressable else leaf for name, leaf in _by_name(tree).items()}
 
 
-def latest(directory: Path) -> Checkpoint | None:
+def latest(directory: StoragePath) -> Checkpoint | None:
     """Returns the newest checkpoint that is unchanged since it was written.
 
     Damaged ones are reported and put aside, unfinished ones removed. The main process searches, and
@@ -132,25 +158,34 @@ def latest(directory: Path) -> Checkpoint | None:
     return Checkpoint(int(step), saved, read_json(saved / _RUN))
 
 
-def _newest(directory: Path) -> int | None:
+def _newest(directory: StoragePath) -> int | None:
     remove_unfinished(directory)
-    numbered = _saved(directory)
+    numbered = saved_in_bucket(directory) if is_bucket(directory) else _saved(directory)
     for step, saved in reversed(numbered):
         try:
-            verify(saved)
+            verify_in_bucket(saved) if is_bucket(saved) else verify(saved)
             return step
+        except StoreUnavailable:
+            raise
         except (CheckpointError, OSError) as error:
-            aside = saved.with_name(f"damaged-{saved.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            saved.rename(aside)
+            aside = put_aside(saved) if is_bucket(saved) else _put_aside(saved)
             logger.warning("checkpoint of step %d is damaged and was put aside as %s: %s", step, aside, error)
     if numbered:
         logger.warning("no checkpoint in %s is good; starting from the beginning", directory)
     return None
 
 
-def remove_unfinished(directory: Path) -> None:
+def _put_aside(saved: Path) -> Path:
+    aside = saved.with_name(f"damaged-{saved.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return saved.rename(aside)
+
+
+def remove_unfinished(directory: StoragePath) -> None:
     """Removes directories that a killed run left half-written, see `atomic_directory`."""
+    if is_bucket(directory):
+        remove_unfinished_in_bucket(directory)
+        return
     for unfinished in directory.glob(".*.partial-*"):
         shutil.rmtree(unfinished)
 
@@ -170,15 +205,32 @@ def restore(checkpoint: Checkpoint, tree: Any, shardings: Any) -> Any:
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in _by_name(tree).items()
     }
-    path = checkpoint.directory / _ARRAYS
+    read = _read_chunks if is_chunked(checkpoint.directory) else _read_orbax
+    arrays = read(checkpoint.directory, wanted)
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
+
+
+def _read_orbax(checkpoint: StoragePath, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    # In a bucket, what was copied from a disk.
+    path = (fetch_directory(checkpoint) if is_bucket(checkpoint) else checkpoint) / _ARRAYS
     stored = stored_arrays(path)
+    _check_fits(checkpoint, stored, wanted)
+    with _reading_at_once(max(CHUNK_BYTES, *(_bytes_to_read(leaf, stored[name]) for name, leaf in wanted.items())) + 1):
+        return load_arrays(path, wanted)
+
+
+def _read_chunks(checkpoint: StoragePath, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    folder, hashes = chunk_files(checkpoint)
+    stored = read_metadata(folder)
+    _check_fits(checkpoint, stored, wanted)
+    return read_arrays(folder, stored, wanted, hashes)
+
+
+def _check_fits(checkpoint: StoragePath, stored: Mapping[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
     wrong = sorted(wanted.keys() ^ stored.keys())
     wrong += [name for name in wanted.keys() & stored.keys() if tuple(stored[name].shape) != wanted[name].shape]
     if wrong:
-        raise CheckpointError(f"{checkpoint.directory} does not fit this run: {wrong}")
-    with _reading_at_once(max(CHUNK_BYTES, *(_bytes_to_read(leaf, stored[name]) for name, leaf in wanted.items())) + 1):
-        arrays = load_arrays(path, wanted)
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in _by_name(tree)])
+        raise CheckpointError(f"{checkpoint} does not fit this run: {wrong}")
 
 
 def _in_chunks() -> ocp.Context:

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -28,12 +27,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jina_jax.checkpoints.native import is_checkpoint, save_checkpoint
+from jina_jax.checkpoints.sealed_directory import MANIFEST
 from jina_jax.errors import RunError
 from jina_jax.files import dump_json
 from jina_jax.model.adapters import base_arrays
 from jina_jax.model.parameters import Arrays
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params, shardings
 from jina_jax.parallel.processes import asking_main, barrier, is_main_process, main_process_first
+from jina_jax.storage import StoragePath, is_bucket
+from jina_jax.storage.lease import hold
+from jina_jax.storage.upload import move_directory
 
 from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
@@ -44,7 +47,7 @@ from ..step.update import State, Step, abstract_state, all_finite, initial_state
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
 from .identity import changes, run_identity
 from .initial_model import load_start, prepare_for_stages, with_token_frequencies
-from .metrics import MetricsWriter, StepRecord, TrainingDiverged, fetch_metrics, summarise
+from .metrics import StepRecord, TrainingDiverged, fetch_metrics, metrics_writer, summarise
 from .profiling import StepRange, StepTrace
 
 logger = logging.getLogger(__name__)
@@ -65,14 +68,17 @@ class StageRun(NamedTuple):
     flops_per_token: float
 
 
-def train(config: TrainConfig, workdir: Path, *, progress: bool = True, profile: StepRange | None = None) -> Path | None:
+def train(
+    config: TrainConfig, workdir: StoragePath, *, progress: bool = True, profile: StepRange | None = None
+) -> StoragePath | None:
     """Trains until the last step and writes the model.
 
     An interrupted run resumes from its newest good checkpoint.
 
     Args:
         config: configuration of the run.
-        workdir: directory of everything that the run writes.
+        workdir: directory of everything that the run writes, on a disk that all processes share or
+            in a bucket.
         progress: show a progress bar on a terminal.
         profile: steps to record a trace of, in WORKDIR/profile; None = none.
 
@@ -81,7 +87,7 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True, profile:
 
     Raises:
         RunError: `workdir` holds another run, and the message lists the differences; or another
-            process is training in it.
+            process is training in it, or has taken over a directory in a bucket.
         TrainingDiverged: a loss, gradient or parameter was not finite; the message has the step.
             Nothing of it is saved.
         ValueError, OSError: errors of the configuration, the data or the disk; or `profile` goes
@@ -91,10 +97,12 @@ def train(config: TrainConfig, workdir: Path, *, progress: bool = True, profile:
         raise ValueError(f"steps {profile} are to be profiled, and the run has {config.steps}")
     host = _host()
     with main_process_first("workdir"):
+        if is_bucket(workdir) and workdir.is_file():
+            raise NotADirectoryError(f"{workdir} is an object, not a directory")
         workdir.mkdir(parents=True, exist_ok=True)
     # The full model stays on the host, for the end: device memory is for what a step needs.
-    with _only_run(workdir) if is_main_process() else contextlib.nullcontext(), jax.default_device(host):
-        return _train(config, workdir, progress, profile)
+    with _only_run(workdir) if is_main_process() else contextlib.nullcontext(lambda: None) as check, jax.default_device(host):
+        return _train(config, workdir, progress, profile, check)
 
 
 def _host() -> Any:
@@ -106,9 +114,11 @@ def _host() -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 
-def _train(config: TrainConfig, workdir: Path, progress: bool, profile: StepRange | None) -> Path | None:
+def _train(
+    config: TrainConfig, workdir: StoragePath, progress: bool, profile: StepRange | None, check: Callable[[], None]
+) -> StoragePath | None:
     # ---- model, mesh and data
-    if is_main_process():
+    if is_main_process() and not is_bucket(workdir):
         remove_unfinished(workdir)
     checkpoint = latest(workdir / "checkpoints")
     if checkpoint is None and is_checkpoint(workdir / "model"):
@@ -153,8 +163,8 @@ def _train(config: TrainConfig, workdir: Path, progress: bool, profile: StepRang
         (workdir / "config.json").write_text(dump_json(to_dict(config)), "utf-8")
 
     # ---- loop
-    saver = Saver(workdir / "checkpoints", config.keep_checkpoints)
-    writer = MetricsWriter(workdir, sum(done))
+    saver = Saver(workdir / "checkpoints", config.keep_checkpoints, check)
+    writer = metrics_writer(workdir, sum(done))
     trace = StepTrace(workdir / "profile", profile, sum(done))
     peak = peak_flops(jax.devices()[0], mesh.size)
     pending: list[StepRecord] = []
@@ -184,6 +194,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool, profile: StepRang
                 for number, name, numbers in summarise(fetch_metrics(pending), time.perf_counter() - began, peak):
                     writer.write(number, name, numbers)
                     bar.set_description(f"{name}: loss {numbers['loss']:.3f}", refresh=False)
+                writer.publish(step, saved=save)
                 bar.update(len(pending))
                 pending, began = [], time.perf_counter()
             if save:  # only what is finite: `fetch_metrics` has checked the losses
@@ -191,6 +202,7 @@ def _train(config: TrainConfig, workdir: Path, progress: bool, profile: StepRang
                     raise TrainingDiverged(f"step {step} made parameters that are not finite. Nothing of it was saved")
                 saver.save(step, states, identity | _position(done, runs))
         saver.wait()
+        writer.wait()
     if sum(done) < config.steps:
         logger.warning("stopped at step %d of %d; start it again to resume", sum(done), config.steps)
         return None
@@ -212,17 +224,23 @@ def _on_host(arrays: Arrays, mesh: Mesh) -> Arrays:
 
 
 @contextlib.contextmanager
-def _only_run(workdir: Path) -> Iterator[None]:
+def _only_run(workdir: StoragePath) -> Iterator[Callable[[], None]]:
     """Locks the directory: two processes that train in it would each remove what the other writes.
 
-    The lock ends with its process.
+    The lock ends with its process. Yields a function that raises an error if it is lost, as one in
+    a bucket may be to a process that has not heard of this one for long.
     """
+    busy = f"another process is training in {workdir}; wait for it, or give another --workdir"
+    if is_bucket(workdir):
+        with hold(workdir / ".lock", busy) as lease:
+            yield lease.check
+        return
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"another process is training in {workdir}; wait for it, or give another --workdir") from error
-        yield
+            raise RunError(busy) from error
+        yield lambda: None
 
 
 def next_stage(config: TrainConfig, done: list[int]) -> int:
@@ -250,13 +268,16 @@ def _resumed(
     return restore(checkpoint, states, shardings(states, mesh)), list(checkpoint.run["done"])
 
 
-def _put_aside(model: Path, step: int) -> None:
+def _put_aside(model: StoragePath, step: int) -> None:
     """Renames the finished model of a run that goes on for more steps."""
     with main_process_first("model put aside"):
         if is_checkpoint(model):
-            aside = model.with_name(f"{model.name}-{step:08d}")
-            shutil.rmtree(aside, ignore_errors=True)  # the same model, put aside before
-            model.rename(aside)
+            name = f"{model.name}-{step:08d}"  # the same model, if it was put aside before
+            if is_bucket(model):
+                move_directory(model, aside := model.with_name(name), MANIFEST)
+            else:
+                shutil.rmtree(aside := model.with_name(name), ignore_errors=True)
+                model.rename(aside)
             logger.warning("the model of step %d is now %s", step, aside)
 
 

@@ -5,7 +5,9 @@ They are written as JSON lines and to TensorBoard.
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from tensorboardX import SummaryWriter
 from jina_jax.errors import RunError
 from jina_jax.files import atomic_write
 from jina_jax.parallel.processes import is_main_process
+from jina_jax.storage import BucketPath, StoragePath, is_bucket
 
 from ..config import Stage
 from ..old_names import METRICS
@@ -23,6 +26,9 @@ from ..step.optimizer import learning_rate
 from ..step.update import Metrics
 
 FILE = "metrics.jsonl"
+
+PARTS = "metrics"
+"""Directory in a bucket of the lines that are not in FILE yet."""
 
 
 class TrainingDiverged(RunError):
@@ -100,23 +106,121 @@ class MetricsWriter:
         self._path = workdir / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         with atomic_write(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+            partial.write_text("".join(map(_line, kept)), "utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:
         if self._board is None:
             return
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "stage": stage} | numbers) + "\n")
-        for name, number in numbers.items():
-            self._board.add_scalar(f"{stage}/{name}", number, step)
+            file.write(_line({"step": step, "stage": stage} | numbers))
+        add_scalars(self._board, step, stage, numbers)
+
+    def publish(self, step: int, *, saved: bool) -> None:
+        """Does nothing: what is written is there."""
+
+    def wait(self) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
 
-def read_metrics(workdir: Path) -> list[dict]:
+class BucketMetricsWriter:
+    """The same in a bucket, where nothing can be appended to.
+
+    Lines are uploaded in the background at every log, as metrics/STEP.jsonl; at a save they are
+    joined in `metrics.jsonl`. TensorBoard's events are kept in a local file until a save, which
+    uploads it; the next one begins another.
+    """
+
+    def __init__(self, workdir: BucketPath, step: int):
+        self._workdir, self._board, self._uploads = workdir, None, None
+        if not is_main_process():
+            return
+        self._lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        self._fresh: list[dict] = []
+        self._local = tempfile.TemporaryDirectory(prefix="jina-jax-")
+        self._pool = ThreadPoolExecutor(1, "metrics")
+        self._purge = step + 1 if step else None
+        self._join_lines(self._lines)
+
+    def write(self, step: int, stage: str, numbers: dict[str, float]) -> None:
+        if not is_main_process():
+            return
+        if self._board is None:
+            self._board = SummaryWriter(self._local.name, purge_step=self._purge, filename_suffix=f".{step:08d}")
+            self._purge = None
+        self._fresh.append({"step": step, "stage": stage} | numbers)
+        add_scalars(self._board, step, stage, numbers)
+
+    def publish(self, step: int, *, saved: bool) -> None:
+        """Uploads what was written since the last call, in the background.
+
+        Raises:
+            OSError: the last upload failed.
+        """
+        if not is_main_process():
+            return
+        self.wait()
+        fresh, self._fresh = self._fresh, []
+        self._lines += fresh
+        if saved:
+            if self._board is not None:
+                self._board.close()
+                self._board = None
+            self._uploads = self._pool.submit(self._save, list(self._lines))
+        else:
+            part = self._workdir / PARTS / f"{step:08d}.jsonl"
+            self._uploads = self._pool.submit(part.write_text, "".join(map(_line, fresh)))
+
+    def close(self) -> None:
+        """Waits for uploads under way; what was not published is not kept."""
+        if not is_main_process():
+            return
+        self._pool.shutdown()
+        if self._board is not None:
+            self._board.close()
+        self._local.cleanup()
+
+    def wait(self) -> None:
+        """Waits until what was published is in the bucket.
+
+        Raises:
+            OSError: the upload failed.
+        """
+        if self._uploads is not None:
+            uploads, self._uploads = self._uploads, None
+            uploads.result()
+
+    def _save(self, lines: list[dict]) -> None:
+        for file in Path(self._local.name).iterdir():
+            events = self._workdir / "tensorboard" / file.name
+            events.store.upload(events.key, file)
+            file.unlink()
+        self._join_lines(lines)
+
+    def _join_lines(self, lines: list[dict]) -> None:
+        (self._workdir / FILE).write_text("".join(map(_line, lines)))
+        (self._workdir / PARTS).rmtree()
+
+
+def metrics_writer(workdir: StoragePath, step: int) -> MetricsWriter | BucketMetricsWriter:
+    """Returns a writer of the metrics of a run that begins behind a step."""
+    return BucketMetricsWriter(workdir, step) if is_bucket(workdir) else MetricsWriter(workdir, step)
+
+
+def add_scalars(board: SummaryWriter, step: int, stage: str, numbers: dict[str, float]) -> None:
+    for name, number in numbers.items():
+        board.add_scalar(f"{stage}/{name}", number, step)
+
+
+def _line(fields: dict) -> str:
+    return json.dumps(fields) + "\n"
+
+
+def read_metrics(workdir: StoragePath) -> list[dict]:
     """Reads the lines of a run's metrics, with the new names of old fields.
 
     A last line that was cut off is left out.
@@ -124,4 +228,8 @@ def read_metrics(workdir: Path) -> list[dict]:
     path = workdir / FILE
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     read = [json.loads(line) for line in lines if line.endswith("\n")]
+    if is_bucket(workdir):
+        joined = max((line["step"] for line in read), default=0)
+        parts = [json.loads(line) for part in (workdir / PARTS).iterdir() for line in part.read_text().splitlines()]
+        read += [line for line in parts if line["step"] > joined]
     return [{METRICS.get(name, name): value for name, value in line.items()} for line in read]

