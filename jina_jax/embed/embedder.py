@@ -2,13 +2,12 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -17,50 +16,25 @@ from ..checkpoints.load import load_encoder
 from ..checkpoints.native import save_checkpoint
 from ..config import ModelConfig, Side
 from ..model.encoder import Encoder
-from ..model.parameters import unstack_layers
-from ..parallel.mesh import replicate, shard_batch
+from ..parallel.mesh import replicate
 from ..storage import StoragePath
-from ..text.batching import FIRST_CHUNK, LARGEST_CHUNK, packed_batches
-from ..text.packing import PackedBatch, plan_batches, row_shapes
-from ..text.tokenizer import Tokenizer, max_tokens, private_backend, tokenize
-from .folded_adapters import FoldedAdapters, group_by_adapter, how_many_to_keep
-from .forward import chunk_means, text_embeddings, token_states
-from .inputs import Request, parse_output, parse_request, resolve_truncate_dim
+from ..text.tokenizer import Tokenizer, max_tokens, private_backend
+from .batch_runner import BatchRunner, Tuning
+from .inputs import parse_output, parse_request, resolve_truncate_dim
 from .late_chunking import (
-    ChunkRequest,
-    Window,
     WindowForm,
     collect_chunks,
-    lay_out_chunks,
     parse_chunk_request,
     tokenize_documents,
 )
 from .mixed_rows import MixedRows
 from .progress import progress_bar
 from .quantize import EmbeddingPrecision
-from .results import Result, collect_embeddings, collect_token_states, finish, one_ahead
+from .results import collect_embeddings, collect_token_states, finish, one_ahead
 from .sides import side_options
 from .similarity import cosine_similarity, pairwise_cosine_similarity
 
 logger = logging.getLogger(__name__)
-
-SLOTS_PER_TEXT = 256
-"""Token slots that one text of `batch_size` stands for."""
-
-
-class Tuning(NamedTuple):
-    """Sizes that trade memory and latency for speed; results do not depend on them."""
-
-    worth_folding: int = 32_768
-    """Characters of one task in a call from which on its adapter is folded into the kernels. A
-    smaller call has it computed beside them, unless a folded encoder is kept."""
-    kept_adapters: int | None = None
-    """Folded encoders that are kept; each holds a copy of the kernels. None = all that a quarter of
-    an accelerator's memory holds, one on CPU."""
-    first_chunk: int = FIRST_CHUNK
-    largest_chunk: int = LARGEST_CHUNK
-    """Texts tokenised at a time, see `text.batching`."""
-
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
@@ -104,14 +78,12 @@ class Embedder:
             raise ValueError("the configuration is not that of the encoder: its tasks or its hidden_size differ")
         self.encoder = encoder if mesh is None else replicate(encoder, mesh)
         self.mesh = mesh
-        self._base = self._for_inference(self.encoder)
         self.config = config
         self.tokenizer = tokenizer
-        self._backend = private_backend(tokenizer)
         self.max_length = max_tokens(tokenizer, config)
         self.tuning = tuning or Tuning()
-        kept = self.tuning.kept_adapters or how_many_to_keep(encoder)
-        self._folded = FoldedAdapters(self.encoder, kept, self._for_inference)
+        self._backend = private_backend(tokenizer)
+        self._batches = BatchRunner(self.encoder, self._backend, mesh, self.tuning)
 
     @classmethod
     def load(
@@ -277,7 +249,8 @@ class Embedder:
         )
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with progress_bar(len(request.texts), "Embedding", "text", show=show) as progress:
-            results = one_ahead(self._results(request, token_states if output.token_embeddings else text_embeddings))
+            compute = self._batches.token_states if output.token_embeddings else self._batches.embeddings
+            results = one_ahead(compute(request))
             collect = collect_token_states if output.token_embeddings else collect_embeddings
             collected, truncated = collect(results, len(request.texts), self.config.hidden_size, progress)
         if truncated:
@@ -350,7 +323,7 @@ class Embedder:
         found, truncated = tokenize_documents(self._backend, request)
         show = logger.isEnabledFor(logging.INFO) if show_progress_bar is None else show_progress_bar
         with progress_bar(len(found), "Embedding", "window", show=show) as progress:
-            results = one_ahead(self._chunk_results(request, found))
+            results = one_ahead(self._batches.chunk_means(request, found))
             means = collect_chunks(results, found, request.names, self.config.hidden_size, progress)
         if truncated:
             total, limit = len(request.names), request.max_length
@@ -366,7 +339,7 @@ class Embedder:
             slots: most token slots of a batch on each device; the longest text gets a row of its
                 own all the same.
         """
-        return MixedRows(self._base, self.mesh, row_shapes(self.max_length, slots, self._devices))
+        return self._batches.mixed_rows(self.max_length, slots)
 
     def similarity(
         self, embeddings1: Float[Any, "n d"] | Float[Any, " d"], embeddings2: Float[Any, "m d"] | Float[Any, " d"]
@@ -386,60 +359,3 @@ class Embedder:
         chosen = side_options(self.config, side)
         prompted = options.get("prompt") is not None or options.get("prompt_name") is not None
         return options if "task" in options or (prompted and "task" not in chosen) else options | chosen
-
-    def _results(self, request: Request, compute: Callable[..., Array]) -> Iterator[Result]:
-        """Yields every batch with its result, which may still be under way; `texts` are indices in
-        the call."""
-
-        def token_ids(texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-            return tokenize(self._backend, texts, request.max_length)
-
-        for encoder, members, mixed in self._groups(request):
-            texts = [request.texts[i] for i in members]
-            batches = packed_batches(
-                texts,
-                token_ids,
-                self.config.pad_id,
-                request.batch_size * SLOTS_PER_TEXT,
-                self._devices,
-                first_chunk=self.tuning.first_chunk,
-                largest_chunk=self.tuning.largest_chunk,
-            )
-            for batch in batches:
-                batch = batch._replace(texts=np.where(batch.texts < 0, -1, members[batch.texts]))
-                inputs = self._inputs(encoder, batch, request.adapter_ids if mixed else None)
-                yield batch, compute(encoder, *(inputs if compute is text_embeddings else inputs[:-1]), mesh=self.mesh)
-
-    def _chunk_results(self, request: ChunkRequest, windows: list[Window]) -> Iterator[Result]:
-        """The same of windows; `texts` are the chunks of the means."""
-        documents = np.array([window.document for window in windows], np.int64)
-        for encoder, members, mixed in self._groups(request):
-            own = np.flatnonzero(np.isin(documents, members))
-            held = [windows[i] for i in own]
-            adapter_ids = request.adapter_ids[documents[own]] if mixed else None
-            lengths = [len(window.token_ids) for window in held]
-            for plan in plan_batches(lengths, request.batch_size * SLOTS_PER_TEXT, self._devices):
-                batch, chunks = lay_out_chunks(held, plan, self.config.pad_id)
-                inputs = self._inputs(encoder, batch, adapter_ids)
-                means = chunk_means(encoder, *inputs, means=chunks.shape[1], mesh=self.mesh)
-                yield batch._replace(texts=chunks), means
-
-    def _groups(self, request: Request | ChunkRequest) -> Iterator[tuple[Encoder, np.ndarray, bool]]:
-        sizes = [len(text) for text in request.texts]
-        return group_by_adapter(self._base, self._folded, sizes, request.adapter_ids, self.tuning.worth_folding)
-
-    def _inputs(self, encoder: Encoder, batch: PackedBatch, adapter_ids: np.ndarray | None) -> tuple[Any, ...]:
-        """Returns what the forward passes take of a batch; `adapter_ids` are those of all texts
-        that `batch.texts` counts, None = one for all."""
-        of_batch = None if encoder is self._base else np.int32(0)
-        if adapter_ids is not None:
-            of_batch = np.where(batch.texts < 0, -1, adapter_ids[batch.texts])
-        inputs = batch.tokens, batch.segment_ids, batch.positions, of_batch, batch.pool_ids
-        return inputs if self.mesh is None else shard_batch(inputs, self.mesh)
-
-    @property
-    def _devices(self) -> int:
-        return 1 if self.mesh is None else self.mesh.size
-
-    def _for_inference(self, encoder: Encoder) -> Encoder:
-        return unstack_layers(encoder) if self.mesh is None else encoder

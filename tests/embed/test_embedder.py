@@ -15,7 +15,7 @@ import pytest
 from conftest import TASKS
 from jina_jax import Embedder
 from jina_jax.embed import folded_adapters
-from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.batch_runner import Tuning
 from jina_jax.embed.folded_adapters import FoldedAdapters
 from jina_jax.embed.forward import text_embeddings, token_states
 from jina_jax.embed.quantize import quantize
@@ -64,17 +64,17 @@ def test_large_groups_are_folded_and_small_ones_mixed_with_the_same_result(embed
     mixed = embedder.encode(texts, tasks)
     folding = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(worth_folding=1))
     np.testing.assert_allclose(folding.encode(texts, tasks), mixed, atol=1e-6)
-    assert folding._folded.tasks
+    assert folding._batches.folded.tasks
 
 
 def test_large_calls_fold_and_the_last_tasks_kernels_are_kept(embedder):
     model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(worth_folding=1))
     model.encode("x", "classification")
-    kept = model._folded["classification"]
+    kept = model._batches.folded["classification"]
     model.encode(["y", "z"], "classification")
-    assert model._folded["classification"] is kept and model._folded.tasks == ("classification",)
+    assert model._batches.folded["classification"] is kept and model._batches.folded.tasks == ("classification",)
     model.encode("x", "retrieval.query")
-    assert model._folded.tasks == ("retrieval.query",)
+    assert model._batches.folded.tasks == ("retrieval.query",)
 
 
 def test_more_folded_kernels_are_kept_on_request_and_the_oldest_go_first(embedder):
@@ -82,7 +82,7 @@ def test_more_folded_kernels_are_kept_on_request_and_the_oldest_go_first(embedde
     model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=tuning)
     for task in ("classification", "retrieval.query", "classification", "retrieval.passage"):
         model.encode("x", task)
-    assert model._folded.tasks == ("classification", "retrieval.passage")
+    assert model._batches.folded.tasks == ("classification", "retrieval.passage")
 
 
 @pytest.mark.parametrize("kept", [1, len(TASKS)])
@@ -90,8 +90,8 @@ def test_small_calls_never_fold_anew(embedder, kept):
     folds = []
     tuning = Tuning(worth_folding=100, kept_adapters=kept)
     model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=tuning)
-    prepare = model._folded._prepare
-    model._folded._prepare = lambda encoder: folds.append(1) or prepare(encoder)
+    prepare = model._batches.folded._prepare
+    model._batches.folded._prepare = lambda encoder: folds.append(1) or prepare(encoder)
     expected = {task: embedder.encode("a game", task) for task in TASKS}
     for task in TASKS * 3:
         np.testing.assert_allclose(model.encode("a game", task), expected[task], atol=1e-6)
@@ -99,7 +99,7 @@ def test_small_calls_never_fold_anew(embedder, kept):
     model.encode(["a game"] * 100, "classification")  # a large one folds, and small ones use what it has left
     before = len(folds)
     np.testing.assert_allclose(model.encode("a game", "classification"), expected["classification"], atol=1e-6)
-    assert len(folds) == before and "classification" in model._folded.tasks
+    assert len(folds) == before and "classification" in model._batches.folded.tasks
 
 
 def test_an_embedder_is_safe_in_any_number_of_threads(embedder):
@@ -213,8 +213,8 @@ def test_the_next_chunk_is_tokenised_while_one_is_computed(embedder, monkeypatch
         return text_embeddings(*arguments, **options)
 
     model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(first_chunk=2))
-    monkeypatch.setattr("jina_jax.embed.embedder.tokenize", tokenize_during_computation)
-    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", compute_during_tokenisation)
+    monkeypatch.setattr("jina_jax.embed.batch_runner.tokenize", tokenize_during_computation)
+    monkeypatch.setattr("jina_jax.embed.batch_runner.text_embeddings", compute_during_tokenisation)
     one_row = "a " * 500
     assert model.encode([one_row] * 6, batch_size=1).shape == (6, 64)
     assert pieces == [2, 4] and len(in_time) == 7 and all(in_time)
@@ -222,7 +222,7 @@ def test_the_next_chunk_is_tokenised_while_one_is_computed(embedder, monkeypatch
 
 def test_an_error_of_a_later_chunk_comes_before_anything_is_computed(embedder, monkeypatch):
     model = Embedder(embedder.encoder, embedder.config, embedder.tokenizer, tuning=Tuning(first_chunk=2))
-    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", None)
+    monkeypatch.setattr("jina_jax.embed.batch_runner.text_embeddings", None)
     with pytest.raises(ValueError, match="text 4 is not valid Unicode"):
         model.encode(["fine"] * 4 + ["bad \ud800"])
 
@@ -314,7 +314,7 @@ def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, mon
         seen.append(encoder.layers)
         return text_embeddings(encoder, *arguments, **options)
 
-    monkeypatch.setattr("jina_jax.embed.embedder.text_embeddings", compute)
+    monkeypatch.setattr("jina_jax.embed.batch_runner.text_embeddings", compute)
     embedder.encode("a text")
     embedder.encode("a text", task=embedder.config.tasks[0])
     assert len(seen) == 2 and all(len(layers) == embedder.config.num_layers for layers in seen)
@@ -396,7 +396,7 @@ def test_what_is_not_finite_is_an_error_that_names_the_texts(embedder, monkeypat
     for name, options in (("text_embeddings", {}), ("token_states", {"output_value": "token_embeddings"})):
         compute = {"text_embeddings": text_embeddings, "token_states": token_states}[name]
         with monkeypatch.context() as patched:
-            patched.setattr(f"jina_jax.embed.embedder.{name}", overflowing)
+            patched.setattr(f"jina_jax.embed.batch_runner.{name}", overflowing)
             wrong = "1" if name == "text_embeddings" else "0"  # a slot of texts, or of tokens
             with pytest.raises(ValueError, match=rf"NaN or infinity for 1 of 3 texts, by index \[{wrong}\]; .* float16"):
                 embedder.encode(["a", "b", "c"], **options)

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from jina_jax import Embedder
-from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.batch_runner import Tuning
 from jina_jax.model.adapters import add_adapter
 from jina_jax.model.lora import AdapterParam
 

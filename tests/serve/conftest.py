@@ -9,7 +9,7 @@ pytest.importorskip("starlette")
 from helpers.serving import Served, serving
 from jina_jax import Embedder
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.batch_runner import Tuning
 
 
 @pytest.fixture(scope="session")

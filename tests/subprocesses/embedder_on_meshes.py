@@ -6,7 +6,7 @@ import numpy as np
 from conftest import ROOT, TASKS, random_array
 from jina_jax import Embedder, ModelConfig
 from jina_jax.config import PUBLISHED_INSTRUCTIONS
-from jina_jax.embed.embedder import Tuning
+from jina_jax.embed.batch_runner import Tuning
 from jina_jax.embed.mixed_rows import MixedRows
 from jina_jax.model.parameters import abstract_variables, from_arrays
 from jina_jax.parallel.mesh import make_mesh
@@ -54,7 +54,7 @@ for data, fsdp in ((8, 1), (2, 4), (1, 8), (1, 1)):
 
 # A server's rows, over all devices, with every task mixed.
 spread = Embedder(encoder, config, tokenizer, mesh=make_mesh(8, 1))
-rows = MixedRows(spread._base, spread.mesh, [(8, 16), (8, 32), (8, 128), (8, 512)])
+rows = MixedRows(spread._batches.base, spread.mesh, [(8, 16), (8, 32), (8, 128), (8, 512)])
 rows.compile()
 batcher = Batcher(rows, config.pad_id, ServeOptions(names=("m",), max_batch_tokens=512), Metrics())
 limits, backend = Limits(512, "none", str, ""), private_backend(tokenizer)
