@@ -4,12 +4,8 @@ With `-m buckets` runs are killed at BUCKET_KILLS random moments for each store 
 processes.
 """
 
-import json
 import os
-import shutil
 import signal
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,12 +14,10 @@ import pytest
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
-from helpers.buckets import BUCKET, ENVIRONMENT, random_faults
-from helpers.training import Runs, assert_identical, exit_codes, log_of, run_config, saved_arrays, stages, write_datasets
-
+from helpers.buckets import ENVIRONMENT
+from helpers.training import Runs, assert_identical, log_of, run_config, saved_arrays, stages, write_datasets
 from jina_jax.checkpoints.chunked_arrays import read_arrays, read_metadata
 from jina_jax.checkpoints.native import load_checkpoint
-from jina_jax.checkpoints.sealed_directory import verify
 from jina_jax.model.adapters import base_arrays, extract_adapters
 from jina_jax.storage import BucketPath
 from jina_jax.storage.cache import fetch_directory
