@@ -7,7 +7,7 @@ PYTHON313 ?= $(call found,3.13)
 # Huge pages for the C library's memory: a training step on CPU allocates its arrays anew, and page faults cost it time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients test-docs test-notebooks docs
+.PHONY: quickstart pretrain test lint types smoke312 smoke313 test-oldest test-clients test-docs test-notebooks test-buckets docs
 .NOTPARALLEL:
 
 quickstart: .venv/.train,demo  ## search with a real model, train five adapters above it, evaluate, search again; continues
@@ -18,6 +18,11 @@ pretrain: .venv/.train  ## train a small model from raw text through all stages,
 
 test: .venv/.test .venv/.e5-tokenizer  ## everything but the tests marked slow or hub
 	.venv/bin/python -m pytest -n auto --dist worksteal --durations=15
+
+KILLS ?= 10
+AWAY ?= 10
+test-buckets: .venv/.test  ## KILLS kills of each kind of program; a store that fails, and is gone for AWAY seconds
+	BUCKET_KILLS=$(KILLS) BUCKET_AWAY=$(AWAY) .venv/bin/python -m pytest -m 'buckets or not buckets' tests/storage --durations=15
 
 lint: .venv/.test
 	.venv/bin/ruff check .

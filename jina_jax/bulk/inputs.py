@@ -3,21 +3,20 @@
 Under another path a file is the same input, and keeps the name that it had when the run began.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..embed.progress import progress_bar
 from ..errors import DataError
-from ..files import file_stamp, read_json_or_empty, sha256, write_json
+from ..files import file_stamp, read_json_or_empty, resolved, sha256, write_json
+from ..storage import StoragePath, as_path
 from ..text.readers import TextRecord, read_texts
 from .parquet_shards import RUN, Shard
 
 
 def scan_inputs(
     files: Sequence[str],
-    output: Path,
+    output: StoragePath,
     field: str,
     id_field: str | None,
     *,
@@ -39,16 +38,17 @@ def scan_inputs(
     return [found[i] for i in range(len(files))]
 
 
-def _scan_input(file: str, record: Path, field: str, id_field: str | None) -> dict[str, Any]:
+def _scan_input(file: str, record: StoragePath, field: str, id_field: str | None) -> dict[str, Any]:
     """Size, row count, hash and types of the ids of an input.
 
     Reuses the cached record if the file is unchanged, else reads and checks every row.
     """
-    now = file_stamp(Path(file)) | {"resolved": os.path.realpath(file), "field": field, "id": id_field}
+    path = as_path(file)
+    now = file_stamp(path) | {"resolved": resolved(path), "field": field, "id": id_field}
     known = read_json_or_empty(record)
     if now.items() <= known.items() and known.keys() >= {"rows", "sha256", "id_types"}:
         return known | {"file": file}
-    digest, rows, types = sha256(Path(file)), 0, set()
+    digest, rows, types = sha256(path), 0, set()
     for row in read_texts(file, field, id_field):
         rows += 1
         types.add("string" if isinstance(row.id, str) else "int64")
@@ -65,7 +65,7 @@ def id_type(inputs: list[dict[str, Any]]) -> str:
     return next(iter(first), "string")
 
 
-def first_names(output: Path, inputs: list[dict[str, Any]]) -> list[str]:
+def first_names(output: StoragePath, inputs: list[dict[str, Any]]) -> list[str]:
     """Returns names of the inputs as they were when the run began, which its rows' ids have."""
     began = read_json_or_empty(output / RUN / "run.json").get("inputs", [])
     same = ("bytes", "rows", "sha256")

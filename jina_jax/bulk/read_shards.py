@@ -3,7 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ from jaxtyping import Float
 from ..config import SIDE_TASKS
 from ..embed.sides import Embedded
 from ..errors import DataError, RunError
-from ..files import read_json, sha256
-from ..text.readers import parquet
+from ..files import file_stamp, read_json, sha256
+from ..storage import StoragePath, as_path, is_bucket
+from ..storage.cache import fetch_file
+from ..text.readers import open_parquet, parquet
 from .inputs import read_rows
 from .parquet_shards import RUN, Shard
 from .run import FORMAT, MANIFEST, VERSION
@@ -28,7 +29,7 @@ _STRING_OR_NONE = (str, type(None))
 class WrittenFile(NamedTuple):
     """A shard, or an input of its run, as the manifest describes it."""
 
-    path: Path
+    path: StoragePath
     rows: int
     bytes: int
     sha256: str
@@ -37,7 +38,7 @@ class WrittenFile(NamedTuple):
 class EmbeddedShards(NamedTuple):
     """A finished run of bulk embedding in float32, by its manifest."""
 
-    directory: Path
+    directory: StoragePath
     fingerprint: str
     """`run.model_fingerprint` of the model."""
     dtype: str
@@ -54,7 +55,7 @@ class EmbeddedShards(NamedTuple):
     inputs: tuple[WrittenFile, ...]
 
 
-def open_shards(directory: Path) -> EmbeddedShards:
+def open_shards(directory: StoragePath) -> EmbeddedShards:
     """Opens what `run.embed_files` wrote.
 
     It compares the size of every shard with the manifest; `read_blocks` compares the hash.
@@ -87,7 +88,7 @@ def open_shards(directory: Path) -> EmbeddedShards:
         raise DataError(f"{directory} holds no rows: there is nothing to search")
     shards = tuple(shard._replace(path=directory / shard.path.name) for shard in shards)
     for shard in shards:
-        if not shard.path.exists() or shard.path.stat().st_size != shard.bytes:
+        if not shard.path.is_file() or file_stamp(shard.path)["bytes"] != shard.bytes:
             raise _damaged(shard)
     return EmbeddedShards(
         directory,
@@ -111,9 +112,10 @@ def read_blocks(opened: EmbeddedShards) -> Iterator[tuple[list[str | int], Float
         DataError: a shard is not the file that was written.
     """
     for shard in opened.shards:
-        if sha256(shard.path) != shard.sha256:
+        path = fetch_file(shard.path) if is_bucket(shard.path) else shard.path
+        if sha256(path) != shard.sha256:
             raise _damaged(shard)
-        with parquet().ParquetFile(shard.path, pre_buffer=False) as file:
+        with open_parquet(path) as file:
             for batch in file.iter_batches(BLOCK_ROWS, columns=["id", "embedding"]):
                 embeddings = batch.column("embedding").flatten().to_numpy()
                 yield batch.column("id").to_pylist(), embeddings.reshape(-1, opened.dim)
@@ -140,13 +142,13 @@ def find_texts(opened: EmbeddedShards, rows: Iterable[int]) -> dict[int, str]:
 
 
 def _is_unchanged(file: WrittenFile) -> bool:
-    return file.path.is_file() and file.path.stat().st_size == file.bytes and sha256(file.path) == file.sha256
+    return file.path.is_file() and file_stamp(file.path)["bytes"] == file.bytes and sha256(file.path) == file.sha256
 
 
 # ---- the manifest
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def _read_manifest(directory: StoragePath) -> dict[str, Any]:
     if not directory.exists():
         raise FileNotFoundError(f"there is no directory {directory}")
     if not directory.is_dir():
@@ -164,10 +166,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _written_files(manifest: dict[str, Any], name: str, path: Path) -> tuple[WrittenFile, ...]:
+def _written_files(manifest: dict[str, Any], name: str, path: StoragePath) -> tuple[WrittenFile, ...]:
     return tuple(
         WrittenFile(
-            Path(_get(file, "file", str, path)),
+            as_path(_get(file, "file", str, path)),
             _get(file, "rows", int, path),
             _get(file, "bytes", int, path),
             _get(file, "sha256", str, path),
@@ -176,14 +178,14 @@ def _written_files(manifest: dict[str, Any], name: str, path: Path) -> tuple[Wri
     )
 
 
-def _embedded(manifest: dict[str, Any], path: Path) -> Embedded:
+def _embedded(manifest: dict[str, Any], path: StoragePath) -> Embedded:
     embedded = _get(manifest, "embedded", dict, path)
     if (side := embedded.get("side")) not in (*SIDE_TASKS, None):
         raise DataError(f"{path} is damaged: side is {side!r}")
     return {"task": _get(embedded, "task", _STRING_OR_NONE, path), "prompt": _get(embedded, "prompt", str, path), "side": side}
 
 
-def _dtype(model: dict[str, Any], path: Path) -> str:
+def _dtype(model: dict[str, Any], path: StoragePath) -> str:
     name = _get(model, "dtype", str, path)
     try:
         known = jnp.issubdtype(jnp.dtype(name), jnp.floating)
@@ -194,7 +196,7 @@ def _dtype(model: dict[str, Any], path: Path) -> str:
     return name
 
 
-def _get(fields: Any, name: str, kind: Any, path: Path) -> Any:
+def _get(fields: Any, name: str, kind: Any, path: StoragePath) -> Any:
     """Value of a field of the manifest; raises DataError if it is of another type."""
     value = fields.get(name) if isinstance(fields, dict) else None
     if not isinstance(value, kind):
@@ -204,11 +206,12 @@ def _get(fields: Any, name: str, kind: Any, path: Path) -> Any:
 
 def _dimensions(shard: WrittenFile) -> int:
     """Dimensions of the embeddings in a shard, by its schema alone."""
-    pq = parquet()
+    parquet()
     import pyarrow as pa
 
     try:
-        return pq.read_schema(shard.path).field("embedding").type.list_size
+        with open_parquet(shard.path) as file:
+            return file.schema_arrow.field("embedding").type.list_size
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise _damaged(shard) from error
 

@@ -37,8 +37,10 @@ from ..embed.quantize import EmbeddingPrecision
 from ..embed.results import not_finite
 from ..embed.sides import check_exclusive, embedded_with, encode_options
 from ..errors import NotFiniteError, RunError
-from ..files import json_diff, read_json, repeated_files, sha256, write_json
+from ..files import dump_json, json_diff, read_json, repeated_files, sha256, write_json
 from ..parallel.mesh import make_mesh
+from ..storage import StoragePath, is_bucket
+from ..storage.paths import create
 from ..text.readers import TextRecord, check_file, parquet
 from .inputs import first_names, id_type, read_rows, scan_inputs
 from .parquet_shards import (
@@ -46,7 +48,7 @@ from .parquet_shards import (
     RUN,
     Shard,
     is_finished,
-    record_if_there,
+    records_if_all_there,
     remove_unfinished,
     rows_done,
     shard_schema,
@@ -161,7 +163,7 @@ def embed_files(
     embedder: Embedder,
     fingerprint: str,
     files: Sequence[str],
-    output: Path,
+    output: StoragePath,
     options: BulkOptions,
     *,
     process: int = 0,
@@ -176,7 +178,7 @@ def embed_files(
         embedder: on this process's local devices.
         fingerprint: `model_fingerprint` of its model.
         files: as `readers.read_texts` takes them.
-        output: a directory that all processes share, new or of the same run.
+        output: a directory that all processes share, local or in a bucket, new or of the same run.
         options: the same in all processes.
         process: number of this process, from 0.
         processes: number of processes; it may differ from that of an earlier call.
@@ -227,8 +229,7 @@ def check_arguments(files: Sequence[str], options: BulkOptions, process: int, pr
     """Checks the arguments of a run, before a model is loaded.
 
     Raises:
-        ValueError: an argument is not valid, a file is remote or of no known type, or pyarrow is
-            missing.
+        ValueError: an argument is not valid, a file is of no known type, or pyarrow is missing.
         FileNotFoundError: a file does not exist.
     """
     if not files:
@@ -247,7 +248,7 @@ def check_arguments(files: Sequence[str], options: BulkOptions, process: int, pr
 # ---- the run and its inputs
 
 
-def _open_output(output: Path) -> None:
+def _open_output(output: StoragePath) -> None:
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file, not a directory")
     if output.exists() and any(output.iterdir()) and not (output / RUN).is_dir():
@@ -272,10 +273,12 @@ def _identity(
     }
 
 
-def _check_same_run(output: Path, identity: dict[str, Any]) -> None:
+def _check_same_run(output: StoragePath, identity: dict[str, Any]) -> None:
     """Records the identity of the run in a new output; raises RunError if it holds another run."""
     file = output / RUN / "run.json"
-    if not file.exists():
+    if is_bucket(file):
+        create(file, dump_json(identity).encode())
+    elif not file.exists():
         write_json(file, identity)
     if changed := json_diff(_completed(read_json(file, RunError), identity), identity):
         raise RunError(
@@ -351,13 +354,13 @@ def _arguments(embedder: Embedder, options: BulkOptions) -> dict[str, Any]:
     }
 
 
-def _finish(output: Path, identity: dict[str, Any], shards: list[Shard], is_chunked: bool) -> bool:
+def _finish(output: StoragePath, identity: dict[str, Any], shards: list[Shard], is_chunked: bool) -> bool:
     """Writes the manifest and returns True if all shards are finished.
 
     Whichever process ends last finds them all.
     """
-    records = [record_if_there(output, shard) for shard in shards]
-    if not all(records):
+    records = records_if_all_there(output, shards)
+    if records is None:
         return False
     listed = [{"file": shard.file(output).name} | record for shard, record in zip(shards, records, strict=True)]
     counts = {"rows": sum(record["rows"] for record in records)}

@@ -180,14 +180,18 @@ def _metadata(stored: Mapping[str, ChunkedArray]) -> dict[str, Any]:
 # ---- reading
 
 
-def read_metadata(directory: StoragePath) -> dict[str, ChunkedArray]:
+def read_metadata(directory: StoragePath, hashes: Mapping[str, str]) -> dict[str, ChunkedArray]:
     """Returns the arrays of a directory, by name.
+
+    Args:
+        directory: of the arrays.
+        hashes: SHA-256 of each of its files.
 
     Raises:
         CheckpointError: their metadata are damaged.
     """
     try:
-        arrays = json.loads((directory / METADATA).read_bytes())["consolidated_metadata"]["metadata"]
+        arrays = json.loads(_verified(directory / METADATA, hashes.get(METADATA)))["consolidated_metadata"]["metadata"]
         return {
             name: ChunkedArray(
                 tuple(fields["shape"]),
@@ -196,7 +200,7 @@ def read_metadata(directory: StoragePath) -> dict[str, ChunkedArray]:
             )
             for name, fields in arrays.items()
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} cannot be read: its metadata are damaged: {error}") from error
 
 

@@ -21,7 +21,8 @@ from ..embed.embedder import Embedder
 from ..embed.quantize import EMBEDDING_PRECISIONS, EmbeddingPrecision
 from ..embed.sides import check_exclusive, encode_options
 from ..files import atomic_write, check_not_input, check_output_file
-from ..storage import as_path, is_bucket
+from ..storage import StoragePath, as_path
+from ..storage.paths import expand
 from ..text.readers import decoded_lines, without_line_end
 
 NUM_PROCESSES = "DIR/: how many share the work; default: as JAX_NUM_PROCESSES or Slurm says, else 1."
@@ -63,13 +64,15 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
     """Embed the lines of one file (UTF-8, one text each), or of standard input with -.
 
     With --output DIR/ embed the rows of many files (.txt, .jsonl, .csv, .tsv, also as .gz or .xz,
-    and .parquet) as Parquet shards. However a run ended, it resumes when it is started again.
-    Several processes, each with its own --process-id, share the shards.
+    and .parquet) as Parquet shards. Both may be in a bucket, as gs://b/texts/*.parquet. However a
+    run ended, it resumes when it is started again. Several processes, each with its own
+    --process-id, share the shards.
 
     With --chunk-tokens or --chunk-sentences a row is a chunk of a text: its id, the chunk's number
     and its first and last character (from 0, the last exclusive). A text without a token has none.
     """
-    if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and Path(output).is_dir()):
+    files = [file for pattern in files for file in expand(pattern)]
+    if output.endswith("/") or (Path(output).suffix not in (".npy", ".parquet") and as_path(output).is_dir()):
         _embed_files(files, model, output, num_processes, process_id, **options)
         return
     directory_options = {name: options.pop(name) for name in ("field", "id_field", "shard_rows")}
@@ -77,11 +80,11 @@ def embed(files: Sequence[str], model: str, output: str, num_processes: int, pro
         raise ValueError(f"{', '.join(given)}: only with --output DIR/")
     if len(files) > 1:
         raise ValueError("several files are embedded with --output DIR/")
-    _embed_lines(Path(files[0]), model, output, **options)
+    _embed_lines(as_path(files[0]), model, output, **options)
 
 
 def _embed_lines(
-    file: Path,
+    file: StoragePath,
     model: str,
     output: str,
     *,
@@ -108,8 +111,8 @@ def _embed_lines(
     if output != "-" and suffix not in (".npy", ".parquet"):
         raise ValueError(f"--output must end in .npy or .parquet, or be - or a directory DIR/, not {output!r}")
     if output != "-":
-        check_output_file(Path(output))
-        check_not_input(Path(output), [file])
+        check_output_file(as_path(output))
+        check_not_input(as_path(output), [file])
     texts = _lines(file)
     embedder = Embedder.load(model, dtype=dtype, revision=revision)
     options = encode_options(embedder.config, task=task, prompt=prompt, prompt_name=prompt_name, side=side)
@@ -126,7 +129,7 @@ def _embed_lines(
             fields = {name: values[row] for name, values in columns.items() if name != "text"}
             click.echo(json.dumps(fields | {"embedding": embedding} if is_chunked else embedding, ensure_ascii=False))
         return
-    with atomic_write(Path(output)) as target:
+    with atomic_write(as_path(output)) as target:
         if suffix == ".npy":
             with target.open("wb") as stream:
                 np.save(stream, embeddings)
@@ -135,7 +138,7 @@ def _embed_lines(
     click.echo(f"{output}: {len(embeddings)} embeddings of {embeddings.shape[1]} dimensions", err=True)
 
 
-def _chunk_columns(file: Path, texts: list[str], rows: ChunkRows) -> dict[str, list[Any]]:
+def _chunk_columns(file: StoragePath, texts: list[str], rows: ChunkRows) -> dict[str, list[Any]]:
     """Columns of chunks: as those of DIR/, and the text."""
     of_text, starts, ends = rows.texts.tolist(), rows.starts.tolist(), rows.ends.tolist()
     cut = [texts[index][start:end] for index, start, end in zip(of_text, starts, ends, strict=True)]
@@ -154,8 +157,6 @@ def _embed_files(
     revision: str | None,
     **given: Any,
 ) -> None:
-    if is_bucket(as_path(output)):
-        raise ValueError(f"--output must be a directory that all processes see as a local one, not {output}")
     if process is None and processes > 1:
         raise ValueError("--num-processes needs a --process-id for each of them")
     process = process or 0
@@ -169,7 +170,7 @@ def _embed_files(
         bulk.load_on_this_host(directory, dtype=dtype),
         bulk.model_fingerprint(directory),
         files,
-        Path(output),
+        as_path(output),
         options,
         process=process,
         processes=processes,
@@ -179,7 +180,7 @@ def _embed_files(
     click.echo(f"{output}: {done.rows} rows in {done.shards} shards; {state}", err=True)
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: StoragePath) -> list[str]:
     with contextlib.nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as lines:
         return [without_line_end(line) for _, line in decoded_lines(lines, file)]
 

@@ -7,7 +7,6 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import click
@@ -25,7 +24,8 @@ from ..embed.search import OTHER_SIDE, has_sides, query_side, top_k
 from ..embed.sides import check_exclusive, embedded_with, side_options
 from ..errors import DataError, NotFiniteError, RunError
 from ..files import repeated_files
-from ..storage import as_path, is_bucket
+from ..storage import as_path
+from ..storage.paths import expand
 from ..text.readers import TextRecord, check_file, decoded_lines, file_format, parquet, read_texts, without_line_end
 from ..text.unicode import lone_surrogate
 
@@ -78,6 +78,7 @@ def search(query: str, files: Sequence[str], embeddings: str | None, top: int, a
     of its embeddings, with the query on the other side.
     """
     _check_query(query, top)
+    files = [file for pattern in files for file in expand(pattern)]
     if bool(files) == bool(embeddings):
         raise ValueError("give either FILES to search, or --embeddings DIR/")
     if embeddings:
@@ -195,9 +196,7 @@ def _search_shards(
 ) -> list[Result]:
     if given := [f"--{name.replace('_', '-')}" for name, value in of_files.items() if value is not None]:
         raise ValueError(f"{', '.join(given)}: only with FILES; {embeddings} has its own")
-    if is_bucket(as_path(embeddings)):
-        raise ValueError(f"--embeddings must be a local directory, not {embeddings}")
-    opened = open_shards(Path(embeddings))
+    opened = open_shards(as_path(embeddings))
     if dim not in (None, opened.dim):
         raise RunError(f"{embeddings} holds embeddings of {opened.dim} dimensions, not of {dim}")
     directory = find_model(model, revision)

@@ -21,7 +21,6 @@ from typing import Any
 
 from typing_extensions import TypeIs
 
-from ..errors import BucketError
 from .store import PART_BYTES, ObjectChanged, ObjectInfo, Store
 
 SCHEMES = ("gs", "s3")
@@ -103,6 +102,7 @@ class BucketPath:
         """
         found = self.store.stat(self.key) if self.key else None
         if found is None:
+            self.is_dir()  # a bucket that does not exist is an error here, and not to `stat`
             raise FileNotFoundError(f"there is no {self}")
         return found
 
@@ -285,14 +285,9 @@ def _store(scheme: str, bucket: str, process: int) -> Store:
     return S3Store(bucket)
 
 
-def check_bucket(path: StoragePath) -> None:
-    """Asks for a bucket's first object, so that a bucket or permission that is lacking shows early.
-
-    Raises:
-        BucketError: there is no such bucket, or permission or credentials are lacking.
-    """
+def check_file(path: StoragePath) -> None:
+    """Raises FileNotFoundError if there is no such file, and BucketError if there is no bucket."""
     if is_bucket(path):
-        try:
-            path.is_dir()
-        except FileNotFoundError as error:
-            raise BucketError(str(error)) from error
+        path.info()
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")

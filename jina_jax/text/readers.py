@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError, how_to_install
 from ..storage import StoragePath, as_path, is_bucket
+from ..storage.paths import check_file as check_path
 from .unicode import lone_surrogate
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
@@ -54,8 +55,7 @@ class TextRecord(NamedTuple):
 
 def check_file(file: str, id_field: str | None) -> None:
     """Raises FileNotFoundError or ValueError if `read_texts` cannot read `file`."""
-    if not as_path(file).is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+    check_path(as_path(file))
     if file_format(file) == ".txt" and id_field is not None:
         raise ValueError(f"{file} is plain text, which has no field {id_field!r}")
 

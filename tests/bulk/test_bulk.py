@@ -479,7 +479,7 @@ def test_command(embedder, model, files, tmp_path):
         (["a.txt", "--output", "out.npy", "--field", "body", "--shard-rows", 5], "--field, --shard-rows: only with --output"),
         (["a.txt", "--output", "out/", "--num-processes", 2], "--num-processes needs a --process-id"),
         (["a.txt", "--output", "out/", "--process-id", 1], "must be in 0..0, not 1"),
-        (["a.txt", "--output", "gs://bucket/out/"], "not gs://bucket/out/"),
+        (["a.txt", "--output", "http://bucket/out/"], "http://bucket/out/ is at no known store"),
         (["nowhere.txt", "--output", "out/"], "there is no file nowhere.txt"),
         (["-", "--output", "out/"], "there is no file -"),
         (["a.txt", "--output", "out/", "--precision", "uint8"], "uint8 takes its ranges"),

@@ -389,7 +389,7 @@ def refused(result) -> str:
         (["query", "bad.jsonl"], "bad.jsonl:1: no field 'text'"),
         (["query", "--embeddings", "nowhere/"], "there is no directory nowhere"),
         (["query", "--embeddings", "a.txt"], "a.txt is a file, not a directory"),
-        (["query", "--embeddings", "gs://bucket/out/"], "must be a local directory, not gs://bucket/out/"),
+        (["query", "--embeddings", "http://bucket/out/"], "http://bucket/out/ is at no known store"),
         (["query", "--embeddings", "other"], "other holds no embeddings"),
         (
             ["query", "--embeddings", "o/", "--task", "a", "--id-field", "n"],

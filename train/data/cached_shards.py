@@ -118,6 +118,6 @@ class CachedShards:
             try:
                 with self._reading(number):
                     pass
-            except (ValueError, OSError) as error:  # whoever reads the shard hears of it
+            except Exception as error:  # whoever reads the shard hears of it
                 logger.debug("%s is not fetched ahead: %s", shard.file, error)
                 return

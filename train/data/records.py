@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from jina_jax.errors import DataError
 from jina_jax.storage import StoragePath, as_path
+from jina_jax.storage.paths import check_file
 from jina_jax.text import readers
 
 Text = Annotated[str, Field(min_length=1)]
@@ -116,8 +117,7 @@ def read_records(file: str | StoragePath, kind: str) -> Iterator[Record]:
         FileNotFoundError: no such file.
     """
     record = kind_named(kind)
-    if not as_path(file).is_file():
-        raise FileNotFoundError(f"no such file: {file}")
+    check_file(as_path(file))
     for place, fields in readers.read_records(file):
         yield check_record(record, kind, fields, place)
 

@@ -221,7 +221,7 @@ def _read_orbax(checkpoint: StoragePath, wanted: dict[str, jax.ShapeDtypeStruct]
 
 def _read_chunks(checkpoint: StoragePath, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     folder, hashes = chunk_files(checkpoint)
-    stored = read_metadata(folder)
+    stored = read_metadata(folder, hashes)
     _check_fits(checkpoint, stored, wanted)
     return read_arrays(folder, stored, wanted, hashes)
 

@@ -469,4 +469,4 @@ def test_outputs_that_cannot_be(file, tmp_path, out, message):
 
 def test_a_missing_file(tmp_path):
     result = run(tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl", "--bm25")
-    assert result.exit_code == 1 and "no such file" in result.output
+    assert result.exit_code == 1 and "there is no file" in result.output

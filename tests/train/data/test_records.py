@@ -224,7 +224,7 @@ def test_a_row_of_parquet_is_named(tmp_path):
 def test_unknown_kinds_names_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="unknown record kind 'pairs'; valid are .*'pair'"):
         list(read_records(tmp_path / "r.jsonl", "pairs"))
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*r\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*r\.jsonl"):
         list(read_records(tmp_path / "r.jsonl", "pair"))
     with pytest.raises(ValueError, match="unknown records 'pair'; valid are"):
         prepare_corpus("pair", tmp_path)

@@ -283,7 +283,7 @@ def test_a_run_of_another_configuration_is_refused_with_the_differences(datasets
         (["configs/pairs_short.py", "--set", "stages.0.steps=many"], "stages.0.steps"),
         (["configs/pairs_short.py", "--set", "stages.0.steps"], "path=value"),
         (["configs/pairs_short.py", "--set", "start.source=/nowhere/model"], "/nowhere/model"),
-        (["configs/pairs_short.py", "--workdir", "gs://bucket/run"], "gs://bucket/run"),
+        (["configs/pairs_short.py", "--workdir", "http://bucket/run"], "http://bucket/run is at no known store"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, arguments, said):
