@@ -230,10 +230,8 @@ def runs_at(runs: Runs, place: BucketPath) -> Runs:
 # ---- for as long as there is time: make test-buckets
 
 
-def random_kills(
-    runs: Runs, workdir: BucketPath, logs: Path, processes: int, count: int, check: Callable[[], None]
-) -> list[int]:
-    """Kills runs at random moments of their time; returns the steps of the last checkpoints."""
+def random_kills(runs: Runs, workdir: BucketPath, logs: Path, processes: int, check: Callable[[], None]) -> None:
+    """Kills runs at KILLS random moments of their time, saves included, and resumes them."""
     rng = np.random.default_rng(processes)
     began = time.monotonic()
     assert exit_codes(runs.start_job(logs, processes) if processes > 1 else [runs.start(logs)]) == [0] * processes
