@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import RunError
 from .paths import BucketPath
-from .store import ObjectChanged, ObjectInfo
+from .store import REQUEST_TIMEOUT, ObjectChanged, ObjectInfo
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,13 @@ class Lease:
             raise RunError(self._lost)
 
     def release(self) -> None:
+        """Says that the lock is free; a store that does not answer is not waited for."""
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(ObjectChanged, OSError):
-            self._path.store.write(self._path.key, _encoded({}), self._version)
+        if self._lost is None and self._turn.acquire(timeout=REQUEST_TIMEOUT[0]):
+            with contextlib.suppress(Exception):
+                self._path.store.write(self._path.key, _encoded({}), self._version, seconds=REQUEST_TIMEOUT[0])
+            self._lost = "the lock was released"
+            self._turn.release()
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and self._lost is None:
