@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import RunError
 from .paths import BucketPath
-from .store import REQUEST_TIMEOUT, ObjectChanged, ObjectInfo
+from .store import ObjectChanged, ObjectInfo
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ LEASE_SECONDS = 60.0
 
 RENEW_SECONDS = 10.0
 """Seconds between two renewals."""
+
+
+RELEASE_SECONDS = 5.0
+"""Seconds for which a release is tried."""
 
 
 class Lease:
@@ -52,9 +56,9 @@ class Lease:
     def release(self) -> None:
         """Says that the lock is free; a store that does not answer is not waited for."""
         self._ended.set()
-        if self._lost is None and self._turn.acquire(timeout=REQUEST_TIMEOUT[0]):
-            with contextlib.suppress(Exception):
-                self._path.store.write(self._path.key, _encoded({}), self._version, seconds=REQUEST_TIMEOUT[0])
+        if self._lost is None and self._turn.acquire(timeout=RELEASE_SECONDS):
+            with contextlib.suppress(ValueError, OSError):
+                self._path.store.write(self._path.key, _encoded({}), self._version, seconds=RELEASE_SECONDS)
             self._lost = "the lock was released"
             self._turn.release()
 
@@ -62,7 +66,7 @@ class Lease:
         while not self._ended.wait(RENEW_SECONDS) and self._lost is None:
             try:
                 self._renew()
-            except Exception as error:  # a store that is away: what needs it next says so
+            except (ValueError, OSError) as error:  # a store that is away: what needs it next says so
                 logger.warning("%s could not be renewed: %s", self._path, error)
 
     def _renew(self) -> None:
