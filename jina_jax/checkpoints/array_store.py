@@ -33,14 +33,6 @@ def all_processes() -> Any:
     return context
 
 
-def this_process() -> Any:
-    """Returns an Orbax context in which this process works alone, whatever others there are."""
-    context = orbax().Context()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.multiprocessing.primary_host = jax.process_index()
-    return context
-
-
 def orbax_path(path: Path) -> str:
     """Returns an absolute path under which Orbax finds a directory or a place for one.
 

@@ -70,11 +70,15 @@ class Written(NamedTuple):
 
 
 def local_parts(arrays: Mapping[str, Any]) -> list[Part]:
-    """Copies what this process is to write of some arrays: one copy of each of their shards."""
+    """Copies what this process is to write of some arrays: one copy of each of their shards.
+
+    Arrays of the host are taken as they are.
+    """
     parts = []
     for name, array in arrays.items():
-        if not isinstance(array, jax.Array):
-            array = jnp.asarray(array)
+        if isinstance(array, np.ndarray):
+            parts.append(Part(name, (0,) * array.ndim, array))
+            continue
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
                 start = tuple(each.start or 0 for each in shard.index)
@@ -180,18 +184,18 @@ def _metadata(stored: Mapping[str, ChunkedArray]) -> dict[str, Any]:
 # ---- reading
 
 
-def read_metadata(directory: StoragePath, hashes: Mapping[str, str]) -> dict[str, ChunkedArray]:
+def read_metadata(directory: StoragePath, hashes: Mapping[str, str] | None) -> dict[str, ChunkedArray]:
     """Returns the arrays of a directory, by name.
 
     Args:
         directory: of the arrays.
-        hashes: SHA-256 of each of its files.
+        hashes: SHA-256 of each of its files; None = they are not compared.
 
     Raises:
         CheckpointError: their metadata are damaged.
     """
     try:
-        arrays = json.loads(_verified(directory / METADATA, hashes.get(METADATA)))["consolidated_metadata"]["metadata"]
+        arrays = json.loads(_verified(directory / METADATA, _hash_of(METADATA, hashes)))["consolidated_metadata"]["metadata"]
         return {
             name: ChunkedArray(
                 tuple(fields["shape"]),
@@ -208,7 +212,7 @@ def read_arrays(
     directory: StoragePath,
     stored: Mapping[str, ChunkedArray],
     targets: Mapping[str, jax.ShapeDtypeStruct],
-    hashes: Mapping[str, str],
+    hashes: Mapping[str, str] | None,
 ) -> dict[str, jax.Array]:
     """Reads arrays, of each the chunks that this process's devices need.
 
@@ -216,7 +220,7 @@ def read_arrays(
         directory: of the arrays.
         stored: from `read_metadata`.
         targets: shape, dtype and sharding of each array, by name.
-        hashes: SHA-256 of each file of the directory.
+        hashes: SHA-256 of each file of the directory; None = they are not compared.
 
     Raises:
         CheckpointError: a chunk is missing, or is not what was written.
@@ -281,7 +285,7 @@ def _regions(target: jax.ShapeDtypeStruct) -> dict[tuple[tuple[int, ...], tuple[
 def _read_into(
     directory: StoragePath,
     stored: Mapping[str, ChunkedArray],
-    hashes: Mapping[str, str],
+    hashes: Mapping[str, str] | None,
     blocks: Mapping[tuple[str, tuple[int, ...]], np.ndarray],
     job: tuple[str, tuple[int, ...], tuple[int, ...]],
 ) -> None:
@@ -289,7 +293,9 @@ def _read_into(
     name, start, index = job
     array, block = stored[name], blocks[name, start]
     file = array.file(name, index)
-    data = _verified(directory / file, hashes.get(file))
+    data = _verified(directory / file, _hash_of(file, hashes))
+    if len(data) != math.prod(array.chunk) * array.dtype.itemsize:
+        raise CheckpointError(f"{directory / file} is damaged: it has {len(data)} bytes")
     chunk = np.frombuffer(data, array.dtype).reshape(array.chunk)
     low = [i * size for i, size in zip(index, array.chunk, strict=True)]
     first = [max(a, b) for a, b in zip(low, start, strict=True)]
@@ -299,12 +305,17 @@ def _read_into(
     block[into] = chunk[out_of]
 
 
+def _hash_of(file: str, hashes: Mapping[str, str] | None) -> str | None:
+    """SHA-256 that a file must have; "" for one that is not listed, None if any will do."""
+    return None if hashes is None else hashes.get(file, "")
+
+
 def _verified(file: StoragePath, sha256: str | None) -> bytes:
     for _ in range(ATTEMPTS):
         try:
             data = file.read_bytes()
         except FileNotFoundError as error:
             raise CheckpointError(f"{file} is missing") from error
-        if hashlib.sha256(data).hexdigest() == sha256:
+        if sha256 is None or hashlib.sha256(data).hexdigest() == sha256:
             return data
     raise CheckpointError(f"{file} is not what was written: its SHA-256 differs from the manifest")

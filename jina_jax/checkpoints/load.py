@@ -22,7 +22,7 @@ from .native import load_checkpoint
 from .pipeline import sentence_settings, transformer_folder
 from .published_prompts import check_prompts, with_prompts
 from .settings import check_settings
-from .sources import checkpoint_format, find_model
+from .sources import checkpoint_format, find_model, local_directory
 from .torch_reader import read_torch_checkpoint
 
 
@@ -66,7 +66,7 @@ def load_encoder(
     """
     check_prompts(prompts)
     directory = find_model(source, revision, allow_pickle=allow_pickle)
-    own = Path(tokenizer) if tokenizer else None
+    own = local_directory(tokenizer) if tokenizer else None
     if checkpoint_format(directory) == "native":
         encoder = load_checkpoint(directory, dtype=dtype, param_dtype=param_dtype)
         check_settings(directory, own, strict=strict)

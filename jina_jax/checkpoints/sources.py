@@ -65,6 +65,12 @@ def find_model(source: str | StoragePath, revision: str | None = None, *, allow_
     return directory
 
 
+def local_directory(path: str | StoragePath) -> Path:
+    """Returns a directory, or the local copy of one in a bucket."""
+    place = as_path(path)
+    return fetch_directory(place) if is_bucket(place) else place
+
+
 def _fetch(directory: BucketPath, allow_pickle: bool) -> Path:
     def wanted(names: Sequence[str]) -> Sequence[str]:
         if MANIFEST in names:

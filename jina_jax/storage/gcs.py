@@ -14,6 +14,7 @@ class GoogleStore(Store):
     """A bucket of Cloud Storage. STORAGE_EMULATOR_HOST leads to an emulator."""
 
     scheme = "gs"
+    deleted_at_once = 1
 
     def __init__(self, bucket: str):
         super().__init__(bucket)
@@ -115,9 +116,9 @@ class GoogleStore(Store):
         if isinstance(error, requests.exceptions.ChunkedEncodingError | requests.exceptions.ContentDecodingError):
             return "transient"
         if isinstance(error, GoogleAPICallError):
-            return _by_code(int(error.code or 0))
+            return _by_code(int(error.code or 0), str(error))
         if isinstance(error, InvalidResponse):
-            return _by_code(int(error.response.status_code))
+            return _by_code(int(error.response.status_code), str(error))
         return None
 
     def _no_credentials(self, error: Exception) -> BucketError:
@@ -127,11 +128,11 @@ class GoogleStore(Store):
         )
 
 
-def _by_code(code: int) -> Problem | None:
-    if code in _TRANSIENT_CODES:
+def _by_code(code: int, text: str) -> Problem:
+    if code in _TRANSIENT_CODES or (code == 400 and any(name in text.lower() for name in ("crc32c", "md5", "checksum"))):
         return "transient"
     known: dict[int, Problem] = {401: "credentials", 403: "denied", 404: "missing", 412: "changed"}
-    return known.get(code)
+    return known.get(code, "refused")
 
 
 def _info(blob: Any) -> ObjectInfo:

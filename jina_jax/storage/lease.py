@@ -29,6 +29,10 @@ RENEW_SECONDS = 10.0
 """Seconds between two renewals."""
 
 
+RELEASE_SECONDS = 5.0
+"""Seconds for which a release is tried."""
+
+
 class Lease:
     """A lock that this process holds, and renews in the background until it is released."""
 
@@ -50,16 +54,19 @@ class Lease:
             raise RunError(self._lost)
 
     def release(self) -> None:
+        """Says that the lock is free; a store that does not answer is not waited for."""
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(ObjectChanged, OSError):
-            self._path.store.write(self._path.key, _encoded({}), self._version)
+        if self._lost is None and self._turn.acquire(timeout=RELEASE_SECONDS):
+            with contextlib.suppress(ValueError, OSError):
+                self._path.store.write(self._path.key, _encoded({}), self._version, seconds=RELEASE_SECONDS)
+            self._lost = "the lock was released"
+            self._turn.release()
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and self._lost is None:
             try:
                 self._renew()
-            except Exception as error:  # a store that is away: what needs it next says so
+            except (ValueError, OSError) as error:  # a store that is away: what needs it next says so
                 logger.warning("%s could not be renewed: %s", self._path, error)
 
     def _renew(self) -> None:

@@ -37,6 +37,7 @@ class S3Store(Store):
     """A bucket of S3. AWS_ENDPOINT_URL leads to another server of its protocol."""
 
     scheme = "s3"
+    deleted_at_once = 1000
 
     def __init__(self, bucket: str):
         super().__init__(bucket)
@@ -87,13 +88,12 @@ class S3Store(Store):
         self._client.copy({"Bucket": self.bucket, "Key": key}, self.bucket, to)
 
     def _delete(self, keys: Sequence[str]) -> None:
-        for first in range(0, len(keys), 1000):
-            objects = [{"Key": key} for key in keys[first : first + 1000]]
-            done = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
-            if errors := done.get("Errors"):
-                from botocore.exceptions import ClientError
+        from botocore.exceptions import ClientError
 
-                raise ClientError({"Error": errors[0]}, "DeleteObjects")
+        objects = [{"Key": key} for key in keys]
+        done = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+        if errors := done.get("Errors"):
+            raise ClientError({"Error": errors[0]}, "DeleteObjects")
 
     def _list(self, prefix: str, delimiter: str | None, page: str | None) -> tuple[list[ObjectInfo], list[str], str | None]:
         asked = {} if page is None else {"ContinuationToken": page}
@@ -117,16 +117,16 @@ class S3Store(Store):
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             if status >= 500 or status in (408, 409, 429) or code.isdecimal() and int(code) >= 500:
                 return "transient"
-            return _PROBLEMS.get(code) or _BY_STATUS.get(status)
+            return _PROBLEMS.get(code) or _BY_STATUS.get(status, "refused")
         if isinstance(
             error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError | exceptions.CredentialRetrievalError
         ):
             return "credentials"
         if isinstance(error, exceptions.HTTPClientError | exceptions.FlexibleChecksumError | ConnectionError | TimeoutError):
             return "transient"
-        if isinstance(error, exceptions.IncompleteReadError | exceptions.ResponseStreamingError):
+        if isinstance(error, exceptions.ConnectionError | exceptions.IncompleteReadError | exceptions.ResponseStreamingError):
             return "transient"
-        return None
+        return "refused" if isinstance(error, exceptions.BotoCoreError) else None
 
     def _no_credentials(self, error: Exception) -> BucketError:
         return BucketError(

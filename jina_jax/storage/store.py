@@ -42,9 +42,9 @@ PART_BYTES = 8 * 2**20
 
 FIRST_DELAY, LONGEST_DELAY = 0.2, 15.0
 
-Problem = Literal["transient", "missing", "changed", "denied", "credentials"]
+Problem = Literal["transient", "missing", "changed", "denied", "credentials", "refused"]
 """Kind of a request's failure: the store does not answer, there is no such object or bucket, a
-precondition does not hold, permission or credentials are lacking."""
+precondition does not hold, permission or credentials are lacking, or anything else it says."""
 
 T = TypeVar("T")
 
@@ -84,6 +84,8 @@ class Store(ABC):
     """
 
     scheme: str
+    deleted_at_once: int
+    """Most objects that one request deletes."""
 
     def __init__(self, bucket: str):
         self.bucket = bucket
@@ -146,29 +148,32 @@ class Store(ABC):
             return b""
         return self._retried("read", key, lambda: self._read(key, start, end, version))
 
-    def write(self, key: str, data: bytes, version: str | None = None) -> ObjectInfo:
+    def write(self, key: str, data: bytes, version: str | None = None, *, seconds: float | None = None) -> ObjectInfo:
         """Writes an object in one request; the store verifies its checksum.
 
         Args:
             key: of the object.
             data: its content.
             version: that the object must have now; "" = it must not exist. None = any.
+            seconds: for which it is tried; None = JINA_JAX_BUCKET_SECONDS.
 
         Raises:
             ObjectChanged: it has another version, or exists.
         """
-        tries = 0
+        tries, wanted = 0, version
 
         def attempt() -> ObjectInfo:
-            nonlocal tries
+            nonlocal tries, wanted
             tries += 1
-            written = self._write(key, data, version)
+            written = self._write(key, data, wanted)
             if written.md5 not in (None, md5(data)):
+                # What is replaced is what this attempt has written.
+                wanted = None if version is None else written.version
                 raise ConnectionError(f"{self.url}/{key} has arrived with other bytes than were sent")
             return written
 
         try:
-            return self._retried("write", key, attempt)
+            return self._retried("write", key, attempt, seconds)
         except ObjectChanged:
             # A write that succeeded is tried again if its answer was lost.
             if tries > 1 and (there := self.stat(key)) and there.bytes == len(data) and self.read(key) == data:
@@ -216,8 +221,13 @@ class Store(ABC):
 
     def delete(self, keys: Sequence[str]) -> None:
         """Deletes objects; those that are gone are no error."""
-        if keys:
-            self._retried("delete", keys[0], lambda: self._delete(keys))
+        groups = [keys[first : first + self.deleted_at_once] for first in range(0, len(keys), self.deleted_at_once)]
+
+        def delete(group: Sequence[str]) -> None:
+            self._retried("delete", group[0], lambda: self._delete(group))
+
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+            list(pool.map(delete, groups))
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yields all objects whose key begins with a prefix, in the order of their keys."""
@@ -242,9 +252,9 @@ class Store(ABC):
             if page is None:
                 return
 
-    def _retried(self, what: str, key: str, request: Callable[[], T]) -> T:
+    def _retried(self, what: str, key: str, request: Callable[[], T], seconds: float | None = None) -> T:
         """Makes a request until it succeeds, fails for good, or the time is over."""
-        began, limit, delay = time.monotonic(), _limit(), FIRST_DELAY
+        began, limit, delay = time.monotonic(), _limit() if seconds is None else seconds, FIRST_DELAY
         place = f"{self.url}/{key}"
         while True:
             try:
@@ -266,6 +276,8 @@ class Store(ABC):
                         raise BucketError(f"no permission to {what} {place}: {_short(error)}") from error
                     case "credentials":
                         raise self._no_credentials(error) from error
+                    case "refused":
+                        raise BucketError(f"{place} could not be {_DONE[what]}: {_short(error)}") from error
                     case None:
                         raise
             time.sleep(delay * random.uniform(0.5, 1.0))

@@ -119,6 +119,36 @@ def test_a_store_that_is_gone_ends_with_one_error_in_time(server, root, monkeypa
     assert (root / "x").read_bytes() == b"1"
 
 
+def test_a_server_that_does_not_listen_is_unavailable(server, root, monkeypatch):
+    monkeypatch.setenv("JINA_JAX_BUCKET_SECONDS", "0.3")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    buckets.forget_clients()
+    with pytest.raises(StoreUnavailable, match="could not be listed"):
+        root.is_dir()
+    monkeypatch.undo()
+    buckets.forget_clients()
+
+
+def test_what_a_store_refuses_is_one_error(server, root):
+    server.fault = lambda *_: 400
+    with pytest.raises(BucketError, match="could not be written"):
+        root.write_text("x")
+
+
+def test_a_manifest_that_arrives_changed_is_replaced_by_its_writer(server, root):
+    changed = []
+
+    def fault(method, path, body):
+        if b"the content" in body and not changed:
+            changed.append(path)
+            return body.replace(b"the content", b"the c0ntent")
+        return None
+
+    server.fault = fault
+    assert create(root / "x", b"the content") and changed and (root / "x").read_bytes() == b"the content"
+
+
 # ---- bad input
 
 

@@ -230,10 +230,8 @@ def runs_at(runs: Runs, place: BucketPath) -> Runs:
 # ---- for as long as there is time: make test-buckets
 
 
-def random_kills(
-    runs: Runs, workdir: BucketPath, logs: Path, processes: int, count: int, check: Callable[[], None]
-) -> list[int]:
-    """Kills runs at random moments of their time; returns the steps of the last checkpoints."""
+def random_kills(runs: Runs, workdir: BucketPath, logs: Path, processes: int, check: Callable[[], None]) -> None:
+    """Kills runs at KILLS random moments of their time, saves included, and resumes them."""
     rng = np.random.default_rng(processes)
     began = time.monotonic()
     assert exit_codes(runs.start_job(logs, processes) if processes > 1 else [runs.start(logs)]) == [0] * processes
@@ -315,3 +313,23 @@ def test_a_store_that_stays_away_ends_the_run_and_what_was_saved_stays(
     assert steps_saved(root / "run") == [3]
     assert runs.finish(tmp_path / "run") == 0, log_of(tmp_path / "run")
     assert_same_run(root / "run", on_disk)
+
+
+@pytest.mark.buckets
+def test_requests_of_a_save_and_a_restore_are_few(root, server):
+    """One for each chunk, and a few more; `-s` prints what docs/pods.md says."""
+    arrays = {f"{name}": jnp.zeros(4 * 2**20) for name in "abcdef"}  # two chunks each
+    begin_save(root, 1, arrays, {}).write(lambda: None, 1)
+
+    def requests(act: Callable[[], object]) -> dict[str, int]:
+        server.counts.clear()
+        act()
+        return dict(server.counts)
+
+    save = requests(lambda: begin_save(root, 2, arrays, {}).write(lambda: None, 1))
+    find = requests(lambda: latest(root))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load = requests(lambda: restore(latest(root), arrays, dict.fromkeys(arrays, one)))
+    print(f"\n{server.scheme}: 12 chunks: save {save}, latest {find}, latest and restore {load}")
+    assert save["POST" if server.scheme == "gs" else "PUT"] == 12 + 3 and sum(save.values()) <= 15 + 15 + 4
+    assert sum(find.values()) <= 8 and sum(load.values()) <= 12 + sum(find.values()) + 4

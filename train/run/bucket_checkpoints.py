@@ -111,8 +111,8 @@ def chunk_files(checkpoint: StoragePath) -> tuple[StoragePath, dict[str, str]]:
 
 def saved_in_bucket(directory: BucketPath) -> list[tuple[int, BucketPath]]:
     """Returns step and directory of the checkpoints that have a manifest, in order."""
-    found = {path.parent for path, _ in directory.objects() if path.name == MANIFEST}
-    return sorted((int(path.name), path) for path in found if path.parent == directory and path.name.isdecimal())
+    steps = [path for path in directory.iterdir() if path.name.isdecimal()]
+    return sorted((int(path.name), path) for path in steps if (path / MANIFEST).is_file())
 
 
 def remove_unfinished_in_bucket(directory: BucketPath) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from jina_jax.checkpoints.load import load_encoder
+from jina_jax.checkpoints.sources import local_directory
 from jina_jax.config import SERVING_ROPE_THETA, ModelConfig
 from jina_jax.errors import ConfigError
 from jina_jax.model.adapters import add_adapter, base_arrays
@@ -49,7 +49,7 @@ def load_start(config: TrainConfig) -> tuple[Encoder, Tokenizer]:
     if start.source is None:
         assert start.model is not None and start.tokenizer is not None
         encoder = _fresh(fresh_sizes(start.model), jax.random.key(config.seed))
-        tokenizer = load_tokenizer(Path(start.tokenizer), encoder.config)
+        tokenizer = load_tokenizer(local_directory(start.tokenizer), encoder.config)
     else:
         encoder, tokenizer, _ = load_encoder(
             start.source, dtype=jnp.float32, param_dtype=jnp.float32, tokenizer=start.tokenizer
