@@ -24,3 +24,11 @@ def root(server, request, tmp_path, monkeypatch) -> BucketPath:
     name = request.node.name.partition("[")[0]
     yield BucketPath(server.scheme, BUCKET, f"{name} [ü]/{len(request.node.name)}")
     server.reset()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whole programs run on one protocol in `make test`, and on both in `make test-buckets`."""
+    for item in items:
+        if item.path.stem in ("test_training", "test_bulk") and "[s3" in item.name and item.path.parent.name == "storage":
+            item.add_marker(pytest.mark.buckets)

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,3 +335,10 @@ def test_requests_of_a_save_and_a_restore_are_few(root, server):
     print(f"\n{server.scheme}: 12 chunks: save {save}, latest {find}, latest and restore {load}")
     assert save["POST" if server.scheme == "gs" else "PUT"] == 12 + 3 and sum(save.values()) <= 15 + 15 + 4
     assert sum(find.values()) <= 8 and sum(load.values()) <= 12 + sum(find.values()) + 4
+
+
+@pytest.mark.buckets
+def test_a_checkpoint_is_read_on_any_mesh(root):
+    program = Path(__file__).parents[1] / "subprocesses" / "chunks_on_meshes.py"
+    done = subprocess.run([sys.executable, str(program), str(root)], capture_output=True, text=True, cwd=program.parents[2])
+    assert done.stdout.endswith("equal\n"), done.stderr
