@@ -52,23 +52,30 @@ EVERY = 20
 @click.option("--steps", type=click.IntRange(EVERY), default=200, show_default=True)
 @click.option("--seeds", type=click.IntRange(2), default=3, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--stage", "name", type=click.Choice(["retrieval", "classification"]), help="Alone; the JSON file keeps the other."
+)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(model: str, steps: int, seeds: int, dtype: str, out: Path | None) -> None:
+def main(model: str, steps: int, seeds: int, dtype: str, name: str | None, out: Path | None) -> None:
     """Train stages above MODEL in both forms, and print their losses."""
     use_compilation_cache()
     rows = []
+    if name and out and out.exists():
+        rows = [row for row in json.loads(out.read_text("utf-8"))["stages"] if row["stage"] != name]
     with tempfile.TemporaryDirectory() as scratch:
         for stage in _stages(Path(scratch), steps):
+            if name not in (None, stage.name):
+                continue
             forms: dict[str, AbstractContextManager] = {
                 "folded": nullcontext(),
                 "mixed": patch.object(objectives, "_pooled_rows", pooled_rows_mixed),
             }
-            losses: dict[str, list[float]] = {name: [] for name in forms}
+            losses: dict[str, list[float]] = {label: [] for label in forms}
             for seed in range(seeds):
-                for name, form in forms.items():
+                for label, form in forms.items():
                     with form:
-                        losses[name].append(_last_loss(model, stage, seed, dtype))
-                    click.echo(f"{stage.name} {name} seed {seed}: {losses[name][-1]:.5f}", err=True)
+                        losses[label].append(_last_loss(model, stage, seed, dtype))
+                    click.echo(f"{stage.name} {label} seed {seed}: {losses[label][-1]:.5f}", err=True)
             rows.append({"stage": stage.name} | losses)
     click.echo(_table(rows))
     if out:
