@@ -105,8 +105,8 @@ def tables(rows: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        for program in rows.get(row.name, {"programs": []})["programs"]:
-            lines.append(_line(row, program))
+        if found := rows.get(row.name):
+            lines += [_line(row, found["encode_chunk_rows"], program) for program in found["programs"]]
     hours = ["| configuration | steps | " + " | ".join(SLICES) + " |", "|---|---|" + "---|" * len(SLICES)]
     columns = [[_hours(rows, config, slice_) for config in STAGES] for slice_ in SLICES]
     for config, *rows_by_config in zip(STAGES, *columns, strict=True):
@@ -123,13 +123,17 @@ def _compiled(row: Row) -> dict[str, Any]:
         done = subprocess.run([*command, *settings, "--json", str(out)], cwd=ROOT, capture_output=True, text=True)
         if not out.exists():
             raise click.ClickException(f"{row.name}: {done.stderr[-2000:]}")
-        return {"topology": row.topology, "date": str(date.today())} | json.loads(out.read_text("utf-8"))
+        made = {"topology": row.topology, "date": str(date.today()), "encode_chunk_rows": _chunk_rows(row)}
+        return made | json.loads(out.read_text("utf-8"))
 
 
-def _line(row: Row, program: dict[str, Any]) -> str:
-    stage = load_config(ROOT / "configs" / f"{row.config}.py", row.settings).stages[0]
+def _chunk_rows(row: Row) -> int | None:
+    return load_config(ROOT / "configs" / f"{row.config}.py", row.settings).stages[0].encode_chunk_rows
+
+
+def _line(row: Row, chunk_rows: int | None, program: dict[str, Any]) -> str:
     name = program["name"] if not row.settings else f"{program['name']}, {', '.join(row.settings)}"
-    cells = [name, row.topology, str(stage.encode_chunk_rows or "all")]
+    cells = [name, row.topology, str(chunk_rows or "all")]
     if not program["fits"]:
         return f"| {' | '.join(cells)} | does not fit: {program['reason']} | | | | |"
     cells += [
