@@ -92,7 +92,8 @@ def test_faults_of_requests_are_tried_again(server, root, tmp_path):
     assert [(root / f"{number}").read_text() for number in range(20)] == [str(number) for number in range(20)]
 
 
-def test_a_body_that_arrives_changed_is_sent_again(server, root):
+def change_once(server) -> list[str]:
+    """Has the first body with "the content" arrive changed; returns a list for its path."""
     changed = []
 
     def fault(method, path, body):
@@ -102,6 +103,11 @@ def test_a_body_that_arrives_changed_is_sent_again(server, root):
         return None
 
     server.fault = fault
+    return changed
+
+
+def test_a_body_that_arrives_changed_is_sent_again(server, root):
+    changed = change_once(server)
     (root / "x").write_bytes(b"the content")
     assert changed and (root / "x").read_bytes() == b"the content"
 
@@ -137,15 +143,7 @@ def test_what_a_store_refuses_is_one_error(server, root):
 
 
 def test_a_manifest_that_arrives_changed_is_replaced_by_its_writer(server, root):
-    changed = []
-
-    def fault(method, path, body):
-        if b"the content" in body and not changed:
-            changed.append(path)
-            return body.replace(b"the content", b"the c0ntent")
-        return None
-
-    server.fault = fault
+    changed = change_once(server)
     assert create(root / "x", b"the content") and changed and (root / "x").read_bytes() == b"the content"
 
 
