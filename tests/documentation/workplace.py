@@ -9,8 +9,8 @@
     texts.txt, tickets.csv, pairs.jsonl, ...
                              a few texts of the bundled corpus
     configs, data, ...       those of the checkout
-    bin/                     python and jina-jax of this environment, and a pip that does nothing:
-                             it has all extras
+    bin/                     python and jina-jax of this environment, which has all extras: pip does
+                             nothing, and a new environment is an empty one that is never entered
 
 `jina-jax serve` returns when the server is ready, and leaves it running until the page ends.
 """
@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from flax import nnx
+from jax import numpy as jnp
 
 from jina_jax import Embedder, add_adapter
 from jina_jax.checkpoints.demo_model import write_demo_model
@@ -41,6 +42,11 @@ SERVERS = "servers.txt"
 CHECKOUT = ("configs", "convert", "data", "notebooks", "train")
 STAND_INS = {"jinaai/jina-embeddings-v3": "adapted", "intfloat/multilingual-e5-small": "base"}
 """Model in place of each hub id."""
+
+_PYTHON = """#!/usr/bin/env bash
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin" && touch "$3/bin/activate" && exit; fi
+exec {python} "$@"
+"""
 
 _JINA_JAX = """#!/usr/bin/env bash
 if [ "$1" != serve ]; then exec {python} -m jina_jax.cli "$@"; fi
@@ -61,7 +67,7 @@ def write_models(directory: Path) -> None:
     encoder = embedder.encoder
     for seed, task in enumerate(PUBLISHED_INSTRUCTIONS):
         encoder = add_adapter(encoder, task, rank=4, rngs=nnx.Rngs(seed))
-    write_transformers(adapted, encoder, embedder.tokenizer, None)
+    write_transformers(adapted, encoder, embedder.tokenizer, jnp.bfloat16)  # as the weights that it stands for
     for hub_id, model in STAND_INS.items():
         cached = directory / "hub" / "hub" / f"models--{hub_id.replace('/', '--')}"
         (cached / "refs").mkdir(parents=True)
@@ -96,7 +102,7 @@ def _write_programs(bin: Path) -> None:
     bin.mkdir()
     programs = {
         "jina-jax": _JINA_JAX.format(python=sys.executable, servers=SERVERS),
-        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "python": _PYTHON.format(python=sys.executable),
         "pip": "#!/bin/sh\n",
     }
     for name, program in programs.items():
