@@ -9,7 +9,7 @@
     texts.txt, tickets.csv, pairs.jsonl, ...
                              a few texts of the bundled corpus
     configs, data, ...       those of the checkout
-    bin/                     python and jina-jax of this environment, which has all extras: pip does
+    bin/                     the programs of this environment, which has all extras: pip does
                              nothing, and a new environment is an empty one that is never entered
 
 `jina-jax serve` returns when the server is ready, and leaves it running until the page ends.
@@ -103,6 +103,7 @@ def _write_programs(bin: Path) -> None:
     programs = {
         "jina-jax": _JINA_JAX.format(python=sys.executable, servers=SERVERS),
         "python": _PYTHON.format(python=sys.executable),
+        "jupyter": f'#!/bin/sh\nexec {sys.executable} -m jupyter "$@"\n',
         "pip": "#!/bin/sh\n",
     }
     for name, program in programs.items():
