@@ -1,4 +1,4 @@
-"""Saving and restoring a training checkpoint, on a disk and in buckets of emulators on this machine.
+"""Saving and restoring a training checkpoint, on a disk and in buckets of emulators.
 
     python -m benchmarks.bucket_saves --json benchmarks/results/bucket_saves.json
 

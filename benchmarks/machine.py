@@ -10,11 +10,11 @@ INSTRUCTION_SETS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f":
 """Names of the sets that decide a CPU's speed at products, by /proc/cpuinfo's, the widest first."""
 
 MASKS = ("XLA_FLAGS", "ONEDNN_MAX_CPU_ISA")
-"""Variables by which XLA and PyTorch are kept from a CPU's widest sets (`--xla_cpu_max_isa=...`)."""
+"""Variables by which XLA (`--xla_cpu_max_isa=...`) and PyTorch are kept from a CPU's widest set."""
 
 
 def machine() -> str:
-    """Returns the CPU, the cores that this process may use, the instruction set, and what masks it."""
+    """Returns the CPU, the cores of this process, the instruction set, and what masks it."""
     cpu = Path("/proc/cpuinfo").read_text("utf-8")
     models = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
     masks = [f"{name}={os.environ[name]}" for name in MASKS if name in os.environ]

@@ -4,8 +4,8 @@
 
 A clone of this checkout, a home directory without any cache, and one shell that runs the page's
 blocks in order, but for two things that a person does: a server goes to the background, and what
-asks it waits until it is ready. Seconds are those of a section; what pip takes depends on the network
-and on the machine's mirror of packages.
+asks it waits until it is ready. Seconds are those of a section; what pip takes depends on the
+network and on the machine's mirror of packages.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""No page of the built site scrolls sideways, on a telephone or on a desk: `make docs` comes first."""
+"""No page of the site that `make docs` has built scrolls sideways, on a telephone or on a desk."""
 
 import functools
 import http.server
