@@ -1,6 +1,5 @@
 """Mines hard negatives: python -m train.mine PAIRS --out FILE.jsonl (--bm25 | --model DIR)."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -8,14 +7,15 @@ import click
 from jina_jax import Embedder
 from jina_jax.command import Command, max_length_option, model_options
 from jina_jax.files import atomic_write, check_not_input, check_output_file
+from jina_jax.storage import StoragePath, as_path
 
 from .data.hard_negatives import MiningConfig, bm25_scores, embedding_scores, mine
 from .data.records import Pair, read_records, write_records
 
 
 @click.command(cls=Command)
-@click.argument("pairs", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.jsonl of triplets; replaced when complete.")
+@click.argument("pairs")
+@click.option("--out", required=True, help="FILE.jsonl of triplets; replaced when complete.")
 @click.option("--bm25", is_flag=True, help="Search by words.")
 @click.option("--model", help="Search by embeddings of this model: a directory or hub id.")
 @model_options
@@ -33,8 +33,8 @@ from .data.records import Pair, read_records, write_records
 @click.option("--same-language", is_flag=True, help="Take negatives from pairs of the anchor's language alone.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random sampling.")
 def main(
-    pairs: Path,
-    out: Path,
+    pairs: str,
+    out: str,
     bm25: bool,
     model: str | None,
     dtype: str | None,
@@ -47,14 +47,15 @@ def main(
     **numbers: Any,
 ) -> None:
     """Write the pairs of PAIRS (.jsonl, .csv or .tsv, also as .gz or .xz, or .parquet) as triplets
-    with hard negatives.
+    with hard negatives. Both files may be in buckets.
 
     Candidates are the positives of all pairs. An anchor's negatives never include its own
     positives, an equal text, or texts of its group. Triplets name the group of each negative.
     """
     config = MiningConfig(**numbers)
-    _check_output(out)
-    check_not_input(out, [pairs])
+    target = as_path(out)
+    _check_output(target)
+    check_not_input(target, [pairs])
     if bm25 == (model is not None):
         raise ValueError("search with either --bm25 or --model")
     of_model = {
@@ -76,12 +77,12 @@ def main(
     triplets = mine(read, scorer, config, same_language=same_language, seed=seed)
     if not triplets:
         raise ValueError(f"no anchor of {pairs} has {config.num_negatives} negatives; widen the ranks, scores or margins")
-    with atomic_write(out) as target:
-        write_records(target, iter(triplets))
+    with atomic_write(target) as file:
+        write_records(file, iter(triplets))
     click.echo(f"{out}: {len(triplets)} of {len(read)} pairs; the others are repeated or have too few negatives", err=True)
 
 
-def _check_output(out: Path) -> None:
+def _check_output(out: StoragePath) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, not {str(out)!r}")
     check_output_file(out)

@@ -20,6 +20,7 @@ from train.data.cached_shards import CachedShards, Shard
 from train.data.records import read_records
 from train.data.stream import open_datasets
 from train.data.tfds_datasets import open_dataset, prepare_records
+from train.mine import main as mine
 from train.prepare import main as prepare
 
 
@@ -42,6 +43,19 @@ def files(root, tmp_path):
 def test_records_stream_from_a_bucket(files, name):
     remote, local = files
     assert [*read_records(remote / name, "pair")] == [*read_records(local / name, "pair")]
+
+
+def test_negatives_are_mined_from_a_bucket_into_it(files):
+    for place in files:
+        options = ["--bm25", "--num-negatives", "1", "--range-min", "0"]
+        result = CliRunner().invoke(mine, [f"{place}/pairs.jsonl", "--out", f"{place}/triplets.jsonl", *options])
+        assert result.exit_code == 0, result.output
+    remote, local = files
+    assert (remote / "triplets.jsonl").read_bytes() == (local / "triplets.jsonl").read_bytes()
+    lost = CliRunner().invoke(mine, [f"{remote}/pairs.jsonl", "--out", f"{remote}/pairs.jsonl", "--bm25"])
+    assert lost.exit_code == 1 and "would be lost" in lost.output
+    absent = CliRunner().invoke(mine, [f"{remote}/none.jsonl", "--out", f"{remote}/triplets.jsonl", "--bm25"])
+    assert absent.exit_code == 1 and "none.jsonl" in absent.output
 
 
 def test_a_dataset_prepared_in_a_bucket_has_the_same_records(files):
