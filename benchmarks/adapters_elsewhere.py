@@ -32,7 +32,7 @@ def scores(base: str, tuned: str, data: Path, names: Sequence[str], dtype: str, 
     tasks, rows = prepare(data, out / "data", names, SUBSETS), {}
     for system, model in {"base": base, "adapter": tuned}.items():
         embedder = Embedder.load(model, dtype=dtype)
-        for row in score(embedder, model_name(model, embedder), tasks, out / "results"):
+        for row in score(embedder, model_name(model, embedder), tasks, out / system):
             rows.setdefault((row.task, row.subset), {"task": row.task, "subset": row.subset})[system] = row.score
     return list(rows.values())
 

@@ -12,7 +12,6 @@ Each figure is of a process of its own.
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import click
 from jina_jax.command import Command
 from jina_jax.storage import StoragePath, as_path
 
-from .machine import machine, versions
+from .machine import machine, resident_bytes, versions
 
 PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "google-cloud-storage", "boto3")
 STORES = ("disk", "gs", "s3")
@@ -128,7 +127,7 @@ class _Peak:
     would have the compiler's and the random numbers' in it."""
 
     def __init__(self) -> None:
-        self._start = self._most = self._resident()
+        self._start = self._most = resident_bytes(os.getpid())
         threading.Thread(target=self._watch, daemon=True).start()
 
     def above_start(self) -> float:
@@ -137,12 +136,8 @@ class _Peak:
 
     def _watch(self) -> None:
         while True:
-            self._most = max(self._most, self._resident())
+            self._most = max(self._most, resident_bytes(os.getpid()))
             time.sleep(0.01)
-
-    @staticmethod
-    def _resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @contextlib.contextmanager

