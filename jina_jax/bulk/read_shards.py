@@ -1,7 +1,7 @@
 """Opens the Parquet shards of a finished run, and reads them block by block."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from ..errors import DataError, RunError
 from ..files import file_stamp, read_json, sha256
 from ..storage import StoragePath, as_path, is_bucket
 from ..storage.cache import fetch_file
-from ..text.readers import open_parquet, parquet
+from ..text.readers import TextRecord, open_parquet, parquet
 from .inputs import read_rows
-from .parquet_shards import RUN, Shard
+from .parquet_shards import CHUNK_COLUMNS, RUN, Shard, split_into_shards
 from .run import FORMAT, MANIFEST, VERSION
 
 BLOCK_ROWS = 4096
@@ -35,6 +35,21 @@ class WrittenFile(NamedTuple):
     sha256: str
 
 
+class ChunkId(NamedTuple):
+    """What a row that is a chunk is known by."""
+
+    document: str | int
+    """Id of the text that it is of."""
+    chunk: int
+    """Its number there, from 0."""
+    start: int
+    end: int
+    """Its characters, the end exclusive."""
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.start}-{self.end}"
+
+
 class EmbeddedShards(NamedTuple):
     """A finished run of bulk embedding in float32, by its manifest."""
 
@@ -49,6 +64,10 @@ class EmbeddedShards(NamedTuple):
     """Task, prompt and side; None = not recorded, by an earlier version, which knew tasks alone."""
     field: str
     id_field: str | None
+    is_chunked: bool
+    """Rows are chunks of texts, and not texts."""
+    shard_rows: int
+    """Texts whose rows a shard holds; the last may hold fewer."""
     rows: int
     dim: int
     shards: tuple[WrittenFile, ...]
@@ -74,15 +93,12 @@ def open_shards(directory: StoragePath) -> EmbeddedShards:
             f"{directory} holds embeddings of precision {precision}, whose order is not that of the cosine; "
             "to search, embed the texts again with --precision float32"
         )
-    if any(options.get(name) is not None for name in ("chunk_tokens", "chunk_sentences")):
-        raise RunError(
-            f"{directory} holds embeddings of chunks, and what is searched here are whole texts: embed them without "
-            "--chunk-tokens and --chunk-sentences"
-        )
+    is_chunked = any(options.get(name) is not None for name in ("chunk_tokens", "chunk_sentences"))
     shards = _written_files(manifest, "shards", path)
     inputs = _written_files(manifest, "inputs", path)
     rows = _get(manifest, "rows", int, path)
-    if any(sum(file.rows for file in files) != rows for files in (shards, inputs)):
+    texts = _get(manifest, "documents", int, path) if is_chunked else rows
+    if sum(file.rows for file in shards) != rows or sum(file.rows for file in inputs) != texts:
         raise DataError(f"{path} is damaged: its shards, its inputs and the run have different numbers of rows")
     if not rows:
         raise DataError(f"{directory} holds no rows: there is nothing to search")
@@ -98,6 +114,8 @@ def open_shards(directory: StoragePath) -> EmbeddedShards:
         embedded=_embedded(manifest, path) if "embedded" in manifest else None,
         field=_get(options, "field", str, path),
         id_field=_get(options, "id_field", _STRING_OR_NONE, path),
+        is_chunked=is_chunked,
+        shard_rows=_get(options, "shard_rows", int, path),
         rows=rows,
         dim=_dimensions(shards[0]),
         shards=shards,
@@ -105,8 +123,10 @@ def open_shards(directory: StoragePath) -> EmbeddedShards:
     )
 
 
-def read_blocks(opened: EmbeddedShards) -> Iterator[tuple[list[str | int], Float[np.ndarray, "n d"]]]:
+def read_blocks(opened: EmbeddedShards) -> Iterator[tuple[list[Any], Float[np.ndarray, "n d"]]]:
     """Yields ids and embeddings of all rows in order, up to BLOCK_ROWS at a time.
+
+    The ids are `ChunkId` where rows are chunks.
 
     Raises:
         DataError: a shard is not the file that was written.
@@ -116,9 +136,12 @@ def read_blocks(opened: EmbeddedShards) -> Iterator[tuple[list[str | int], Float
         if sha256(path) != shard.sha256:
             raise _damaged(shard)
         with open_parquet(path) as file:
-            for batch in file.iter_batches(BLOCK_ROWS, columns=["id", "embedding"]):
+            named = ["id", *(name for name, _ in CHUNK_COLUMNS)] if opened.is_chunked else ["id"]
+            for batch in file.iter_batches(BLOCK_ROWS, columns=[*named, "embedding"]):
                 embeddings = batch.column("embedding").flatten().to_numpy()
-                yield batch.column("id").to_pylist(), embeddings.reshape(-1, opened.dim)
+                columns = [batch.column(name).to_pylist() for name in named]
+                ids = [ChunkId(*row) for row in zip(*columns, strict=True)] if opened.is_chunked else columns[0]
+                yield ids, embeddings.reshape(-1, opened.dim)
 
 
 def find_texts(opened: EmbeddedShards, rows: Iterable[int]) -> dict[int, str]:
@@ -126,19 +149,39 @@ def find_texts(opened: EmbeddedShards, rows: Iterable[int]) -> dict[int, str]:
 
     A row whose file is gone or has changed since the run is left out.
     """
-    ends = list(accumulate(file.rows for file in opened.inputs))
-    input_of = {row: bisect_right(ends, row) for row in sorted(rows)}
-    unchanged = {number for number in set(input_of.values()) if _is_unchanged(opened.inputs[number])}
-    wanted = [row for row, number in input_of.items() if number in unchanged]
+    wanted = [Shard(0, row, row + 1) for row in sorted(rows)]
+    return {row: record.text for row, record in _records(opened, wanted)}
+
+
+def find_chunks(opened: EmbeddedShards, rows: Mapping[int, ChunkId]) -> dict[int, str]:
+    """Returns the texts of some rows that are chunks, as `find_texts` does.
+
+    One of a text whose id others have, too, is left out.
+    """
+    ends = list(accumulate(shard.rows for shard in opened.shards))
+    shards = split_into_shards(sum(file.rows for file in opened.inputs), opened.shard_rows)
+    wanted, texts = {chunk.document for chunk in rows.values()}, dict[str | int, str | None]()
+    for _, record in _records(opened, [shards[number] for number in sorted({bisect_right(ends, row) for row in rows})]):
+        if record.id in wanted:
+            texts[record.id] = None if record.id in texts else record.text
+    return {
+        row: text[chunk.start : chunk.end] for row, chunk in rows.items() if (text := texts.get(chunk.document)) is not None
+    }
+
+
+def _records(opened: EmbeddedShards, parts: list[Shard]) -> Iterator[tuple[int, TextRecord]]:
+    """Yields number and text of the rows of the input in some parts, from unchanged files."""
+    there, base = [], 0
+    for file in opened.inputs:
+        end = base + file.rows
+        inside = [Shard(0, max(part.first, base), min(part.end, end)) for part in parts if part.first < end and part.end > base]
+        if inside and _is_unchanged(file):
+            there += inside
+        base = end
+    rows = [row for part in there for row in range(part.first, part.end)]
     inputs = [{"file": str(file.path), "rows": file.rows} for file in opened.inputs]
-    records = read_rows(
-        inputs,
-        [known["file"] for known in inputs],
-        [Shard(0, row, row + 1) for row in wanted],
-        opened.field,
-        opened.id_field,
-    )
-    return {row: record.text for row, record in zip(wanted, records, strict=True)}
+    names = [known["file"] for known in inputs]
+    yield from zip(rows, read_rows(inputs, names, there, opened.field, opened.id_field), strict=True)
 
 
 def _is_unchanged(file: WrittenFile) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import click
 import numpy as np
 
-from ..bulk.read_shards import EmbeddedShards, find_texts, open_shards, read_blocks
+from ..bulk.read_shards import ChunkId, EmbeddedShards, find_chunks, find_texts, open_shards, read_blocks
 from ..bulk.run import model_fingerprint
 from ..checkpoints.sources import find_model
 from ..command import Command, max_length_option, model_options
@@ -43,8 +43,16 @@ class Result(NamedTuple):
 
     rank: int
     score: float
-    id: str | int
+    id: str | int | ChunkId
     text: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """Of the JSON object; a chunk has its number and characters beside the id of its text."""
+        own = self._asdict()
+        if isinstance(self.id, ChunkId):
+            own |= self.id._asdict()
+            own["id"] = own.pop("document")
+        return own
 
 
 @click.command(cls=Command, short_help="Find the texts that are nearest to a query.")
@@ -58,7 +66,12 @@ class Result(NamedTuple):
     help="Search what `jina-jax embed --output DIR/` wrote, in place of FILES.",
 )
 @click.option("--top", type=int, default=5, show_default=True, help="How many results.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON object a line: rank, score, id, and the text in full.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="A JSON object a line: rank, score, id, the text in full, and where it is a chunk, its number and characters.",
+)
 @click.option("--task", help="FILES: adapter of both query and texts; default: those, or the prompts, of the two sides.")
 @click.option(
     "--side", type=click.Choice(get_args(Side)), help="Side that QUERY is on; default: query, or the other one than DIR/ is on."
@@ -86,7 +99,7 @@ def search(query: str, files: Sequence[str], embeddings: str | None, top: int, a
     else:
         results = _search_files(query, files, top, **options)
     for result in results:
-        click.echo(json.dumps(result._asdict(), ensure_ascii=False) if as_json else _line(result))
+        click.echo(json.dumps(result.fields(), ensure_ascii=False) if as_json else _line(result))
 
 
 def _check_query(query: str, top: int) -> None:
@@ -208,7 +221,8 @@ def _search_shards(
     embedding = np.asarray(embedder.encode(query, **options))
     with progress_bar(opened.rows, "Searching", "text", show=sys.stderr.isatty()) as bar:
         hits = top_k(embedding, _counted(read_blocks(opened), bar), top)
-    texts = find_texts(opened, [hit.row for hit in hits])
+    found = {hit.row: hit.id for hit in hits}
+    texts = find_chunks(opened, found) if opened.is_chunked else find_texts(opened, found)
     if len(texts) < len(hits):
         lacking = len(hits) - len(texts)
         click.echo(f"{lacking} of {len(hits)} texts are not shown: their files are gone, or other than when embedded", err=True)
@@ -232,7 +246,7 @@ def _query_options(embedder: Embedder, opened: EmbeddedShards, side: Side | None
     return {"task": embedded["task"], "prompt": embedded["prompt"]}
 
 
-def _counted(blocks: Iterable[tuple[list[str | int], np.ndarray]], bar: Any) -> Iterator[tuple[list[str | int], np.ndarray]]:
+def _counted(blocks: Iterable[tuple[list[Any], np.ndarray]], bar: Any) -> Iterator[tuple[list[Any], np.ndarray]]:
     for ids, embeddings in blocks:
         yield ids, embeddings
         bar.update(len(ids))

@@ -124,8 +124,45 @@ def test_another_size_of_chunks_is_another_run(embedder, files, tmp_path):
     embed_files(embedder, "model", files, tmp_path / "out", TOKENS)
     with pytest.raises(RunError, match="options.chunk_tokens: 4 -> 5"):
         embed_files(embedder, "model", files, tmp_path / "out", BulkOptions(**(vars(TOKENS) | {"chunk_tokens": 5})))
-    with pytest.raises(RunError, match="holds embeddings of chunks, and what is searched here are whole texts"):
-        open_shards(tmp_path / "out")
+
+
+def searched(output: Path, model: Path, *options: object) -> list[dict]:
+    arguments = ["search", "to print a picture", "--embeddings", output, "--model", model, "--json", *options]
+    result = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_search_finds_chunks_and_shows_them(embedder, model, files, tmp_path):
+    options = BulkOptions(side="document", shard_rows=5, chunk_tokens=4)
+    embed_files(embedder, bulk.model_fingerprint(model), files, tmp_path / "out", options)
+    rows = pq.read_table(tmp_path / "out").to_pylist()
+    scores = np.array([row["embedding"] for row in rows], np.float32) @ embedder.encode_query("to print a picture")
+    texts = dict(zip(ids(files), TEXTS, strict=True))
+    found = searched(tmp_path / "out", model, "--top", len(rows))
+    assert sorted((each["id"], each["chunk"]) for each in found) == sorted((row["id"], row["chunk"]) for row in rows)
+    np.testing.assert_allclose([each["score"] for each in found], np.sort(scores)[::-1], atol=1e-6)
+    for each in found:
+        row = next(row for row in rows if (row["id"], row["chunk"]) == (each["id"], each["chunk"]))
+        assert (each["start"], each["end"]) == (row["start"], row["end"])
+        assert each["text"] == texts[row["id"]][row["start"] : row["end"]]
+    lines = CliRunner().invoke(main, ["search", "to print a picture", "--embeddings", f"{tmp_path}/out", "--model", str(model)])
+    first = found[0]
+    assert lines.stdout.startswith(f"1  {first['score']:.4f}  {first['id']}:{first['start']}-{first['end']}  ")
+
+
+def test_chunks_whose_text_is_not_certain_are_not_shown(embedder, model, tmp_path):
+    documents = [("a", "one two three four five"), ("b", "six seven eight nine"), ("a", "ten eleven twelve")]
+    file, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps({"text": text, "id": name}) + "\n" for name, text in documents))
+    options = BulkOptions(side="document", chunk_sentences=1, id_field="id")
+    embed_files(embedder, bulk.model_fingerprint(model), [str(file)], out, options)
+    found = {(each["id"], each["text"]) for each in searched(out, model)}
+    assert found == {("a", None), ("b", "six seven eight nine")}
+    file.write_text(file.read_text().replace("six", "SIX"))
+    assert {each["text"] for each in searched(out, model)} == {None}
+    opened = open_shards(out)
+    assert opened.is_chunked and opened.rows == 3
 
 
 def test_a_text_whose_chunk_is_not_finite_is_named_by_its_id(embedder, files, tmp_path):
