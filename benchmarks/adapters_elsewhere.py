@@ -29,8 +29,9 @@ SUBSETS = ("default", "en", "de", "deu-eng", "jpn-eng", "rus-eng")
 
 def scores(base: str, tuned: str, data: Path, names: Sequence[str], dtype: str, out: Path) -> list[dict[str, Any]]:
     """Scores of tasks in percent with the base and with its adapters."""
-    tasks, rows = prepare(data, out / "data", names, SUBSETS), {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for system, model in {"base": base, "adapter": tuned}.items():
+        tasks = prepare(data, out / "data", names, SUBSETS)  # mteb forgets a task's data once it has run
         embedder = Embedder.load(model, dtype=dtype)
         for row in score(embedder, model_name(model, embedder), tasks, out / system):
             rows.setdefault((row.task, row.subset), {"task": row.task, "subset": row.subset})[system] = row.score
