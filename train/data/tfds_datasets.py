@@ -298,9 +298,17 @@ def open_dataset(path: str | StoragePath, kind: str, split: str) -> RecordSource
     return RecordSource(source, kind, path, hashes.get(split))
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    """Of a dataset that is made here: TFDS would ask its own bucket, over the network, whether it
+    has the dataset, and leave a temporary directory behind."""
+
+    def initialize_from_bucket(self) -> None:
+        pass
+
+
 def _info(builder: Any, kind: str) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict(_features(KINDS[kind]))
-    return tfds.core.DatasetInfo(builder=builder, features=features, metadata=tfds.core.MetadataDict())
+    return _OwnInfo(builder=builder, features=features, metadata=tfds.core.MetadataDict())
 
 
 def _examples(builder: Any, split: str, records: Iterable[Record]) -> Iterator[tuple[int, dict]]:

@@ -4,11 +4,12 @@ Damage is found before training, or where it is read.
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tensorflow_datasets")
+tfds = pytest.importorskip("tensorflow_datasets")
 
 from jina_jax.errors import DataError
 from train.data.records import Pair, write_records
@@ -32,6 +33,17 @@ def pairs(tmp_path_factory) -> Path:
 def test_order_is_the_same_wherever_it_is_prepared(tmp_path, pairs):
     again = prepared(tmp_path / "pairs.jsonl", 200, tmp_path / "again")
     assert list(open_dataset(again, "pair", "train")) == list(open_dataset(pairs, "pair", "train"))
+
+
+def test_preparing_asks_no_bucket_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def asked(name: str) -> None:
+        raise AssertionError(f"TFDS asked its bucket for {name}")
+
+    monkeypatch.setattr(tfds.core.utils.gcs_utils, "gcs_dataset_info_files", asked)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    prepared(tmp_path / "pairs.jsonl", 20, tmp_path / "out")
+    assert not [*(tmp_path / "temporary").iterdir()]
 
 
 def test_a_dataset_of_an_earlier_version_is_opened():
