@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-tfds = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("tensorflow_datasets")
+import tensorflow_datasets as tfds
 
 from jina_jax.errors import DataError
 from train.data.records import Pair, write_records
