@@ -119,7 +119,10 @@ class MTEBEncoder:
         show_progress_bar: bool = False,
         **_: Any,
     ) -> Float[np.ndarray, "n d"]:
-        """Embeds the texts of MTEB's batches, in their order.
+        """Embeds the texts of MTEB's batches, in their order, without white space at their ends.
+
+        The published scores were measured so: sentence-transformers used to strip every text, and
+        some tasks have a line end behind each, which is a token of its own.
 
         Args:
             inputs: batches, each with its texts under "text".
@@ -131,7 +134,7 @@ class MTEBEncoder:
             show_progress_bar: as in `Embedder.encode`.
             precision: in place of the encoder's.
         """
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = [text.strip() for batch in inputs for text in batch["text"]]
         side: Side = "document" if prompt_type is not None and prompt_type == "document" else "query"
         options = task_options(
             self.embedder.config, task_metadata.type, task_metadata.name, side, symmetric_retrieval=self._symmetric_retrieval

@@ -1,5 +1,6 @@
 """`MTEBEncoder`: tasks and prompts by MTEB's own entry, and scores by hand."""
 
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -149,8 +150,16 @@ def test_retrieval_ranks_documents_by_the_cosine_of_their_sides(embedder):
 
 def test_embeddings_keep_the_order_of_the_texts(embedder):
     batches = [{"text": ["one", "two two two"]}, {"text": ["three"]}]
-    got = MTEBEncoder(embedder).encode(batches, task_metadata=Metadata("Clustering"), hf_split="test", hf_subset="default")
-    np.testing.assert_allclose(got, embedder.encode(["one", "two two two", "three"]), atol=1e-6)
+    encode = partial(MTEBEncoder(embedder).encode, task_metadata=Metadata("Clustering"), hf_split="test", hf_subset="default")
+    np.testing.assert_allclose(encode(batches), embedder.encode(["one", "two two two", "three"]), atol=1e-6)
+
+
+def test_white_space_at_the_ends_of_a_text_is_not_embedded(embedder):
+    """As in the sentence-transformers that the published scores were measured with."""
+    encode = partial(MTEBEncoder(embedder).encode, task_metadata=Metadata("BitextMining"), hf_split="test", hf_subset="default")
+    np.testing.assert_array_equal(encode([{"text": ["  one two\n", "\t"]}]), encode([{"text": ["one two", ""]}]))
+    ends = [embedder.encode([text])[0] for text in ("one two\n", "one two")]
+    assert np.abs(ends[0] - ends[1]).max() > 1e-3  # the tokenizer itself keeps it
 
 
 def test_similarities_are_cosines_of_arrays_and_tensors(embedder):
