@@ -1,5 +1,7 @@
 """A server of each protocol for a module, with a bucket, and a directory in it for each test."""
 
+import zlib
+
 import pytest
 
 pytest.importorskip("google.cloud.storage")
@@ -22,7 +24,7 @@ def root(server, request, tmp_path, monkeypatch) -> BucketPath:
     server.reset()
     monkeypatch.setenv("JINA_JAX_CACHE", str(tmp_path / "cache"))
     name = request.node.name.partition("[")[0]
-    yield BucketPath(server.scheme, BUCKET, f"{name} [ü]/{len(request.node.name)}")
+    yield BucketPath(server.scheme, BUCKET, f"{name} [ü]/{zlib.crc32(request.node.name.encode())}")
     server.reset()
 
 

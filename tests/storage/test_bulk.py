@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def test_two_processes_killed_at_random_write_every_row_once(embedder, texts, ro
         time.sleep(rng.random() * seconds / 2)
         victim = rng.randrange(2)
         if running[victim].is_alive():
-            os.kill(running[victim].pid, signal.SIGKILL)
+            running[victim].kill()
             running[victim].join()
             killed += 1
         elif not running[1 - victim].is_alive():  # done: once more, from the beginning
