@@ -225,7 +225,8 @@ def _search_shards(
     texts = find_chunks(opened, found) if opened.is_chunked else find_texts(opened, found)
     if len(texts) < len(hits):
         lacking = len(hits) - len(texts)
-        click.echo(f"{lacking} of {len(hits)} texts are not shown: their files are gone, or other than when embedded", err=True)
+        why = "their files are gone, or other than when embedded" + (", or their ids are not unique" * opened.is_chunked)
+        click.echo(f"{lacking} of {len(hits)} texts are not shown: {why}", err=True)
     return [Result(rank, hit.score, hit.id, texts.get(hit.row)) for rank, hit in enumerate(hits, 1)]
 
 
