@@ -55,7 +55,7 @@ def _retrieval() -> Stage:
         name="retrieval",
         objective="retrieval",
         adapters=("retrieval.query", "retrieval.passage"),
-        # Without hard negatives: to mine them would take as long as to train.
+        # Without hard negatives: more steps are the better use of the minutes (docs/quickstart.md).
         datasets=(DatasetConfig(f"{DATASETS}/searches/1.0.0", "pair"),),
         temperature=0.02,
         dim_weights=(2.0, 1.0, 1.0, 1.0),
