@@ -63,9 +63,14 @@ def _script(blocks: list[Block], checkout: Path) -> str:
     for number, block in enumerate(blocks):
         if (heading := _heading(block)) != section:
             section = heading
-            lines.append(f'echo "{SECTION} $EPOCHREALTIME {heading}"')
+            lines.append(_mark(heading))
         lines.extend(_typed(block, checkout / f"block_{number}.py"))
-    return "\n".join([*lines, f'echo "{SECTION} $EPOCHREALTIME end"'])
+    return "\n".join([*lines, _mark("end")])
+
+
+def _mark(section: str) -> str:
+    """Line that tells when a section began; an answer before it may end without a line break."""
+    return f'printf "\\n{SECTION} %s {section}\\n" "$EPOCHREALTIME"'
 
 
 def _heading(block: Block) -> str:
