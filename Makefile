@@ -74,7 +74,7 @@ docs: .venvdocs/.docs  ## the documentation site, into site/; a broken link or a
 
 .venvoldest/.oldest: pyproject.toml tests/oldest_versions.txt
 	$(PYTHON) -m venv .venvoldest
-	.venvoldest/bin/python -m pip install -e '.[cli]' -c tests/oldest_versions.txt pytest hypothesis beartype
+	.venvoldest/bin/python -m pip install -e '.[cli]' -c tests/oldest_versions.txt pytest hypothesis beartype uniseg
 	@touch $@
 
 .venv/.%: pyproject.toml
