@@ -54,7 +54,7 @@ def verify(source: Path, target: str | Path, *, allow_pickle: bool = False) -> d
     if find_model(target).samefile(source):
         raise ValueError("source and target are the same directory")
     config = read_torch_checkpoint(source, dtype=jnp.float32, allow_pickle=allow_pickle).config
-    if config.tasks != model.config.tasks:
+    if set(config.tasks) != set(model.config.tasks):  # their order is that of files, in some layouts
         raise ValueError(f"the source has the tasks {list(config.tasks)}, the target {list(model.config.tasks)}")
     reference = TorchReference(transformer_folder(source), config, allow_pickle=allow_pickle)
     token_ids = [model.tokenizer(text)["input_ids"][: model.max_length] for text in TEXTS]

@@ -20,7 +20,7 @@ from jina_jax import Embedder
 from jina_jax.checkpoints import native
 from jina_jax.checkpoints.torch_writer import write_sentence_transformers, write_transformers
 from jina_jax.errors import ConfigError
-from jina_jax.model.adapters import add_adapter, extract_adapter
+from jina_jax.model.adapters import add_adapter, drop_adapter, extract_adapter
 from jina_jax.model.parameters import from_arrays, variables
 from oracles import checkpoints
 
@@ -149,6 +149,23 @@ def test_verify_reports_agreement_and_a_changed_weight(tmp_path):
     layers = report["systems"][0]["layers"]
     assert result.exit_code == 1 and not report["ok"]
     assert layers[2] > 1e-5 and max(layers[:2] + layers[3:]) < 1e-5, "the report names the layer"
+
+
+def test_verify_compares_tasks_by_name_in_whatever_order(source, tmp_path):
+    """Adapter folders are found in another order than the tasks had that wrote them."""
+    encoder = source.encoder
+    for task in ("classification", "alpha"):
+        adapter = extract_adapter(source.encoder, "classification")
+        encoder = add_adapter(drop_adapter(encoder, task) if task in encoder.config.tasks else encoder, task, adapter)
+    write_transformers(tmp_path / "torch", encoder, source.tokenizer)
+    native.save_checkpoint(tmp_path / "native", encoder, source.tokenizer)
+    assert Embedder.load(tmp_path / "torch").config.tasks != encoder.config.tasks
+    result = verify(tmp_path / "torch", tmp_path / "native")
+    assert result.exit_code == 0, result.output
+
+    native.save_checkpoint(tmp_path / "fewer", drop_adapter(encoder, "alpha"), source.tokenizer)
+    result = verify(tmp_path / "torch", tmp_path / "fewer")
+    assert result.exit_code == 1 and "alpha" in result.output
 
 
 def test_a_checkpoint_is_not_compared_with_itself(tmp_path):
