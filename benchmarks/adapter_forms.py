@@ -34,8 +34,8 @@ from jina_jax.text.packing import max_texts
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.collate import PackedRows
 from train.data.corpus import BUNDLED, read_corpus
+from train.data.corpus_records import search_pairs, section_labels
 from train.data.records import write_records
-from train.data.tfds_datasets import search_pairs, section_labels
 from train.run.loop import train
 from train.run.metrics import read_metrics
 from train.step import objectives

@@ -16,8 +16,8 @@ from typing import Any
 from jina_jax.config import ModelConfig
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.corpus import BUNDLED, read_corpus
+from train.data.corpus_records import title_body_pairs
 from train.data.records import write_records
-from train.data.tfds_datasets import title_body_pairs
 from train.run.loop import train
 from train.run.metrics import read_metrics
 

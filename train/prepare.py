@@ -20,8 +20,9 @@ from jina_jax.storage import StoragePath, as_path, is_bucket
 from jina_jax.storage.paths import expand
 
 from .data.corpus import BUNDLED, SPLITS
+from .data.corpus_records import CORPUS_RECORDS
 from .data.records import KINDS
-from .data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
+from .data.tfds_datasets import open_dataset, prepare_corpus, prepare_records
 
 out_option = click.option("--out", required=True, help="A new or empty directory, local or in a bucket.")
 

@@ -18,7 +18,8 @@ from jina_jax import Embedder
 from jina_jax.command import Command
 
 from .data.corpus import BUNDLED, read_corpus
-from .data.tfds_datasets import CORPUS_RECORDS, prepare_corpus
+from .data.corpus_records import CORPUS_RECORDS
+from .data.tfds_datasets import prepare_corpus
 from .evaluation.before_after import SEARCHES
 from .evaluation.evaluate import evaluate, untrained
 from .evaluation.scores import Score

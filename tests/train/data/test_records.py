@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from jina_jax.errors import DataError
 from train.data.corpus import BUNDLED, read_corpus
+from train.data.corpus_records import CORPUS_RECORDS
 from train.data.records import KINDS, LabelledText, Pair, PlainText, ScoredPair, Triplet, read_records, write_records
-from train.data.tfds_datasets import CORPUS_RECORDS, open_dataset, prepare_corpus, prepare_records
+from train.data.tfds_datasets import open_dataset, prepare_corpus, prepare_records
 from train.prepare import main
 
 ROOT = Path(__file__).resolve().parents[3]
