@@ -53,7 +53,7 @@ DIFFERENT = {"STS16"}
 """Tasks whose raw files lack three of 154,802 characters, and are measured nonetheless."""
 
 COSTLY = {"ara-eng", "cmn-eng", "hin-eng", "jpn-eng", "kor-eng", "spa-eng", "swh-eng", "tel-eng"}
-"""Languages that 4 bits cost more than a point in, as far as they were measured."""
+"""Languages in which the packaged weights are more than a point below, of those measured."""
 
 Encode = Callable[..., np.ndarray]
 
