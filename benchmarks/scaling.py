@@ -106,7 +106,7 @@ def tables(rows: dict[str, Any]) -> str:
     ]
     for row in ROWS:
         if found := rows.get(row.name):
-            lines += [_line(row, found["encode_chunk_rows"], program) for program in found["programs"]]
+            lines += [_line(row, program) for program in found["programs"]]
     hours = ["| configuration | steps | " + " | ".join(SLICES) + " |", "|---|---|" + "---|" * len(SLICES)]
     columns = [[_hours(rows, config, slice_) for config in STAGES] for slice_ in SLICES]
     for config, *rows_by_config in zip(STAGES, *columns, strict=True):
@@ -123,20 +123,16 @@ def _compiled(row: Row) -> dict[str, Any]:
         done = subprocess.run([*command, *settings, "--json", str(out)], cwd=ROOT, capture_output=True, text=True)
         if not out.exists():
             raise click.ClickException(f"{row.name}: {done.stderr[-2000:]}")
-        made = {"topology": row.topology, "date": str(date.today()), "encode_chunk_rows": _chunk_rows(row)}
+        made = {"topology": row.topology, "date": str(date.today())}
         return made | json.loads(out.read_text("utf-8"))
 
 
-def _chunk_rows(row: Row) -> int | None:
-    return load_config(ROOT / "configs" / f"{row.config}.py", row.settings).stages[0].encode_chunk_rows
-
-
-def _line(row: Row, chunk_rows: int | None, program: dict[str, Any]) -> str:
+def _line(row: Row, program: dict[str, Any]) -> str:
     name = program["name"] if not row.settings else f"{program['name']}, {', '.join(row.settings)}"
-    cells = [name, row.topology, str(chunk_rows or "all")]
     if not program["fits"]:
-        return f"| {' | '.join(cells)} | does not fit: {program['reason']} | | | | |"
-    cells += [
+        return f"| {name} | {row.topology} | does not fit: {program['reason']} | | | | | |"
+    cells = [
+        *(name, row.topology, str(program["encode_chunk_rows"] or "all")),
         f"{program['memory_bytes']['peak'] / 1e9:.1f}",
         f"{program['seconds']:.3f}",
         f"{program['communication_seconds']:.3f}",

@@ -4,9 +4,9 @@ The paper is that of jina-embeddings-v3 (arXiv 2409.10173); its table A1 has the
 stage.
 
 Chosen here, since the paper leaves it open: warm-up of 1 % of the steps, AdamW with decay 0.01 and
-betas (0.9, 0.98), clipping at 1, Matryoshka terms that weigh the same. Rows are encoded in chunks,
-and layers except attention are recomputed in the backward pass: both save memory and leave the
-gradients alone.
+betas (0.9, 0.98), clipping at 1, Matryoshka terms that weigh the same. Where the base is trained,
+rows are encoded in chunks, and layers except attention are recomputed in the backward pass; stages
+of adapters leave both to the program. They save memory and leave the gradients alone.
 """
 
 PAPER_DIMS = (32, 64, 128, 256, 512, 768, 1024)

@@ -39,8 +39,6 @@ def get_config() -> TrainConfig:
                 temperature=0.02,
                 dims=PAPER_DIMS,
                 num_negatives=7,
-                encode_chunk_rows=16,
-                remat="except_attention",
             ),
         ),
     )

@@ -42,8 +42,6 @@ def get_config() -> TrainConfig:
                 temperature=0.02,
                 dims=PAPER_DIMS,
                 num_negatives=7,
-                encode_chunk_rows=96,
-                remat="except_attention",
             ),
         ),
     )

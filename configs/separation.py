@@ -41,8 +41,6 @@ def get_config() -> TrainConfig:
                 learning_rate=5e-5,
                 temperature=0.02,
                 dims=PAPER_DIMS,
-                encode_chunk_rows=96,
-                remat="except_attention",
             ),
         ),
     )

@@ -41,8 +41,6 @@ def get_config() -> TrainConfig:
                 temperature=0.05,
                 dims=PAPER_DIMS,
                 num_negatives=1,
-                encode_chunk_rows=96,
-                remat="except_attention",
             ),
         ),
     )

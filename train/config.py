@@ -107,15 +107,18 @@ class Stage:
     """Number of row counts that a batch may have, each compiled when it first occurs. They are
     fitted to the lengths of the first examples' texts, except the last one, which holds any batch
     and seldom occurs. Record kinds share them. 1 = any batch has as many rows as the largest."""
-    encode_chunk_rows: Positive | None = None
+    encode_chunk_rows: Positive | Literal["auto"] | None = "auto"
     """Most rows of each device encoded at once (gradient caching; MLM has no need of it, and
-    accumulates gradients); None = all."""
+    accumulates gradients); None = all; "auto" = as the memory of a device allows, by the compiler's
+    account."""
     logit_chunk: Positive | None = None
     """Rows of logits (MLM: masked positions) computed at once; None = all."""
-    remat: Remat = "except_products"
+    remat: Literal["auto", Remat] = "auto"
     """Activations of each layer that the backward pass recomputes instead of keeping them. "none":
     none of them; "except_products": all except the results of matmuls and attention;
-    "except_attention": all except attention's result; "full": all, from the layer's input."""
+    "except_attention": all except attention's result; "full": all, from the layer's input; "auto":
+    as the memory of a device allows (on TPU never "except_products"), before rows are encoded in
+    chunks."""
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:
@@ -299,7 +302,8 @@ def _listed(error: ValidationError) -> str:
     """Lists every wrong field with its fault, and the new name of a field that has an old one."""
     lines = []
     for wrong in error.errors():
-        place = ".".join(map(str, wrong["loc"])) or "config"
+        # Parts that are no names say which type of several a value was compared with.
+        place = ".".join(str(part) for part in wrong["loc"] if str(part).isidentifier() or isinstance(part, int)) or "config"
         lines.append(f"{place}: {wrong['msg']}{hint(place.rpartition('.')[2], wrong.get('input'))}")
     return "; ".join(lines)
 

@@ -19,11 +19,11 @@ from train.run import loop
 device, host = jax.devices()
 loop._host = lambda: host
 # The slack is in bytes, for scalars, constants, and a batch that is still to come.
-make_step, slack = loop.make_step, 50_000
+fitted_step, slack = loop.fitted_step, 50_000
 
 
 def watched_step(*arguments):
-    step = make_step(*arguments)
+    step = fitted_step(*arguments)
 
     def watched(state, frozen, batch):
         given = sum(x.nbytes for x in jax.tree.leaves((state, frozen, batch)))
@@ -38,7 +38,7 @@ def watched_step(*arguments):
     return watched
 
 
-steps, loop.make_step = [], watched_step
+steps, loop.fitted_step = [], watched_step
 workdir = Path(sys.argv[1])
 stage = stages(write_datasets(workdir), steps=2)["pairs"]
 config = run_config(stage, mesh=MeshConfig(data=1), checkpoint_every=1)

@@ -137,7 +137,11 @@ def test_overrides_are_checked_together():
         ("stages.0.steps='7'", "stages.0.steps: Input should be a valid integer"),
         ("stages.0.steps=True", "stages.0.steps: "),
         ("stages.0.steps=0", "stages.0.steps: Input should be greater than or equal to 1"),
-        ("stages.0.remat=True", "stages.0.remat: Input should be 'none', 'except_products', 'except_attention' or 'full'"),
+        ("stages.0.remat=True", "stages.0.remat: Input should be 'auto', 'none', 'except_products', "),
+        (
+            "stages.0.encode_chunk_rows=0",
+            "greater than or equal to 1; stages.0.encode_chunk_rows: Input should be 'auto'",
+        ),
         ("stages.0.learning_rate=0", "stages.0.learning_rate: Input should be greater than 0"),
         ("stages.0.learning_rate=1e999", "stages.0.learning_rate: "),
         ("stages.0.temperature=-1", "stages.0.temperature: "),
@@ -288,7 +292,7 @@ def test_an_override_with_an_old_name_is_told_the_new_one(override, message):
     ("old", "new"),
     [
         ("max_length=", "length="),
-        ("encode_chunk_rows=", "chunk_rows="),
+        ("num_negatives=7", "negatives=7"),
         ("num_negatives=", "negatives="),
         ("import DatasetConfig, InitialModel,", "import Dataset, InitialModel,"),
         ("import DatasetConfig, InitialModel,", "import DatasetConfig, Start,"),

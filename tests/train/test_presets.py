@@ -67,7 +67,7 @@ def shrunk(config: TrainConfig, sources: dict[str, str], datasets: dict) -> Trai
             row_length=24 * (stage.row_length // stage.max_length),
             num_row_counts=1,
             dims=tuple(dim for dim in stage.dims if dim <= HIDDEN),
-            encode_chunk_rows=stage.encode_chunk_rows and min(stage.encode_chunk_rows, 2),
+            encode_chunk_rows=2 if stage.encode_chunk_rows else None,
             logit_chunk=stage.logit_chunk and 4,
         )
 

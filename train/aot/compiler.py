@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from jina_jax.errors import JinaJaxError, how_to_install
 
 from ..step.chips import GIB
+from ..step.memory import DoesNotFit
 from .hlo_cost import Collective, cost
 from .kernel_schedules import DUMP_FLAGS, lookup_cycles, scheduled_cycles
 from .topology import Topology, parse_topology, send_rate
@@ -34,19 +35,6 @@ INSTALL = how_to_install("train,tpu")
 
 class NoCompiler(JinaJaxError):
     """libtpu is not installed, or another process has it."""
-
-
-class DoesNotFit(JinaJaxError):
-    """A program needs more memory than a device has.
-
-    `needed` is in bytes, as far as the compiler says it, else 0.
-    """
-
-    def __init__(self, needed: int, topology: Topology):
-        super().__init__(
-            f"needs {needed / GIB:.2f} GiB of the {topology.chip.hbm / GIB:.2f} GiB of a device of {topology.name}"
-        )
-        self.needed = needed
 
 
 class Slice(NamedTuple):
@@ -153,7 +141,8 @@ def measure(jitted: Any, arguments: tuple[Any, ...], topology: Topology, hlo: Pa
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(_needed(str(error)), topology) from error
+        needed, there = _needed(str(error)) / GIB, topology.chip.hbm / GIB
+        raise DoesNotFit(f"needs {needed:.2f} GiB of the {there:.2f} GiB of a device of {topology.name}") from error
     seconds = time.perf_counter() - began
     scheduled = scheduled_cycles(schedules)
     text = compiled.as_text()

@@ -3,14 +3,16 @@
 Says whether they fit, and how long they take.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jina_jax.config import ModelConfig
 from jina_jax.embed.forward import text_embeddings
 from jina_jax.model.parameters import from_local_arrays
 from jina_jax.parallel.mesh import check_divides, make_mesh
@@ -19,13 +21,14 @@ from ..config import MeshConfig, Stage, TrainConfig
 from ..data.examples import texts_per_example
 from ..step.chips import GIB
 from ..step.flops import training_flops
+from ..step.memory import DoesNotFit, Plan, first_fitting, plans, shard_bytes, with_plan
 from ..step.trainable_split import TrainableSplit
-from ..step.update import make_step
+from ..step.update import Step, make_step
 from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arguments
-from .compiler import DoesNotFit, Measurement, Slice, measure
+from .compiler import Measurement, Slice, measure
 
 INFERENCE_ROWS = 16
-"""Rows of each device in the embedder's program, if the stage has no `encode_chunk_rows`."""
+"""Rows of each device in the embedder's program, if the stage has no number of them."""
 
 
 class Compiled(NamedTuple):
@@ -36,7 +39,9 @@ class Compiled(NamedTuple):
     """Tokens of texts of full length, over all devices."""
     flops: float
     """Operations of the model, over all devices; recomputed ones count once."""
-    measurement: Measurement | None
+    plan: Plan | None = None
+    """Way in which a step is run; None for the embedder, and where no way fits."""
+    measurement: Measurement | None = None
     """Measured cost; None where the program does not fit."""
     failure: str = ""
 
@@ -76,11 +81,15 @@ def compile_config(
     for stage, kind, model, arguments in programs:
         name = stage.name if len({dataset.kind for dataset in stage.datasets}) == 1 else f"{stage.name}, {kind}"
         tokens = stage.batch_size * texts_per_example(stage, kind) * stage.max_length
-        step = make_step(stage, kind, model.config, config.dtype, mesh)
         file = hlo and (hlo if len(programs) == 1 else hlo.with_stem(f"{hlo.stem}-{stage.name}-{kind}"))
-        done = Compiled(name, tokens, training_flops(model.config, stage) * tokens, None)
+        done = Compiled(name, tokens, training_flops(model.config, stage) * tokens)
+        rows = [part.tokens.shape[0] // mesh.size for part in arguments[2].parts]
+        room = slice_.topology.chip.hbm - shard_bytes(arguments)
+        candidates = plans(stage, rows, model.config, config.dtype, room, on_tpu=True)
+        make = partial(_planned_step, stage, kind, model.config, config.dtype, mesh)
         try:
-            yield done._replace(measurement=measure(step, arguments, slice_.topology, file))
+            plan, measurement = first_fitting(candidates, partial(_measured, make, arguments, slice_, file))
+            yield done._replace(plan=plan, measurement=measurement)
         except DoesNotFit as error:
             yield done._replace(failure=f"{error}; {_suggest_fix(stage, config.mesh, mesh.size)}")
 
@@ -113,6 +122,11 @@ def report(compiled: Compiled) -> str:
     share, alone = model_flops_utilisation(compiled)
     lines = [
         f"{compiled.name} on {cost.topology}, {cost.devices} devices",
+        *(
+            [f"  rows at once           {compiled.plan.encode_chunk_rows or 'all'}; remat {compiled.plan.remat}"]
+            if compiled.plan
+            else []
+        ),
         f"  memory, GiB a device   {memory}; there are {cost.hbm / GIB:.2f}",
         f"  step time, estimated   {cost.seconds:.3f} s: computation {cost.compute_seconds:.3f}, "
         f"communication by its model {cost.communication_seconds:.3f}",
@@ -148,22 +162,37 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
     if cost is None:
         return fields | {"reason": compiled.failure}
     share, alone = model_flops_utilisation(compiled)
-    return fields | {
-        "topology": cost.topology,
-        "devices": cost.devices,
-        "memory_bytes": cost.memory | {"usable": cost.hbm},
-        "cycles": cost.cycles,
-        "bundles": cost.bundles,
-        "kernels": cost.kernels,
-        "collectives": [collective._asdict() for collective in cost.collectives],
-        "seconds": cost.seconds,
-        "compute_seconds": cost.compute_seconds,
-        "communication_seconds": cost.communication_seconds,
-        "tokens_per_second": compiled.tokens / cost.seconds,
-        "mfu": share,
-        "mfu_without_communication": alone,
-        "compile_seconds": cost.compile_seconds,
-    }
+    plan = compiled.plan._asdict() if compiled.plan else {}
+    return (
+        fields
+        | plan
+        | {
+            "topology": cost.topology,
+            "devices": cost.devices,
+            "memory_bytes": cost.memory | {"usable": cost.hbm},
+            "cycles": cost.cycles,
+            "bundles": cost.bundles,
+            "kernels": cost.kernels,
+            "collectives": [collective._asdict() for collective in cost.collectives],
+            "seconds": cost.seconds,
+            "compute_seconds": cost.compute_seconds,
+            "communication_seconds": cost.communication_seconds,
+            "tokens_per_second": compiled.tokens / cost.seconds,
+            "mfu": share,
+            "mfu_without_communication": alone,
+            "compile_seconds": cost.compile_seconds,
+        }
+    )
+
+
+def _planned_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, plan: Plan) -> Step:
+    return make_step(with_plan(stage, plan), kind, config, dtype, mesh)
+
+
+def _measured(
+    make: Callable[[Plan], Step], arguments: tuple[Any, ...], slice_: Slice, hlo: Path | None, plan: Plan
+) -> Measurement:
+    return measure(make(plan), arguments, slice_.topology, hlo)
 
 
 def _compiled_inference(
@@ -179,12 +208,12 @@ def _compiled_inference(
         for path, x in (model.trained | model.frozen).items()
     }
     encoder = from_local_arrays(config, arrays, dtype=jnp.bfloat16)
-    rows = stage.encode_chunk_rows or INFERENCE_ROWS
+    rows = stage.encode_chunk_rows if isinstance(stage.encode_chunk_rows, int) else INFERENCE_ROWS
     per_token = int32_struct(mesh, rows * mesh.size, stage.row_length)
     adapter_ids = int32_struct(mesh) if stage.adapters else None
     tokens = rows * mesh.size * stage.row_length
     flops = training_flops(config, replace(stage, objective="pairs", adapters=(), max_length=stage.max_length)) / 3 * tokens
-    done = Compiled(f"embedding in rows of {stage.row_length}, {rows} on each device", tokens, flops, None)
+    done = Compiled(f"embedding in rows of {stage.row_length}, {rows} on each device", tokens, flops)
     arguments = encoder, per_token, per_token, per_token, adapter_ids
     try:
         return done._replace(measurement=measure(text_embeddings, arguments, slice_.topology, hlo, mesh=mesh))
@@ -197,9 +226,9 @@ def _suggest_fix(stage: Stage, mesh: MeshConfig, devices: int) -> str:
     found = []
     if stage.encode_chunk_rows is None:
         found.append("stages.N.encode_chunk_rows (rows at once; now all)")
-    elif stage.encode_chunk_rows > 1:
+    elif isinstance(stage.encode_chunk_rows, int) and stage.encode_chunk_rows > 1:
         found.append(f"fewer stages.N.encode_chunk_rows (now {stage.encode_chunk_rows})")
-    if stage.remat != "full" and (stage.remat != "none" or mesh.fsdp == 1):
+    if stage.remat not in ("full", "auto") and (stage.remat != "none" or mesh.fsdp == 1):
         found.append("stages.N.remat=full")
     if stage.logit_chunk is None:
         found.append("stages.N.logit_chunk=1024")

@@ -6,6 +6,7 @@ drawn, and the counts are those that leave the fewest empty rows in them.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +14,9 @@ from jaxtyping import Float, Int
 from jina_jax.text import packing
 
 from ..config import Stage
+
+ChunkRows = int | Literal["auto"] | None
+"""`Stage.encode_chunk_rows`."""
 
 SAMPLED_EXAMPLES = 2048
 """Examples of a stage that are tokenised to learn the lengths of its texts."""
@@ -53,12 +57,12 @@ def most_rows(examples: int, texts: int, stage: Stage) -> tuple[int, ...]:
     return tuple(in_even_chunks(-(-held // per_row), stage.encode_chunk_rows) for held in of_parts)
 
 
-def chunk_count(rows: int, chunk_rows: int | None) -> int:
-    """Number of equal chunks of at most `chunk_rows` rows; None = one chunk."""
-    return max(-(-rows // chunk_rows), 1) if chunk_rows else 1
+def chunk_count(rows: int, chunk_rows: ChunkRows) -> int:
+    """Number of equal chunks of at most `chunk_rows` rows; None = one chunk, "auto" = not known."""
+    return max(-(-rows // chunk_rows), 1) if isinstance(chunk_rows, int) else 1
 
 
-def in_even_chunks(rows: int, chunk_rows: int | None) -> int:
+def in_even_chunks(rows: int, chunk_rows: ChunkRows) -> int:
     """Returns the least number of at least `rows` rows that splits into as many equal chunks."""
     chunks = chunk_count(rows, chunk_rows)
     return -(-rows // chunks) * chunks
@@ -92,7 +96,7 @@ def rows_needed(
 
 
 def fitted_row_counts(
-    needed: Int[np.ndarray, "batches parts"], most: Sequence[int], fitted: int, chunk_rows: int | None
+    needed: Int[np.ndarray, "batches parts"], most: Sequence[int], fitted: int, chunk_rows: ChunkRows
 ) -> tuple[tuple[int, ...], ...]:
     """Returns combinations of row counts that leave few empty rows, the fewest rows first.
 

@@ -58,12 +58,6 @@ LONGEST = 512
 ROW_LENGTH = 128
 """Multiple that rows of texts have: short rows cost least on CPU, and TPUs take no shorter ones."""
 
-ACTIVATION_BYTES = 4 * 2**30
-"""Memory for activations from which on the rows of a step are encoded in chunks."""
-
-BYTES_PER_UNIT = 80
-"""Activation bytes of a token, for each layer and each unit of its width."""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -145,7 +139,6 @@ def plan_run(
         dims=sizes.dims or config.matryoshka_dims,
         num_negatives=num_negatives,
         same_class="excluded",
-        **_chunks(batch_size * tokens / jax.device_count(), row_length, config),
     )
     return TrainConfig(
         start=InitialModel(source=source, lora_rank=sizes.rank, lora_alpha=float(sizes.rank)),
@@ -177,12 +170,6 @@ def _max_length(lengths: Int[np.ndarray, " texts"], base: Embedder) -> int:
     """Tokens that nearly all texts have at most."""
     covering = _multiple(int(np.quantile(lengths, COVERED)), 8)
     return min(max(covering, 2 * LEAST_LENGTH), LONGEST, base.max_length)
-
-
-def _chunks(tokens: float, row_length: int, config: ModelConfig) -> dict[str, Any]:
-    """Fields of a stage that encode a step's tokens in chunks, where the memory asks for it."""
-    most = ACTIVATION_BYTES / (BYTES_PER_UNIT * config.num_layers * config.hidden_size)
-    return {"encode_chunk_rows": max(1, int(most / row_length)), "remat": "except_attention"} if tokens > most else {}
 
 
 def _token_lengths(records: Sequence[Record], prompts: Sequence[str], base: Embedder) -> Int[np.ndarray, " texts"]:

@@ -42,8 +42,9 @@ from ..config import Stage, TrainConfig, to_dict
 from ..data.stream import batch_stream, open_datasets, prefetch
 from ..step.chips import peak_flops
 from ..step.flops import training_flops
+from ..step.memory import fitted_step
 from ..step.trainable_split import merge_trained, split_trainable
-from ..step.update import State, Step, abstract_state, all_finite, initial_state, make_step
+from ..step.update import State, Step, abstract_state, all_finite, initial_state
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
 from .identity import changes, run_identity
 from .initial_model import load_start, prepare_for_stages, with_token_frequencies
@@ -146,7 +147,7 @@ def _train(
         # Stages share the base.
         frozen = base | shard_params({path: x for path, x in frozen.items() if path not in base}, mesh)
         kinds = {dataset.kind for dataset in stage.datasets}
-        steps = {kind: make_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
+        steps = {kind: fitted_step(stage, kind, model, config.dtype, mesh) for kind in kinds}
         flops = training_flops(model, stage)
         runs.append(StageRun(stage, frozen, prefetch(local_stream, config.read_threads), steps, flops))
         states.append(initial_state(stage, trained, mesh) if checkpoint is None else abstract_state(stage, trained))

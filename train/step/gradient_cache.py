@@ -17,7 +17,7 @@ from jina_jax.model.encoder import Encoder
 from jina_jax.model.gradient_sums import GradientSums
 
 from ..data.collate import PackedRows
-from ..data.row_counts import chunk_count
+from ..data.row_counts import ChunkRows, chunk_count, in_even_chunks
 
 ChunkFunction = Callable[[Encoder, GradientSums, PackedRows], tuple[Array, GradientSums]]
 """Function of the encoder, the gradient sums before some rows of a batch, and these rows; returns a
@@ -25,7 +25,7 @@ result, and the sums after them."""
 
 
 def encode_cached(
-    function: ChunkFunction, encoder: Encoder, sums: GradientSums, rows: PackedRows, chunk_rows: int | None
+    function: ChunkFunction, encoder: Encoder, sums: GradientSums, rows: PackedRows, chunk_rows: ChunkRows
 ) -> Array:
     """Encodes chunks of rows with gradient caching (Gao et al., 2021).
 
@@ -40,7 +40,8 @@ def encode_cached(
         chunk_rows: most rows of a chunk; None = all.
 
     Returns:
-        The function's results, stacked along a new first axis.
+        The function's results, stacked along a new first axis; those of empty rows, which fill the
+        last chunk, come last.
     """
     if (chunks := _chunks(rows, chunk_rows)) is None:
         return function(encoder, sums, rows)[0][None]
@@ -55,7 +56,7 @@ def encode_cached(
     return jax.lax.scan(lambda sums, chunk: step(sums, state, chunk), sums, chunks)[1]
 
 
-def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: int | None) -> Float[Array, ""]:
+def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows, chunk_rows: ChunkRows) -> Float[Array, ""]:
     """Sums a loss over chunks of rows, with gradient accumulation.
 
     No chunk's gradient depends on another chunk, so each is computed in the first pass, and nothing
@@ -103,12 +104,21 @@ def accumulate_loss(function: ChunkFunction, encoder: Encoder, rows: PackedRows,
     return total(GradientSums.start(encoder), large, small)
 
 
-def _chunks(rows: PackedRows, chunk_rows: int | None) -> PackedRows | None:
-    """Splits rows into the fewest equal chunks, along a new first axis; None if they are one."""
+def _chunks(rows: PackedRows, chunk_rows: ChunkRows) -> PackedRows | None:
+    """Splits rows into the fewest equal chunks, along a new first axis; None if they are one.
+
+    Empty rows follow where their number asks for it.
+    """
     count = rows.tokens.shape[0]
     if (chunks := chunk_count(count, chunk_rows)) == 1:
         return None
-    return jax.tree.map(lambda x: x.reshape(chunks, count // chunks, x.shape[1]), rows)
+    even = in_even_chunks(count, chunk_rows)
+
+    def split(x: Array, empty: int) -> Array:
+        padded = jnp.pad(jnp.asarray(x), ((0, even - count), (0, 0)), constant_values=empty)
+        return padded.reshape(chunks, even // chunks, x.shape[1])
+
+    return PackedRows(**{name: split(x, -1 if name == "labels" else 0) for name, x in rows._asdict().items()})
 
 
 def _is_summed(path: tuple[Any, ...], _: Any) -> bool:

@@ -22,7 +22,7 @@ from jina_jax.text.packing import max_texts
 from ..config import Stage
 from ..data.collate import PackedRows, TrainBatch
 from ..data.masking import max_masked
-from ..data.row_counts import chunk_count, texts_per_row
+from ..data.row_counts import chunk_count, in_even_chunks, texts_per_row
 from .gradient_cache import accumulate_loss, encode_cached
 
 AxisName = str | tuple[str, ...] | None
@@ -130,7 +130,7 @@ def mlm_loss(
     assert encoder.mlm_head is not None
     (rows,) = batch.parts
     count, length = rows.tokens.shape
-    chunk_rows = count // chunk_count(count, stage.encode_chunk_rows)
+    chunk_rows = in_even_chunks(count, stage.encode_chunk_rows) // chunk_count(count, stage.encode_chunk_rows)
     most = max_masked(chunk_rows * length, stage.mask_rate, chunk_rows * texts_per_row(stage))
     total = (jnp.asarray(rows.labels) >= 0).sum()
     if axis_name is not None:
@@ -175,7 +175,8 @@ def _pooled_rows(
 
     sums = GradientSums.start(encoder, nnx.Variable if adapter is None else AdapterParam)
     embeddings = encode_cached(pooled, encoder, sums, rows, stage.encode_chunk_rows)
-    return embeddings.reshape(-1, embeddings.shape[-1])
+    of_rows = embeddings.reshape(-1, *embeddings.shape[2:])[: rows.tokens.shape[0]]
+    return of_rows.reshape(-1, of_rows.shape[-1])
 
 
 def _folding(gather: Gather, adapter: int, dtype: DTypeLike) -> Gather:

@@ -67,7 +67,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     """Returns the compiled step of a stage on batches of one record kind.
 
     Args:
-        stage: stage to train.
+        stage: stage to train; `memory.fitted_step` chooses what it leaves to the program.
         kind: record kind of the batches.
         config: configuration of the stage's model, see `trainable_split.TrainableSplit`.
         dtype: compute dtype; parameters, gradients and optimizer state are float32.
@@ -76,7 +76,13 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
     Returns:
         Function (state, frozen arrays, batch) -> (new state, metrics). It takes over the state's
         buffers.
+
+    Raises:
+        ValueError: the stage leaves `encode_chunk_rows` or `remat` to the program; or a parameter
+            does not divide by the `fsdp` axis.
     """
+    if "auto" in (stage.encode_chunk_rows, stage.remat):
+        raise ValueError(f"stage {stage.name} leaves encode_chunk_rows or remat open")
     check_divides(config, mesh)
     split = mesh.shape["fsdp"] > 1
     # Without remat the backward pass would keep the gathered kernels of all layers, all at once.

@@ -28,7 +28,7 @@ from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
 from train.aot import compiler as tpu_compiler
 from train.aot import estimate
 from train.aot.abstract_step import PUBLISHED_SIZES, abstract_splits, source_sizes, step_arguments
-from train.aot.compiler import DoesNotFit, Measurement, Slice, transfer_seconds
+from train.aot.compiler import Measurement, Slice, transfer_seconds
 from train.aot.estimate import Compiled, compile_config, mesh_for, report, to_json
 from train.aot.hlo_cost import Collective
 from train.aot.topology import parse_topology, send_rate
@@ -37,6 +37,7 @@ from train.config import DatasetConfig, MeshConfig, load_config
 from train.data.stream import batch_stream, open_datasets
 from train.run.initial_model import load_initial_model
 from train.step.chips import CHIPS, GIB
+from train.step.memory import DoesNotFit
 from train.step.trainable_split import split_trainable
 from train.step.update import initial_state, make_step
 
@@ -67,7 +68,7 @@ def shapes(tree):
 
 @pytest.mark.parametrize("name", ["mlm", "retrieval"])
 def test_the_arguments_are_those_of_training(name, datasets, tmp_path):
-    stage = stages(datasets)[name]
+    stage = stages(datasets, encode_chunk_rows=None, remat="full")[name]
     config, mesh = run_config(stage), make_mesh(devices=jax.devices()[:1])
     encoder, tokenizer = load_initial_model(config)
     model, trained, frozen = split_trainable(encoder, stage)
@@ -176,7 +177,7 @@ def measurement() -> Measurement:
 
 def test_shares_and_rates_are_of_the_whole_step():
     flops = 16 * CHIPS["v5e"].peak  # a second of all devices at their peak
-    done = Compiled("pairs", 1000, flops, measurement())
+    done = Compiled("pairs", 1000, flops, measurement=measurement())
     fields = to_json(done)
     assert fields["mfu"] == pytest.approx(0.4) and fields["mfu_without_communication"] == pytest.approx(0.5)
     assert fields["tokens_per_second"] == pytest.approx(400) and json.dumps(fields)
@@ -208,7 +209,7 @@ def test_a_mesh_that_does_not_fit_the_chips(mesh, valid):
 
 def test_what_does_not_fit_is_told_with_what_would_help(monkeypatch):
     def fails(*_):
-        raise DoesNotFit(20 * GIB, parse_topology("v5e:4x4"))
+        raise DoesNotFit("needs 20.00 GiB of 15.75 GiB")
 
     monkeypatch.setattr(estimate, "measure", fails)
     monkeypatch.setattr(estimate, "mesh_for", lambda *_: make_mesh(devices=jax.devices()[:1]))

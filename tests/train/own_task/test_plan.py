@@ -67,13 +67,6 @@ def test_what_the_user_gives_is_taken(planned):
     assert (run.start.lora_rank, run.start.lora_alpha, run.seed) == (3, 3.0, 5)
 
 
-def test_large_steps_are_encoded_in_chunks(planned, monkeypatch):
-    assert planned(labelled(200)).stages[0].encode_chunk_rows is None
-    monkeypatch.setattr(plan, "ACTIVATION_BYTES", 2**21)
-    (stage,) = planned(labelled(200)).stages
-    assert stage.encode_chunk_rows is not None and stage.remat == "except_attention"
-
-
 @pytest.mark.parametrize(
     ("records", "objective", "negatives"),
     [

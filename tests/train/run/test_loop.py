@@ -216,10 +216,10 @@ def test_bfloat16_has_float32_state_and_a_loss_close_by(datasets, tmp_path, name
 def test_a_run_that_diverges_stops_with_its_step_and_saves_nothing_of_it(datasets, tmp_path, monkeypatch, before, said):
     """NaN parameters from the fourth step on, or as what the sixth one leaves behind."""
     config = run_config(stages(datasets, steps=6)["pairs"], checkpoint_every=3)
-    make_step, calls = loop.make_step, itertools.count(1)
+    fitted_step, calls = loop.fitted_step, itertools.count(1)
 
     def poisoned(*arguments):
-        step = make_step(*arguments)
+        step = fitted_step(*arguments)
 
         def nan(state):
             return state._replace(parameters=jax.tree.map(lambda x: x * jnp.nan, state.parameters))
@@ -232,7 +232,7 @@ def test_a_run_that_diverges_stops_with_its_step_and_saves_nothing_of_it(dataset
         return call
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "make_step", poisoned)
+        patched.setattr(loop, "fitted_step", poisoned)
         with pytest.raises(TrainingDiverged, match=said):
             train(config, tmp_path / "run", progress=False)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000003"]

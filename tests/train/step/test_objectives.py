@@ -22,7 +22,7 @@ from train.data.examples import Example
 from train.data.row_counts import most_rows, texts_per_row
 from train.step.objectives import objective, score_ranks
 
-STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, encode_chunk_rows=None)
+STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, encode_chunk_rows=None, remat="except_products")
 CASES = [
     ("mlm", "text"),
     ("pairs", "pair"),
@@ -82,8 +82,8 @@ class Case:
         shape = BatchShape(stage.row_length, texts_per_row(stage), (most_rows(N, len(self.texts.ids) // N, stage),))
         return collate(self.examples, self.encode, shape, 1, self.config.pad_id)
 
-    def value_and_gradients(self, stage: Stage):
-        batch, loss = self.batch(stage), objective(stage, self.kind)
+    def value_and_gradients(self, stage: Stage, batch: TrainBatch | None = None):
+        batch, loss = batch or self.batch(stage), objective(stage, self.kind)
         trained, frozen = self.split()
         return jax.jit(jax.value_and_grad(lambda arrays, batch: loss(self.encoder(frozen | arrays), batch)))(trained, batch)
 
@@ -211,6 +211,17 @@ def test_absolute_positions_have_the_gradients_of_the_plain_form(name, kind, off
 def test_each_way_to_save_memory_leaves_the_gradients_alone(fields, make_encoder, tokenizer):
     case = Case("pairs", "pair", make_encoder, tokenizer)
     assert_same(case.value_and_gradients(replace(case.stage, **fields)), case.value_and_gradients(case.stage))
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_chunks_of_another_size_than_the_rows_divide_into_are_filled_up(name, kind, make_encoder, tokenizer):
+    case = Case(name, kind, make_encoder, tokenizer)
+    whole = replace(case.stage, row_length=24)
+    batch = case.batch(whole)
+    rows = batch.parts[-1].tokens.shape[0]
+    chunk = next(n for n in range(2, rows) if rows % n)
+    chunked = replace(whole, encode_chunk_rows=chunk)
+    assert_same(case.value_and_gradients(chunked, batch), case.value_and_gradients(whole, batch))
 
 
 def test_mlm_in_chunks_has_the_same_gradients_and_nothing_is_multiplied_twice(make_encoder, tokenizer):

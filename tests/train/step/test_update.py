@@ -117,7 +117,10 @@ def test_decay_shrinks_matrices_and_leaves_biases_and_norms_alone(name, make_enc
 @pytest.mark.parametrize("name, kind", [("pairs", "pair"), ("classification", "labelled_text")])
 def test_a_step_is_torchs_update_by_the_gradient_of_the_loss(name, kind, make_encoder, tokenizer, tmp_path):
     # A large epsilon: otherwise a gradient that is nothing but rounding makes a whole step.
-    stage = replace(stages(write_datasets(tmp_path), steps=6, warmup_steps=2, weight_decay=0.3)[name], epsilon=1e-3)
+    stage = replace(
+        stages(write_datasets(tmp_path), steps=6, warmup_steps=2, weight_decay=0.3, encode_chunk_rows=None, remat="full")[name],
+        epsilon=1e-3,
+    )
     encoder = make_encoder(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, tasks=stage.adapters)
     config, trained, frozen = split_trainable(encoder, stage)
     mesh = make_mesh(data=1)
