@@ -22,7 +22,7 @@ from ..data.collate import PackedRows, TrainBatch
 from ..data.examples import texts_per_example
 from ..data.row_counts import most_rows
 from ..run.initial_model import fresh_sizes, prepare_for_stages
-from ..step.trainable_split import TrainableSplit, split_trainable
+from ..step.trainable_split import TrainableSplit, ready_to_fold, split_trainable
 from ..step.update import State, abstract_state
 
 _ABSOLUTE: dict[str, Any] = {"position_type": "absolute", "rope_theta": 10_000.0}
@@ -80,14 +80,15 @@ def source_sizes(config: TrainConfig, directory: Path) -> ModelConfig:
 
 
 def abstract_splits(config: TrainConfig, sizes: ModelConfig) -> list[TrainableSplit]:
-    """`split_trainable` of each stage, with shapes in place of arrays."""
+    """What a run has of each stage's `split_trainable`, with shapes in place of arrays."""
     made: list[ModelConfig] = []
 
     def arrays() -> list[tuple[Any, Any]]:
         encoder = prepare_for_stages(Encoder(sizes, rngs=nnx.Rngs(0)), config)
         splits = [split_trainable(encoder, stage) for stage in config.stages]
         made.extend(part.config for part in splits)
-        return [(part.trained, part.frozen) for part in splits]
+        stages = zip(config.stages, splits, strict=True)
+        return [(part.trained, ready_to_fold(part.frozen, stage, config.dtype)) for stage, part in stages]
 
     return [TrainableSplit(model, *shapes) for model, shapes in zip(made, jax.eval_shape(arrays), strict=False)]
 

@@ -43,7 +43,7 @@ from ..data.stream import batch_stream, open_datasets, prefetch
 from ..step.chips import peak_flops
 from ..step.flops import training_flops
 from ..step.memory import fitted_step
-from ..step.trainable_split import merge_trained, split_trainable
+from ..step.trainable_split import merge_trained, ready_to_fold, split_trainable
 from ..step.update import State, Step, abstract_state, all_finite, initial_state
 from .checkpoints import Checkpoint, Saver, latest, remove_unfinished, restore
 from .identity import changes, run_identity
@@ -143,6 +143,7 @@ def _train(
             asking_main=asking_main,
         )
         model, trained, frozen = split_trainable(encoder, stage)
+        frozen = ready_to_fold(frozen, stage, config.dtype)
         base = base or shard_params({path: frozen[path] for path in base_arrays(encoder) if path in frozen}, mesh)
         # Stages share the base.
         frozen = base | shard_params({path: x for path, x in frozen.items() if path not in base}, mesh)

@@ -10,6 +10,7 @@ from jax import Array
 from jina_jax.config import ModelConfig
 from jina_jax.model.adapters import base_arrays, extract_adapters, replace_adapters
 from jina_jax.model.encoder import Encoder
+from jina_jax.model.frozen_base import DENSE
 from jina_jax.model.lora import AdapterParam
 from jina_jax.model.parameters import Arrays, abstract_variables, from_arrays
 from jina_jax.parallel.fsdp import pad_vocabulary, unpad_vocabulary
@@ -39,6 +40,15 @@ def split_trainable(encoder: Encoder, stage: Stage) -> TrainableSplit:
         if isinstance(variable, AdapterParam if stage.adapters else nnx.Param) and not unused:
             trained[path] = arrays.pop(path)
     return TrainableSplit(config, pad_vocabulary(trained), pad_vocabulary(arrays))
+
+
+def ready_to_fold(frozen: Arrays, stage: Stage, dtype: str) -> Arrays:
+    """Casts the kernels that a stage's adapters are folded into to the compute dtype.
+
+    Folding does this first: here it is done once, and not in every step.
+    """
+    kernels = {f"layers.{name}.kernel" for name in DENSE} if stage.adapters else set()
+    return {path: x.astype(dtype) if path in kernels else x for path, x in frozen.items()}
 
 
 def merge_trained(encoder: Encoder, stage: Stage, trained: Mapping[str, Array]) -> Encoder:

@@ -13,7 +13,7 @@ import torch
 from flax import nnx
 from transformers import get_linear_schedule_with_warmup
 
-from helpers.training import KINDS, compiled_once, stages, write_datasets
+from helpers.training import KINDS, assert_identical, compiled_once, stages, write_datasets
 from jina_jax import Encoder
 from jina_jax.config import ModelConfig
 from jina_jax.model.parameters import from_local_arrays, variables
@@ -24,7 +24,7 @@ from train.step.chips import peak_flops
 from train.step.flops import training_flops
 from train.step.objectives import objective
 from train.step.optimizer import clipped, learning_rate, optimizer
-from train.step.trainable_split import split_trainable
+from train.step.trainable_split import ready_to_fold, split_trainable
 from train.step.update import all_finite, initial_state, make_step
 
 STAGES = stages({kind: DatasetConfig("not read", kind) for kind in KINDS}, steps=6, warmup_steps=2, weight_decay=0.3)
@@ -139,6 +139,34 @@ def test_a_step_is_torchs_update_by_the_gradient_of_the_loss(name, kind, make_en
         np.testing.assert_allclose([metrics.loss, metrics.grad_norm], [value, norm], rtol=1e-5)
         reference.assert_has(state.parameters)
     assert not any(jnp.array_equal(x, trained[path]) for path, x in state.parameters.items())
+
+
+@pytest.mark.parametrize("name, kind", [("retrieval", "triplet"), ("classification", "labelled_text")])
+def test_kernels_that_are_cast_once_have_the_steps_of_those_that_each_step_casts(name, kind, make_encoder, tokenizer, tmp_path):
+    stage = stages(write_datasets(tmp_path), encode_chunk_rows=None, remat="full", learning_rate=0.1)[name]
+    encoder = make_encoder(vocab_size=16_000, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, tasks=stage.adapters)
+    config, trained, frozen = split_trainable(encoder, stage)
+    ready = ready_to_fold(frozen, stage, "bfloat16")
+    assert {path for path, x in ready.items() if x.dtype == jnp.bfloat16} == {
+        f"layers.{module}.kernel" for module in ("qkv", "out", "up", "down")
+    }
+    mesh = make_mesh(data=1)
+    step = make_step(stage, kind, config, "bfloat16", mesh)
+    stream = batch_stream(stage, open_datasets(stage, tmp_path), encoder.config, tokenizer, seed=0)
+    states = [initial_state(stage, trained, mesh) for _ in range(2)]
+    for number in range(3):
+        batch = from_process_local(stream[number][1], mesh)
+        made = [step(state, shard_params(base, mesh), batch) for state, base in zip(states, (frozen, ready), strict=True)]
+        states = [state for state, _ in made]
+        assert made[0][1].loss == made[1][1].loss
+        assert_identical(*(state.parameters for state in states))
+
+
+def test_float32_and_stages_of_the_base_cast_nothing(make_encoder):
+    encoder = make_encoder(tasks=STAGES["classification"].adapters, mlm_head=True)
+    for name, dtype in (("classification", "float32"), ("mlm", "bfloat16")):
+        frozen = split_trainable(encoder, STAGES[name]).frozen
+        assert {x.dtype for x in ready_to_fold(frozen, STAGES[name], dtype).values()} <= {jnp.dtype("float32")}
 
 
 def test_a_pooler_is_not_trained(make_encoder):
