@@ -33,6 +33,7 @@ from jina_jax.storage import StoragePath
 from train.config import DatasetConfig, InitialModel, Stage, TrainConfig
 from train.data.tfds_datasets import prepare_records
 from train.run import bucket_checkpoints, checkpoints, loop
+from train.step import memory
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "data" / "tokenizer")
 MODEL = ModelConfig(vocab_size=16_000, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
@@ -304,5 +305,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "dies in a step": lambda number: _before(loop, "from_process_local", number, _die),
     "wrong in a step": lambda number: _before(loop, "from_process_local", number, _raise),
     "disk full": lambda number: _before(checkpoints.ocp, "save_async", number, _disk_full),
+    "has little memory": lambda number: setattr(memory, "_host_memory", lambda: number * 2**20),
 }
-"""Faults by name; each takes the number of the save, or of the step, at which it happens."""
+"""Faults by name; each takes the number of the save, or of the step, at which it happens, or the
+MiB that there are."""

@@ -116,6 +116,13 @@ def test_an_error_in_one_process_is_every_processs_error(runs_of, tmp_path):
     assert "error: process 1: something is wrong here" in log_of(tmp_path, 1)
 
 
+def test_a_step_that_does_not_fit_one_process_is_not_begun_by_any(runs_of, tmp_path):
+    job = runs_of("pairs", devices=1).start_job(tmp_path, 2, faults={1: ("has little memory", 8)})
+    assert exit_codes(job, seconds=90) == [1, 1]
+    for process in range(2):
+        assert "stage pairs: a step on" in log_of(tmp_path, process) and "0.01 GiB" in log_of(tmp_path, process)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(runs_of, tmp_path):
     """Four devices in two processes, then one device: same batches, same result."""

@@ -3,7 +3,7 @@
 Says whether they fit, and how long they take.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from ..step.chips import GIB
 from ..step.flops import training_flops
 from ..step.memory import DoesNotFit, Plan, first_fitting, plans, shard_bytes, with_plan
 from ..step.trainable_split import TrainableSplit
-from ..step.update import Step, make_step
+from ..step.update import make_step
 from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arguments
 from .compiler import Measurement, Slice, measure
+from .topology import Topology
 
 INFERENCE_ROWS = 16
 """Rows of each device in the embedder's program, if the stage has no number of them."""
@@ -86,9 +87,9 @@ def compile_config(
         rows = [part.tokens.shape[0] // mesh.size for part in arguments[2].parts]
         room = slice_.topology.chip.hbm - shard_bytes(arguments)
         candidates = plans(stage, rows, model.config, config.dtype, room, on_tpu=True)
-        make = partial(_planned_step, stage, kind, model.config, config.dtype, mesh)
+        measured = partial(_measured, stage, kind, model.config, config.dtype, mesh, arguments, slice_.topology, file)
         try:
-            plan, measurement = first_fitting(candidates, partial(_measured, make, arguments, slice_, file))
+            plan, measurement = first_fitting(candidates, measured)
             yield done._replace(plan=plan, measurement=measurement)
         except DoesNotFit as error:
             yield done._replace(failure=f"{error}; {_suggest_fix(stage, config.mesh, mesh.size)}")
@@ -120,13 +121,10 @@ def report(compiled: Compiled) -> str:
     memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in cost.memory.items())
     millions = ", ".join(f"{kind} {cycles / 1e6:,.1f}" for kind, cycles in cost.cycles.items())
     share, alone = model_flops_utilisation(compiled)
-    lines = [
-        f"{compiled.name} on {cost.topology}, {cost.devices} devices",
-        *(
-            [f"  rows at once           {compiled.plan.encode_chunk_rows or 'all'}; remat {compiled.plan.remat}"]
-            if compiled.plan
-            else []
-        ),
+    lines = [f"{compiled.name} on {cost.topology}, {cost.devices} devices"]
+    if plan := compiled.plan:
+        lines.append(f"  rows at once           {plan.encode_chunk_rows or 'all'}; remat {plan.remat}")
+    lines += [
         f"  memory, GiB a device   {memory}; there are {cost.hbm / GIB:.2f}",
         f"  step time, estimated   {cost.seconds:.3f} s: computation {cost.compute_seconds:.3f}, "
         f"communication by its model {cost.communication_seconds:.3f}",
@@ -161,38 +159,40 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
     fields = {"name": compiled.name, "fits": cost is not None, "tokens": compiled.tokens, "flops": compiled.flops}
     if cost is None:
         return fields | {"reason": compiled.failure}
+    if compiled.plan:
+        fields |= compiled.plan._asdict()
     share, alone = model_flops_utilisation(compiled)
-    plan = compiled.plan._asdict() if compiled.plan else {}
-    return (
-        fields
-        | plan
-        | {
-            "topology": cost.topology,
-            "devices": cost.devices,
-            "memory_bytes": cost.memory | {"usable": cost.hbm},
-            "cycles": cost.cycles,
-            "bundles": cost.bundles,
-            "kernels": cost.kernels,
-            "collectives": [collective._asdict() for collective in cost.collectives],
-            "seconds": cost.seconds,
-            "compute_seconds": cost.compute_seconds,
-            "communication_seconds": cost.communication_seconds,
-            "tokens_per_second": compiled.tokens / cost.seconds,
-            "mfu": share,
-            "mfu_without_communication": alone,
-            "compile_seconds": cost.compile_seconds,
-        }
-    )
-
-
-def _planned_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, plan: Plan) -> Step:
-    return make_step(with_plan(stage, plan), kind, config, dtype, mesh)
+    return fields | {
+        "topology": cost.topology,
+        "devices": cost.devices,
+        "memory_bytes": cost.memory | {"usable": cost.hbm},
+        "cycles": cost.cycles,
+        "bundles": cost.bundles,
+        "kernels": cost.kernels,
+        "collectives": [collective._asdict() for collective in cost.collectives],
+        "seconds": cost.seconds,
+        "compute_seconds": cost.compute_seconds,
+        "communication_seconds": cost.communication_seconds,
+        "tokens_per_second": compiled.tokens / cost.seconds,
+        "mfu": share,
+        "mfu_without_communication": alone,
+        "compile_seconds": cost.compile_seconds,
+    }
 
 
 def _measured(
-    make: Callable[[Plan], Step], arguments: tuple[Any, ...], slice_: Slice, hlo: Path | None, plan: Plan
+    stage: Stage,
+    kind: str,
+    config: ModelConfig,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    arguments: tuple[Any, ...],
+    topology: Topology,
+    hlo: Path | None,
+    plan: Plan,
 ) -> Measurement:
-    return measure(make(plan), arguments, slice_.topology, hlo)
+    """Measures a stage's step, run as planned."""
+    return measure(make_step(with_plan(stage, plan), kind, config, dtype, mesh), arguments, topology, hlo)
 
 
 def _compiled_inference(

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -42,6 +43,9 @@ USABLE = 0.95
 
 HOST_SHARE = 0.75
 """Fraction of the machine's memory that steps on CPUs may take."""
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Linux's file of a container's limit: bytes, or "max"."""
 
 Result = TypeVar("Result")
 
@@ -147,7 +151,8 @@ def fitted_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: 
                     f"stage {stage.name}: a step on {sum(rows)} rows of {stage.row_length} {error}; "
                     "set logit_chunk, a smaller batch_size or a larger mesh.fsdp"
                 ) from error
-            logger.info("stage %s: a step on %s rows encodes %s of them at once, remat %s", stage.name, rows, *_shown(plan))
+            shown, at_once = " + ".join(map(str, rows)), plan.encode_chunk_rows or "all"
+            logger.info("stage %s: a step on %s rows encodes %s at once, remat %s", stage.name, shown, at_once, plan.remat)
         return programs[rows](state, frozen, batch)
 
     return step
@@ -159,12 +164,21 @@ def shard_bytes(tree: Any) -> int:
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes of memory of each of this process' devices; of a CPU, its share of the machine's."""
-    stats = mesh.local_devices[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+    """Bytes of memory of a device, the least of all processes; of a CPU, its share of the machine's
+    or the container's."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    own = stats.get("bytes_limit") or int(HOST_SHARE * _host_memory()) // len(mesh.local_devices)
+    mebibytes = np.int32(own // 2**20)  # JAX's integers have 32 bits
+    if jax.process_count() > 1:
+        mebibytes = multihost_utils.process_allgather(mebibytes).min()
+    return int(mebibytes) * 2**20
+
+
+def _host_memory() -> int:
+    """Bytes of memory of the machine, or of the container that this process is in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(HOST_SHARE * machine) // len(mesh.local_devices)
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return machine if limit == "max" else min(machine, int(limit))
 
 
 def _compiled_within(lowered: Any, limit: int, on_tpu: bool) -> Step:
@@ -194,7 +208,3 @@ def _needed_bytes(stats: Any, on_tpu: bool) -> int:
     if on_tpu:  # elsewhere, the peak is that of a part of them
         return stats.peak_memory_in_bytes
     return stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-
-
-def _shown(plan: Plan) -> tuple[str, str]:
-    return str(plan.encode_chunk_rows or "all"), plan.remat

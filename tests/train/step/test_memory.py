@@ -142,7 +142,7 @@ def test_a_step_in_less_memory_has_the_same_loss_and_update(case, monkeypatch, c
         caplog.clear()
         step = case.fitted()
         got, again = step(*case.arguments())
-        assert f"encodes {first.encode_chunk_rows or 'all'} of them at once, remat {first.remat}" in caplog.messages[-1]
+        assert f"encodes {first.encode_chunk_rows or 'all'} at once, remat {first.remat}" in caplog.messages[-1]
         np.testing.assert_allclose([again.loss, again.grad_norm], [metrics.loss, metrics.grad_norm], rtol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), got.parameters, want.parameters)
         messages = len(caplog.messages)
@@ -186,6 +186,14 @@ def test_the_first_that_fits_is_taken_and_none_after_it_is_compiled():
         first_fitting(candidates[:1], compiled)
 
 
-def test_a_cpu_has_its_share_of_the_machine():
-    one = memory.device_memory(make_mesh(data=1))
-    assert 2**28 < one * jax.local_device_count() < 2**45
+def test_a_cpu_has_its_share_of_the_machine_or_the_container(monkeypatch, tmp_path):
+    mesh, limit = make_mesh(data=1), tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", limit)
+    machine = memory.device_memory(mesh)
+    assert 2**28 < machine < 2**45
+    limit.write_text("max\n")
+    assert memory.device_memory(mesh) == machine
+    limit.write_text(f"{2**30}\n")
+    assert memory.device_memory(mesh) == 0.75 * 2**30
+    limit.write_text(f"{2**60}\n")
+    assert memory.device_memory(mesh) == machine
