@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from ..config import ModelConfig
 from ..text.chunking import first_characters, not_white_space
-from ..text.packing import TOKENS_PER_TEXT, BatchPlan, PackedBatch, lay_out, max_texts
+from ..text.packing import BatchPlan, PackedBatch, lay_out, max_texts
 from ..text.unicode import lone_surrogate
 from .inputs import check_one_of, is_int, parse_request
 from .results import Result, not_finite
@@ -31,9 +31,9 @@ OVERLAP = 256
 DOCUMENTS_AT_ONCE = 64
 """Documents tokenised at once; bounds memory, since offsets are large."""
 
-SLOT_STEPS = (1, 4, TOKENS_PER_TEXT)
-"""A row has as many slots for chunks as for texts, or a multiple: one program each, whatever the
-chunks. The last has one for each token."""
+SLOT_STEPS = (1, 4)
+"""A row has as many slots for chunks as for texts, or a multiple, or one for each token: one
+program each, whatever the chunks."""
 
 
 class ChunkRequest(NamedTuple):
@@ -278,7 +278,7 @@ def lay_out_chunks(windows: Sequence[Window], plan: BatchPlan, pad_id: int) -> t
     numbered = [np.unique(ids, return_inverse=True) for ids in in_rows]
     distinct = [chunks[chunks >= 0] for chunks, _ in numbered]
     most = max(len(chunks) for chunks in distinct)
-    slots = next(max_texts(t) * step for step in SLOT_STEPS if most <= max_texts(t) * step)
+    slots = next((max_texts(t) * step for step in SLOT_STEPS if most <= max_texts(t) * step), t)
     chunks = np.full((b, slots), -1, np.int32)
     for row, (ids, held, (found, inverse)) in enumerate(zip(in_rows, distinct, numbered, strict=True)):
         # np.unique sorts: -1 comes first where there is any, and is pool id 0.

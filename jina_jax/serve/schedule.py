@@ -44,8 +44,8 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Slots that it counts for: its tokens, but 16 for each embedding, of which a row of t
-        slots holds t / 16."""
+        """Slots that it counts for: its tokens, but at least `TOKENS_PER_TEXT` for each embedding,
+        of which a row has no more than its slots hold."""
         return max(self.tokens, TOKENS_PER_TEXT * self.work.texts[self.text].embeddings)
 
 

@@ -88,7 +88,7 @@ def test_only_a_small_call_gets_a_small_row():
         return [batch.tokens.shape for batch in batches]
 
     assert shapes("512", "512", "5") == [(2, 512), (1, 512)]
-    assert shapes("5", "5", "5") == [(1, 32)]
+    assert shapes("5", "5", "5") == [(1, 24)]
 
 
 def test_texts_that_nothing_fills_do_not_wait_for_the_end():

@@ -82,8 +82,8 @@ def test_at_most_a_quarter_of_a_batch_is_empty_rows(lengths, budget):
 
 @pytest.mark.parametrize(
     ("lengths", "shape"),
-    [([5], (1, 16)), ([16], (1, 16)), ([17], (1, 32)), ([5, 5], (1, 16)), ([16, 16], (1, 32)), ([33], (1, 128))]
-    + [([3] * 3, (1, 32)), ([5] * 5, (1, 128)), ([8] * 16, (1, 128)), ([7] * 17, (1, 512)), ([129], (1, 512))],
+    [([5], (1, 12)), ([16], (1, 16)), ([17], (1, 24)), ([5, 5], (1, 16)), ([16, 16], (1, 32)), ([33], (1, 64))]
+    + [([3] * 3, (1, 24)), ([5] * 5, (1, 64)), ([8] * 16, (1, 128)), ([7] * 17, (1, 512)), ([129], (1, 512))],
 )
 def test_a_small_call_gets_one_small_row(lengths, shape):
     assert [batch.shape for batch in plan_batches(lengths, 8192)] == [shape]
