@@ -27,7 +27,7 @@ from train.step.memory import (
 from train.step.trainable_split import split_trainable
 from train.step.update import initial_state, make_step
 
-SIZES = {"vocab_size": 16_000, "hidden_size": 64, "num_layers": 3, "num_heads": 2, "mlp_size": 256}
+SIZES = {"vocab_size": 16_000, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "mlp_size": 256}
 CONFIG = ModelConfig(**SIZES)
 ROOM = 2**40
 
@@ -88,7 +88,7 @@ class Case:
 
     def __init__(self, name: str, datasets, make_encoder, tokenizer, tmp_path):
         self.mesh = make_mesh(data=1)
-        self.stage = stages(datasets, batch_size=32, max_length=48, epsilon=1e-2)[name]
+        self.stage = stages(datasets, batch_size=16, max_length=48, epsilon=1e-2)[name]
         tasks = {"tasks": self.stage.adapters} if self.stage.adapters else {"mlm_head": name == "mlm"}
         encoder = make_encoder(**SIZES, **tasks)
         self.config, self.trained, frozen = split_trainable(encoder, self.stage)
@@ -116,7 +116,7 @@ def case(request, datasets, make_encoder, tokenizer, tmp_path):
     return Case(request.param, datasets, make_encoder, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("case", ["retrieval", "classification", "mlm"], indirect=True)
+@pytest.mark.parametrize("case", ["retrieval", "mlm"], indirect=True)
 def test_each_plan_that_keeps_less_needs_less_memory_by_the_compiler(case):
     """And at least what is reckoned: a plan is left out only where it cannot fit."""
     candidates = plans(case.stage, case.rows, case.config, "float32", ROOM, on_tpu=False)
@@ -128,14 +128,14 @@ def test_each_plan_that_keeps_less_needs_less_memory_by_the_compiler(case):
     assert shard_bytes(case.arguments()) == pytest.approx(stats[0].argument_size_in_bytes, rel=1e-2)
 
 
-@pytest.mark.parametrize("case", ["pairs", "classification"], indirect=True)
+@pytest.mark.parametrize("case", ["pairs"], indirect=True)
 def test_a_step_in_less_memory_has_the_same_loss_and_update(case, monkeypatch, caplog):
     caplog.set_level("INFO", memory.__name__)
     candidates = plans(case.stage, case.rows, case.config, "float32", ROOM, on_tpu=False)
     stats = [case.planned(plan).lower(*case.arguments()).compile().memory_analysis() for plan in candidates]
     needed = [memory._needed_bytes(each, on_tpu=False) for each in stats]
     want, metrics = case.planned(candidates[0])(*case.arguments())
-    for fraction in (1.0, 0.8, 0.5, 0.0):
+    for fraction in (0.6, 0.0):
         room = min(needed) + fraction * (max(needed) - min(needed)) + 1
         monkeypatch.setattr(memory, "device_memory", lambda mesh, room=room: 1 + room / memory.USABLE)
         first = next(plan for plan, size in zip(candidates, needed, strict=True) if size <= room)
