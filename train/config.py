@@ -120,6 +120,11 @@ class Stage:
     as the memory of a device allows (on TPU never "except_products"), before rows are encoded in
     chunks."""
 
+    @property
+    def leaves_memory_open(self) -> bool:
+        """True if the program chooses the rows encoded at once, or what is recomputed."""
+        return "auto" in (self.encode_chunk_rows, self.remat)
+
     def __post_init__(self) -> None:
         for dataset in self.datasets:
             if dataset.kind not in ACCEPTED[self.objective]:

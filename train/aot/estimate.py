@@ -21,7 +21,7 @@ from ..config import MeshConfig, Stage, TrainConfig
 from ..data.examples import texts_per_example
 from ..step.chips import GIB
 from ..step.flops import training_flops
-from ..step.memory import DoesNotFit, Plan, first_fitting, plans, shard_bytes, with_plan
+from ..step.memory import USABLE, DoesNotFit, Plan, first_fitting, plans, shard_bytes, with_plan
 from ..step.trainable_split import TrainableSplit
 from ..step.update import make_step
 from .abstract_step import abstract_splits, int32_struct, source_sizes, step_arguments
@@ -85,7 +85,7 @@ def compile_config(
         file = hlo and (hlo if len(programs) == 1 else hlo.with_stem(f"{hlo.stem}-{stage.name}-{kind}"))
         done = Compiled(name, tokens, training_flops(model.config, stage) * tokens)
         rows = [part.tokens.shape[0] // mesh.size for part in arguments[2].parts]
-        room = slice_.topology.chip.hbm - shard_bytes(arguments)
+        room = int(USABLE * slice_.topology.chip.hbm) - shard_bytes(arguments)
         candidates = plans(stage, rows, model.config, config.dtype, room, on_tpu=True)
         measured = partial(_measured, stage, kind, model.config, config.dtype, mesh, arguments, slice_.topology, file)
         try:
@@ -191,8 +191,15 @@ def _measured(
     hlo: Path | None,
     plan: Plan,
 ) -> Measurement:
-    """Measures a stage's step, run as planned."""
-    return measure(make_step(with_plan(stage, plan), kind, config, dtype, mesh), arguments, topology, hlo)
+    """Measures a stage's step, run as planned.
+
+    Raises:
+        DoesNotFit: the compiler refuses it, or training would take another plan.
+    """
+    found = measure(make_step(with_plan(stage, plan), kind, config, dtype, mesh), arguments, topology, hlo)
+    if stage.leaves_memory_open and (peak := found.memory["peak"]) > USABLE * found.hbm:
+        raise DoesNotFit(f"needs {peak / GIB:.2f} GiB of the {USABLE * found.hbm / GIB:.2f} GiB that a step may take")
+    return found
 
 
 def _compiled_inference(

@@ -129,7 +129,7 @@ def fitted_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: 
     Raises:
         DoesNotFit: at a step that no plan makes small enough.
     """
-    if "auto" not in (stage.encode_chunk_rows, stage.remat):
+    if not stage.leaves_memory_open:
         return make_step(stage, kind, config, dtype, mesh)
     programs: dict[tuple[int, ...], Step] = {}
 

@@ -81,7 +81,7 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         ValueError: the stage leaves `encode_chunk_rows` or `remat` to the program; or a parameter
             does not divide by the `fsdp` axis.
     """
-    if "auto" in (stage.encode_chunk_rows, stage.remat):
+    if stage.leaves_memory_open:
         raise ValueError(f"stage {stage.name} leaves encode_chunk_rows or remat open")
     check_divides(config, mesh)
     split = mesh.shape["fsdp"] > 1

@@ -37,7 +37,7 @@ from train.config import DatasetConfig, MeshConfig, load_config
 from train.data.stream import batch_stream, open_datasets
 from train.run.initial_model import load_initial_model
 from train.step.chips import CHIPS, GIB
-from train.step.memory import DoesNotFit
+from train.step.memory import DoesNotFit, Plan
 from train.step.trainable_split import split_trainable
 from train.step.update import initial_state, make_step
 
@@ -219,6 +219,30 @@ def test_what_does_not_fit_is_told_with_what_would_help(monkeypatch):
     assert done.measurement is None and "needs 20.00 GiB" in done.failure and "15.75 GiB" in done.failure
     assert "encode_chunk_rows (now 32)" in done.failure and "logit_chunk" in done.failure and "\n" not in done.failure
     assert to_json(done)["fits"] is False
+
+
+def test_a_stage_that_leaves_memory_open_is_compiled_as_training_would_run_it(monkeypatch):
+    """All 64 rows, whole layers recomputed, half of the rows; a plan that is given is taken."""
+    peaks = iter([15.5, 15.2, 14.0, 15.5])
+    found = measurement()
+
+    def measured(*_):
+        return found._replace(memory=found.memory | {"peak": int(next(peaks) * GIB)})
+
+    monkeypatch.setattr(estimate, "measure", measured)
+    monkeypatch.setattr(estimate, "mesh_for", lambda *_: make_mesh(devices=jax.devices()[:1]))
+    config = replace(load_config(CONFIGS / "pairs_short.py"), start=run_config(STAGES["pairs"]).start)
+
+    def compiled(**fields):
+        stage = replace(config.stages[0], batch_size=64, **fields)
+        (done,) = compile_config(replace(config, stages=(stage,)), CONFIGS, a_slice())
+        return done
+
+    done = compiled(encode_chunk_rows="auto", remat="auto")
+    assert done.plan == Plan(encode_chunk_rows=32, remat="except_attention") and done.measurement.memory["peak"] == 14 * GIB
+    assert to_json(done)["encode_chunk_rows"] == 32 and "rows at once           32" in report(done)
+    given = compiled(encode_chunk_rows=None, remat="full")
+    assert given.plan == Plan(None, "full") and given.measurement.memory["peak"] == 15.5 * GIB
 
 
 def test_sizes_in_the_compilers_message():
