@@ -47,6 +47,9 @@ class Proxy:
         self.server, self.scheme, self.counts = server, scheme, Counter[str]()
         self.log: list[tuple[str, str, int]] = []
         self.fault: Callable[[str, str, bytes], Any] = lambda method, path, body: None
+        # S3 compares a condition and writes in one step; moto takes two, between which another
+        # request may write.
+        self.turn = threading.Lock() if scheme == "s3" else contextlib.nullcontext()
         self._http = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
@@ -94,6 +97,14 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             elif fault == "cut":
                 self._cut()
                 return
+            with proxy.turn:
+                answered = self._answer_of_the_server(body)
+            if answered is None or fault == "cut answer":
+                self._cut()
+            else:
+                self._answer(*answered)
+
+        def _answer_of_the_server(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes] | None:
             connection = http.client.HTTPConnection(target, timeout=60)
             kept = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "content-length", "expect")}
             kept["Content-Length"] = str(len(body))
@@ -102,16 +113,11 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             try:
                 connection.request(self.command, self.path, body, kept)
                 answer = connection.getresponse()
-                data = answer.read()
+                return answer.status, answer.getheaders(), answer.read()
             except OSError:
-                self._cut()
-                return
+                return None
             finally:
                 connection.close()
-            if fault == "cut answer":
-                self._cut()
-            else:
-                self._answer(answer.status, answer.getheaders(), data)
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "").lower() == "chunked":

@@ -77,8 +77,10 @@ def test_a_holder_that_was_taken_over_is_told(root):
             mine.check()
 
 
-def test_of_two_that_want_a_lock_at_once_one_gets_it(root):
+def test_of_several_that_want_a_lock_at_once_one_gets_it(root, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 60.0)  # however slow the machine, the winner renews in time
 
     def attempt(number):
         try:
@@ -88,8 +90,7 @@ def test_of_two_that_want_a_lock_at_once_one_gets_it(root):
 
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(attempt, number) for number in range(1, 7)]
-        deadline = time.monotonic() + 1.2
-        while time.monotonic() < deadline:
+        while not all(future.done() for future in futures):
             winner = json.loads((root / ".lock").read_bytes() or "{}") if (root / ".lock").exists() else {}
             if winner:  # it renews
                 (root / ".lock").write_text(json.dumps(winner | {"renewals": winner["renewals"] + 1}))

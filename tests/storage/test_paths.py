@@ -1,5 +1,6 @@
 """Paths in buckets behave as local ones do, on servers of both protocols."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_a_write_under_a_condition_fails_when_another_program_has_written(root):
     with pytest.raises(ObjectChanged):
         root.store.write(f"{root.key}/x", b"3", version=first.version)
     assert (root / "x").read_bytes() == b"2" and (root / "x").info().version == second.version
+
+
+def test_of_many_writes_at_once_under_the_same_condition_one_is_done(root):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def write(data, version):
+        with contextlib.suppress(ObjectChanged):
+            return root.store.write(f"{root.key}/x", data, version=version)
+
+    version = ""
+    with ThreadPoolExecutor(6) as pool:
+        for attempt in range(20):
+            texts = [f"{attempt} {writer}".encode() for writer in range(6)]
+            done = [result for result in pool.map(write, texts, [version] * 6) if result]
+            assert len(done) == 1
+            version = done[0].version
+            assert (root / "x").info().version == version
 
 
 def test_patterns_find_objects(root):
