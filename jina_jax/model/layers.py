@@ -61,13 +61,23 @@ def _normalise_forward(normalised: DeferredLayerNorm) -> tuple[Array, DeferredLa
 
 
 def _normalise_backward(normalised: DeferredLayerNorm, d_y: Array) -> tuple[DeferredLayerNorm]:
-    x, mean, factor, scale, bias, inverse_dim = normalised
+    x, mean, factor, scale, _, inverse_dim = normalised
     every_row = tuple(range(x.ndim - 1))
-    unit = (x.astype(jnp.float32) - mean) * factor
-    d_unit = d_y * scale.reshape((1,) * len(every_row) + (-1,))
-    through_statistics = d_unit.sum(-1, keepdims=True) + unit * (d_unit * unit).sum(-1, keepdims=True)
-    d_x = factor * (d_unit - inverse_dim * through_statistics)
+
+    def unit_and_gradient(d_y: Array) -> tuple[Array, Array]:
+        unit = (x.astype(jnp.float32) - mean) * factor
+        return unit, d_y.astype(jnp.float32) * scale.reshape((1,) * len(every_row) + (-1,))
+
+    # The value is read in x's dtype, so its gradient is no finer. The barrier keeps TPUs from
+    # writing it in float32: the preceding matmul accumulates the sums, and the rest is one pass.
+    d_y = d_y.astype(x.dtype)
+    unit, d_unit = unit_and_gradient(d_y)
+    sums = d_unit.sum(-1, keepdims=True), (d_unit * unit).sum(-1, keepdims=True)
+    d_y, (total, along_unit) = jax.lax.optimization_barrier((d_y, sums))
+    unit, d_unit = unit_and_gradient(d_y)
+    d_x = factor * (d_unit - inverse_dim * (total + unit * along_unit))
     nothing = jnp.zeros_like(mean)
+    d_y = d_y.astype(jnp.float32)
     d_scale, d_bias = (d_y * unit).sum(every_row), d_y.sum(every_row)
     return (DeferredLayerNorm(d_x.astype(x.dtype), nothing, nothing, d_scale, d_bias, jnp.zeros_like(inverse_dim)),)
 

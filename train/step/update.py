@@ -18,6 +18,7 @@ from jina_jax.parallel.mesh import AXES, BATCH, check_divides, shard_params, sha
 
 from ..config import Stage
 from ..data.collate import TrainBatch
+from .chips import compiler_options
 from .objectives import objective
 from .optimizer import clipped, optimizer
 
@@ -119,4 +120,4 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         )
         return over_mesh(state, frozen, batch)
 
-    return jax.jit(compiled, donate_argnums=0)
+    return jax.jit(compiled, donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat[0]))
