@@ -102,7 +102,7 @@ def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> t
         free_at = max(free_at, time.perf_counter()) + per_slot * ids.size
         return Pending(free_at, vectors((ids.shape[0], max_texts(ids.shape[1]), WIDE.hidden_size)))
 
-    with patch("jina_jax.embed.embedder.text_embeddings", compute):
+    with patch("jina_jax.embed.batch_runner.text_embeddings", compute):
         seconds = statistics.median(_seconds(lambda: embedder.encode(texts)) for _ in range(runs))
     return seconds, slots // runs
 
@@ -117,7 +117,7 @@ def programs() -> dict[str, int]:
     counts = [text_embeddings._cache_size()]  # type: ignore[attr-defined]
     for order in (texts, texts[::-1]):
         embedder.encode(order)
-        counts.append(text_embeddings._cache_size())  # type: ignore[attr-defined]
+        counts.append(text_embeddings.programs(embedder.encoder))
     return {"corpus_texts": len(texts), "programs_first_pass": counts[1] - counts[0], "programs_later": counts[2] - counts[1]}
 
 

@@ -1,21 +1,52 @@
 """The compiled forward passes of the embedder: packed rows to token states, and to one vector a
 text or a chunk."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial, update_wrapper
 from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
+from ..model.device import compiler_options
 from ..model.encoder import Encoder, pool
 from ..parallel.mesh import AXES, BATCH
 from ..text.packing import max_texts
 
 
-@partial(jax.jit, static_argnames="mesh")
+class ForwardPass:
+    """A function of an encoder under `jax.jit`, with the compiler's options for the kind of device
+    that the encoder is on."""
+
+    def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str]):
+        @cache
+        def jitted(kind: str | None) -> Any:
+            return jax.jit(function, static_argnames=static_argnames, compiler_options=compiler_options(kind) or None)
+
+        self._jitted = jitted
+        update_wrapper(self, function)
+
+    def __call__(self, encoder: Encoder, *inputs: Any, **static: Any) -> Any:
+        return self._jitted(_kind(encoder))(encoder, *inputs, **static)
+
+    def lower(self, encoder: Encoder, *inputs: Any, **static: Any) -> Any:
+        """Lowers as the function under `jax.jit` does; an encoder of shapes needs shardings."""
+        return self._jitted(_kind(encoder)).lower(encoder, *inputs, **static)
+
+    def programs(self, encoder: Encoder) -> int:
+        """Returns the number of programs compiled for the kind of device of an encoder."""
+        return self._jitted(_kind(encoder))._cache_size()
+
+
+def compiled(*static_argnames: str) -> Callable[[Callable[..., Any]], ForwardPass]:
+    """Makes a `ForwardPass` of a function."""
+    return partial(ForwardPass, static_argnames=static_argnames)
+
+
+@compiled("mesh")
 def token_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -37,7 +68,7 @@ def token_states(
     return _over_mesh(_encode, mesh)(encoder, tokens, segment_ids, positions, adapter_ids)
 
 
-@partial(jax.jit, static_argnames="mesh")
+@compiled("mesh")
 def text_embeddings(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -60,7 +91,7 @@ def text_embeddings(
     return _over_mesh(_embed, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-@partial(jax.jit, static_argnames=("means", "mesh"))
+@compiled("means", "mesh")
 def chunk_means(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -76,7 +107,7 @@ def chunk_means(
     return _over_mesh(partial(_embed, means=means), mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-@partial(jax.jit, static_argnames="mesh")
+@compiled("mesh")
 def embeddings_and_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -119,6 +150,14 @@ def _embed_and_encode(
 
 def _encode(encoder: Encoder, *inputs: Any) -> Array:
     return encoder(*inputs)
+
+
+def _kind(encoder: Encoder) -> str | None:
+    """Kind of the devices of an encoder; None inside another program, and of shapes without
+    devices."""
+    table = encoder.tokens.table.get_value()
+    sharding = None if isinstance(table, Tracer) else getattr(table, "sharding", None)
+    return None if sharding is None else next(iter(sharding.device_set)).device_kind
 
 
 def _over_mesh(compute: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:

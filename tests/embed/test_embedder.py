@@ -14,7 +14,7 @@ import pytest
 
 from conftest import TASKS
 from jina_jax import Embedder
-from jina_jax.embed import folded_adapters
+from jina_jax.embed import folded_adapters, forward
 from jina_jax.embed.batch_runner import Tuning
 from jina_jax.embed.folded_adapters import FoldedAdapters
 from jina_jax.embed.forward import text_embeddings, token_states
@@ -321,23 +321,36 @@ def test_on_cpu_the_base_and_a_folded_task_have_their_layers_apart(embedder, mon
 
 
 def test_the_whole_test_split_compiles_at_most_four_programs(tiny, corpus):
-    before = text_embeddings._cache_size()
+    before = text_embeddings.programs(tiny.encoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.encode(corpus)
         tiny.encode(corpus[::-8])
         tiny.encode(corpus[::-1])
-    assert 1 <= text_embeddings._cache_size() - before <= 4
+    assert 1 <= text_embeddings.programs(tiny.encoder) - before <= 4
 
 
 def test_all_tasks_share_their_compiled_programs(encoder, tokenizer):
     model = Embedder(encoder, encoder.config, tokenizer)
     first, *others = encoder.config.tasks
     model.encode("a text", task=first, prompt="")  # instructions differ in length, and rows in shape
-    before = text_embeddings._cache_size()
+    before = text_embeddings.programs(encoder)
     for task in others:
         model.encode("a text", task=task, prompt="")
-    assert text_embeddings._cache_size() == before
+    assert text_embeddings.programs(encoder) == before
+
+
+def test_a_pass_is_compiled_for_the_device_that_its_encoder_is_on(encoder, monkeypatch):
+    kinds = []
+    monkeypatch.setattr(forward, "compiler_options", lambda kind: kinds.append(kind) or {})
+    rows = forward.ForwardPass(lambda encoder, tokens: encoder.tokens.rows(tokens), ())
+    tokens = jnp.array([[5, 9]])
+    want = encoder.tokens.rows(tokens)
+    np.testing.assert_array_equal(rows(encoder, tokens), want)
+    np.testing.assert_array_equal(rows.lower(encoder, tokens).compile()(encoder, tokens), want)
+    assert kinds == [jax.devices()[0].device_kind] and rows.programs(encoder) == 1
+    np.testing.assert_array_equal(jax.jit(rows)(encoder, tokens), want)  # another program has options of its own
+    assert kinds[1:] == [None]
 
 
 def test_another_models_configuration_is_refused(encoder, make_encoder, tokenizer):

@@ -182,10 +182,10 @@ def test_900_chunks_in_one_row_and_over_the_limit(make_encoder, tokenizer):
 
 
 def test_few_programs_whatever_the_chunks(embedder):
-    before = chunk_means._cache_size()
+    before = chunk_means.programs(embedder.encoder)
     for count in (1, 2, 3, 5, 8, 10, 20, 25, 33, 40, 50, 60, 80, 100, 120, 128):
         embedder.encode_chunks([["a "] * count])
-    assert chunk_means._cache_size() - before <= 8  # seven lengths of rows, and one with four times the slots
+    assert chunk_means.programs(embedder.encoder) - before <= 8  # seven lengths of rows, and one with four times the slots
 
 
 def test_without_late_chunking_each_chunk_is_a_text(embedder):

@@ -1,9 +1,8 @@
-"""Accelerators: compute, memory, link speed and the compiler's options of each.
+"""Accelerators: compute, memory and link speed of each.
 
 All values are per device, as JAX counts them: a chip, but half a chip for TPU7x.
 """
 
-import os
 from typing import Any, NamedTuple
 
 GIB = 2**30
@@ -25,9 +24,7 @@ class Tpu(NamedTuple):
     devices: int = 1
     """Devices of a chip."""
     options: tuple[tuple[str, str], ...] = ()
-    """Options of a topology, beside its name."""
-    operation_memory: int | None = None
-    """KiB of on-chip memory that one operation may use; None = the compiler's default."""
+    """Options of a topology for the compiler, beside its name."""
 
 
 class Chip(NamedTuple):
@@ -50,12 +47,8 @@ CHIPS = {
         ("TPU v4",),
         Tpu(1.05e9, int(30.75 * GIB), 50e9, axes=3, full_axis=4, options=(("chip_config_name", "megacore"),)),
     ),
-    "v5e": Chip(
-        197e12, ("TPU v5 lite", "TPU v5e"), Tpu(1.503e9, int(15.75 * GIB), 50e9, axes=2, full_axis=16, operation_memory=65_536)
-    ),
-    "v5p": Chip(
-        459e12, ("TPU v5", "TPU v5p"), Tpu(1.751e9, int(95.74 * GIB), 100e9, axes=3, full_axis=4, operation_memory=49_152)
-    ),
+    "v5e": Chip(197e12, ("TPU v5 lite", "TPU v5e"), Tpu(1.503e9, int(15.75 * GIB), 50e9, axes=2, full_axis=16)),
+    "v5p": Chip(459e12, ("TPU v5", "TPU v5p"), Tpu(1.751e9, int(95.74 * GIB), 100e9, axes=3, full_axis=4)),
     "v6e": Chip(918e12, ("TPU v6 lite", "TPU v6e"), Tpu(1.751e9, int(31.25 * GIB), 100e9, axes=2, full_axis=16)),
     "tpu7x": Chip(1153e12, ("TPU7x",), Tpu(2.2e9, int(94.75 * GIB), 50e9, axes=3, full_axis=4, devices=2)),
     "a100": Chip(312e12, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")),
@@ -65,28 +58,7 @@ CHIPS = {
 """Chips by the name that topologies begin with; GPUs by their own name."""
 
 
-OPERATION_MEMORY = "xla_tpu_scoped_vmem_limit_kib"
-"""The TPU compiler's name of `Tpu.operation_memory`."""
-
-
 def peak_flops(device: Any, count: int) -> float | None:
     """Returns the peak FLOP/s of `count` devices; None for kinds without an entry, such as CPUs."""
-    chip = _chip(device)
-    return None if chip is None else chip.peak * count
-
-
-def compiler_options(device: Any) -> dict[str, str]:
-    """Returns the compiler's options for a step on devices of a kind.
-
-    What the user has set in LIBTPU_INIT_ARGS stays as it is.
-    """
-    chip = _chip(device)
-    if chip is None or chip.tpu is None or chip.tpu.operation_memory is None:
-        return {}
-    if OPERATION_MEMORY in os.environ.get("LIBTPU_INIT_ARGS", ""):
-        return {}
-    return {OPERATION_MEMORY: str(chip.tpu.operation_memory)}
-
-
-def _chip(device: Any) -> Chip | None:
-    return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), None)
+    peak = next((chip.peak for chip in CHIPS.values() if device.device_kind in chip.device_kinds), None)
+    return None if peak is None else peak * count

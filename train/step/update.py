@@ -12,13 +12,13 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from jina_jax.config import ModelConfig
+from jina_jax.model.device import compiler_options
 from jina_jax.model.parameters import Arrays, from_local_arrays
 from jina_jax.parallel import fsdp
 from jina_jax.parallel.mesh import AXES, BATCH, check_divides, shard_params, shardings, specs
 
 from ..config import Stage
 from ..data.collate import TrainBatch
-from .chips import compiler_options
 from .objectives import objective
 from .optimizer import clipped, optimizer
 
@@ -120,4 +120,4 @@ def make_step(stage: Stage, kind: str, config: ModelConfig, dtype: str, mesh: Me
         )
         return over_mesh(state, frozen, batch)
 
-    return jax.jit(compiled, donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat[0]))
+    return jax.jit(compiled, donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat[0].device_kind))
