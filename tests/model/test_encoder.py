@@ -127,23 +127,27 @@ def test_layer_norm_of_a_constant_row_is_its_bias():
     np.testing.assert_allclose(norm(jnp.full((1, 16), 1000.1)), np.zeros((1, 16)), atol=1e-2)
 
 
-@pytest.mark.parametrize("read", ["once", "twice"])
-def test_the_gradient_of_a_layer_norm_is_torchs(read):
+@pytest.mark.parametrize(("read", "dtype"), [("once", "float32"), ("twice", "float32"), ("once", "bfloat16")])
+def test_the_gradient_of_a_layer_norm_is_torchs(read, dtype):
     rng = np.random.default_rng(2)
-    x, d_y = (rng.standard_normal((2, 3, 64)).astype(np.float32) for _ in range(2))
+    x, d_y = (jnp.asarray(rng.standard_normal((2, 3, 64)), dtype) for _ in range(2))
     scale, bias = rng.uniform(0.5, 1.5, 64).astype(np.float32), rng.standard_normal(64).astype(np.float32)
-    weights = [torch.tensor(array, requires_grad=True) for array in (x, scale, bias)]
-    torch.nn.functional.layer_norm(weights[0], (64,), *weights[1:], 1e-5).backward(torch.tensor(d_y))
+    weights = [torch.tensor(np.asarray(array, np.float32), requires_grad=True) for array in (x, scale, bias)]
+    torch.nn.functional.layer_norm(weights[0], (64,), *weights[1:], 1e-5).backward(torch.tensor(np.asarray(d_y, np.float32)))
 
     def value(x, scale, bias):
         norm = LayerNorm(64, epsilon=1e-5, param_dtype=jnp.float32)
         norm.scale.set_value(scale)
         norm.bias.set_value(bias)
         normalised = norm.deferred(x)
-        return normalised.value() if read == "once" else 0.25 * normalised.value() + 0.75 * normalised.value()
+        y = normalised.value() if read == "once" else 0.25 * normalised.value() + 0.75 * normalised.value()
+        return y.astype(dtype)
 
-    gradients = jax.vjp(value, *map(jnp.asarray, (x, scale, bias)))[1](jnp.asarray(d_y))
-    for got, want in zip(gradients, weights, strict=True):
+    d_x, *others = jax.vjp(value, x, jnp.asarray(scale), jnp.asarray(bias))[1](d_y)
+    assert d_x.dtype == dtype
+    rounding = 2**-8 if dtype == "bfloat16" else 0
+    np.testing.assert_allclose(d_x.astype(jnp.float32), weights[0].grad.numpy(), rtol=rounding, atol=1e-5)
+    for got, want in zip(others, weights[1:], strict=True):
         np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-5)
 
 
