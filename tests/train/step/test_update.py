@@ -18,8 +18,10 @@ from jina_jax import Encoder
 from jina_jax.config import ModelConfig
 from jina_jax.model.parameters import from_local_arrays, variables
 from jina_jax.parallel.mesh import from_process_local, make_mesh, shard_params
+from train.aot.abstract_step import step_arguments
 from train.config import DatasetConfig, Stage
 from train.data.stream import batch_stream, open_datasets
+from train.step import update
 from train.step.chips import peak_flops
 from train.step.flops import training_flops
 from train.step.objectives import objective
@@ -160,6 +162,15 @@ def test_kernels_that_are_cast_once_have_the_steps_of_those_that_each_step_casts
         states = [state for state, _ in made]
         assert made[0][1].loss == made[1][1].loss
         assert_identical(*(state.parameters for state in states))
+
+
+def test_a_step_is_compiled_with_the_options_for_its_devices(make_encoder, monkeypatch):
+    stage, mesh = replace(STAGES["pairs"], encode_chunk_rows=None, remat="full"), make_mesh(data=1)
+    split = split_trainable(make_encoder(), stage)
+    monkeypatch.setattr(update, "compiler_options", lambda kind: {f"an_option_for_{kind}": "1"})
+    step = make_step(stage, "pair", split.config, "float32", mesh)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'an_option_for_cpu'"):
+        step.lower(*step_arguments(stage, "pair", split, mesh)).compile()
 
 
 def test_float32_and_stages_of_the_base_cast_nothing(make_encoder):
