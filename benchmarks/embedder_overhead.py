@@ -27,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 from jina_jax import Embedder, Encoder, ModelConfig
+from jina_jax.embed import batch_runner
 from jina_jax.embed.forward import text_embeddings
 from jina_jax.text.packing import max_texts
 from jina_jax.text.tokenizer import load_tokenizer, private_backend, tokenize
@@ -102,7 +103,7 @@ def _call(embedder: Embedder, texts: list[str], per_slot: float, runs: int) -> t
         free_at = max(free_at, time.perf_counter()) + per_slot * ids.size
         return Pending(free_at, vectors((ids.shape[0], max_texts(ids.shape[1]), WIDE.hidden_size)))
 
-    with patch("jina_jax.embed.batch_runner.text_embeddings", compute):
+    with patch.object(batch_runner, "text_embeddings", compute):
         seconds = statistics.median(_seconds(lambda: embedder.encode(texts)) for _ in range(runs))
     return seconds, slots // runs
 
@@ -114,7 +115,7 @@ def programs() -> dict[str, int]:
     """
     embedder = _embedder(TINY)
     texts = [text.body for package in read_corpus(BUNDLED, "test") for text in package.text.values()]
-    counts = [text_embeddings._cache_size()]  # type: ignore[attr-defined]
+    counts = [text_embeddings.programs(embedder.encoder)]
     for order in (texts, texts[::-1]):
         embedder.encode(order)
         counts.append(text_embeddings.programs(embedder.encoder))
