@@ -8,7 +8,7 @@ schedule, so the adapters come out as in four separate runs, in one model.
 
 Hardware, data, from the paper, chosen here: as in the four.
 
-Expected: 7.0 hours on v5e-16, the sum of the four, estimated (docs/scaling.md); result not
+Expected: 5.8 hours on v5e-16, the sum of the four, estimated (docs/scaling.md); result not
 measured here; paper: 65.52 averaged over MTEB's English tasks (table 4).
 """
 

@@ -12,7 +12,7 @@ From the paper: batch, length, steps, rate and temperature; the base is frozen; 
 ends all texts of a tuple, so that other tuples of its class do no harm.
 Chosen here: see `configs/_common.py`; the id is a number of nine random digits.
 
-Expected: 1.6 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 82.58
+Expected: 1.3 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 82.58
 on MTEB's English classification, 84.01 on its pair classification (table 4).
 """
 

@@ -17,7 +17,7 @@ texts of full length to a row. 256 chips have 64 rows each and need none:
 `--set stages.0.encode_chunk_rows=None` saves 11 % of a step on v5e-256 and 13 % on v6e-256,
 estimated.
 
-Expected: 140.3 hours on v5e-16, estimated (docs/scaling.md); result not measured.
+Expected: 137.2 hours on v5e-16, estimated (docs/scaling.md); result not measured.
 """
 
 from configs._common import PAPER_DIMS

@@ -12,7 +12,7 @@ From the paper: batch, length, steps, rate and temperature; the base is frozen; 
 instructions of the two tasks are put before the texts.
 Chosen here: see `configs/_common.py`.
 
-Expected: 3.9 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 53.87
+Expected: 3.2 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 53.87
 on MTEB's English retrieval, with the text-matching adapter on ArguAna, CQADupstack and Quora (table
 4); nDCG@10 of 45.78 (misleading syntax), 98.78 (named entities) and 47.62 (polar questions) on
 synthetic failure cases (table 6).

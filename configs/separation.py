@@ -13,7 +13,7 @@ Chosen here: see `configs/_common.py`; the paper's equation (5) has pairs of one
 each text has a partner of its class (grade 1) and one of another (grade 0); pairs and labelled
 texts come in equal shares.
 
-Expected: 0.9 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 45.27
+Expected: 0.8 hours on v5e-16, estimated (docs/scaling.md); result not measured here; paper: 45.27
 on MTEB's English clustering, 58.13 on its reranking (table 4).
 """
 
