@@ -24,7 +24,7 @@ class ForwardPass:
     def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str]):
         @cache
         def jitted(kind: str | None) -> Any:
-            return jax.jit(function, static_argnames=static_argnames, compiler_options=compiler_options(kind) or None)
+            return jax.jit(function, static_argnames=static_argnames, compiler_options=compiler_options(kind))
 
         self._jitted = jitted
         update_wrapper(self, function)
@@ -41,12 +41,7 @@ class ForwardPass:
         return self._jitted(_kind(encoder))._cache_size()
 
 
-def compiled(*static_argnames: str) -> Callable[[Callable[..., Any]], ForwardPass]:
-    """Makes a `ForwardPass` of a function."""
-    return partial(ForwardPass, static_argnames=static_argnames)
-
-
-@compiled("mesh")
+@partial(ForwardPass, static_argnames=("mesh",))
 def token_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -68,7 +63,7 @@ def token_states(
     return _over_mesh(_encode, mesh)(encoder, tokens, segment_ids, positions, adapter_ids)
 
 
-@compiled("mesh")
+@partial(ForwardPass, static_argnames=("mesh",))
 def text_embeddings(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -91,7 +86,7 @@ def text_embeddings(
     return _over_mesh(_embed, mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-@compiled("means", "mesh")
+@partial(ForwardPass, static_argnames=("means", "mesh"))
 def chunk_means(
     encoder: Encoder,
     tokens: Int[Array, "b t"],
@@ -107,7 +102,7 @@ def chunk_means(
     return _over_mesh(partial(_embed, means=means), mesh)(encoder, tokens, segment_ids, positions, adapter_ids, pool_ids)
 
 
-@compiled("mesh")
+@partial(ForwardPass, static_argnames=("mesh",))
 def embeddings_and_states(
     encoder: Encoder,
     tokens: Int[Array, "b t"],

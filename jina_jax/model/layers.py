@@ -45,7 +45,8 @@ class DeferredLayerNorm(NamedTuple):
         return cls(x, 0 * one, one, jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32), jnp.zeros((), jnp.float32))
 
     def value(self) -> Float[Array, "*b d"]:
-        """Applies the normalisation; returns float32."""
+        """Applies the normalisation; returns float32, of which the gradient is rounded to x's
+        dtype."""
         return _normalise(self)
 
 
